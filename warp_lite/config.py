@@ -1,0 +1,135 @@
+"""Every setting of Algorithm 1 and of its ablations, and the presets of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+
+ANCHORS = ("ema", "sft", "none")
+MERGES = ("slerp", "lerp", "none")
+
+
+@dataclass(frozen=True)
+class WarpConfig:
+    """The settings of one run of WARP (Algorithm 1), checked when they are made.
+
+    `iterations` is I, `runs` is M, `steps` is T: the RL steps of one run. `batch_size`
+    prompts are sampled at each step, one completion each. `beta` weighs the KL to the
+    anchor, in reward units per nat. `mu` is the rate of the anchor's moving average and
+    `eta` the rate at which the next iteration's init moves from the present one to the merge.
+
+    Ablations: `anchor="sft"` keeps the anchor at the SFT policy, `"none"` drops the KL
+    (as does `beta=0`); `merge="lerp"` averages linearly, `"none"` takes the policy of a
+    single run (`runs=1`); `eta=1` starts the next iteration from the merge itself.
+
+    The loss is divided by `max_new_tokens`, which only matters to where `max_grad_norm`
+    begins to clip. Raises ValueError or TypeError on a value that cannot be used.
+    """
+
+    iterations: int = 2
+    runs: int = 4
+    steps: int = 160
+    batch_size: int = 8
+    lr: float = 5e-4
+    beta: float = 0.3
+    mu: float = 0.01
+    eta: float = 0.4
+    anchor: str = "ema"
+    merge: str = "slerp"
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    seed: int = 0
+    warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    eval_every: int = 20
+    save_every: int = 100
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = {"int": int, "float": (int, float), "str": str}[field.type]
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{field.name} must be a number of type {field.type}, not {value!r}"
+                                if field.type != "str" else f"{field.name} must be a str, not {value!r}")
+            if field.type == "float" and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, not {value!r}")
+        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("warmup_steps", "seed", "beta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("lr", "temperature", "max_grad_norm", "adam_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("mu", "eta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.anchor not in ANCHORS:
+            raise ValueError(f"anchor must be one of {', '.join(ANCHORS)}, not {self.anchor!r}")
+        if self.merge not in MERGES:
+            raise ValueError(f"merge must be one of {', '.join(MERGES)}, not {self.merge!r}")
+        if self.merge == "none" and self.runs != 1:
+            raise ValueError(f"merge='none' merges nothing and needs runs=1, not {self.runs}")
+        if self.batch_size < 2:
+            raise ValueError("batch_size must be 2 or more: the leave-one-out baseline needs another sample")
+
+    def replace(self, **changes) -> WarpConfig:
+        """A copy with some settings changed. An unknown name raises ValueError and names the nearest."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+                raise ValueError(f"there is no setting {name!r}; the nearest is {near[0]!r}")
+        return dataclasses.replace(self, **changes)
+
+    def with_text(self, assignments: list[str]) -> WarpConfig:
+        """A copy changed by texts of the form NAME=VALUE, as the command line's --set gives them."""
+        changes = {}
+        kinds = {field.name: {"int": int, "float": float, "str": str}[field.type] for field in dataclasses.fields(self)}
+        for text in assignments:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"--set wants NAME=VALUE, not {text!r}")
+            if name not in kinds:
+                self.replace(**{name: value})  # raises, naming the nearest
+            try:
+                changes[name] = kinds[name](value)
+            except ValueError:
+                raise ValueError(f"{name} must be of type {kinds[name].__name__}, not {value!r}") from None
+        return self.replace(**changes)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A world and the settings to run it with. `architecture` is that of the tiny world."""
+
+    architecture: str
+    config: WarpConfig
+    about: str
+
+
+PRESETS = {
+    "tiny": Preset("gpt2", WarpConfig(), "film reviews, a GPT-2 of 110k parameters; every effect is visible"),
+    "tiny-gemma": Preset("gemma3", WarpConfig(), "the same reviews, a Gemma 3 of the same size"),
+    "tiny-noisy": Preset(
+        "gpt2",
+        WarpConfig(steps=100, batch_size=4, lr=1e-3, eta=0.3),
+        "batches of 4, so that gradient noise rules and merging gains most",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError that lists the names there are."""
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

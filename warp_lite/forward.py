@@ -1,0 +1,136 @@
+"""How the logits of E policies of one architecture are computed from weights with a leading axis E.
+
+Three ways with one interface:
+
+- `ModuleForward`: the library's module, one policy after the other. The readable reference.
+- `VmapForward`: the same module under `torch.func.vmap`. Any architecture whose forward vmaps.
+- `gpt2.GPT2Forward`: batched matrix products written by hand.
+
+Each has `prepare(weights)` (what many calls with the same weights share), `new_cache(...)`
+and `__call__(prepared, ids, mask=None, cache=None, keep=0)`: logits (E, B, Q − keep, V) of
+tokens ids (E, B, Q), where `mask` (E, B, K) is 1 for tokens and 0 for left or right padding
+and None says that there is no padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .gpt2 import GPT2Forward, attention_bias, positions
+
+
+def make_forward(model, executor: str = "batched"):
+    """The forward for an executor: the reference for "serial", else the fastest that serves the model."""
+    if executor == "serial":
+        return ModuleForward(model)
+    return GPT2Forward(model) if GPT2Forward.supports(model) else VmapForward(model)
+
+
+class ModuleForward:
+    """The library's own module, cache and masks, one policy after the other."""
+
+    def __init__(self, model):
+        self.model = model.eval()  # dropout would make the scored policy another than the sampled one
+
+    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nothing to share."""
+        return weights
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> list[DynamicCache]:
+        """One dynamic cache a policy."""
+        return [DynamicCache(config=self.model.config) for _ in range(policies)]
+
+    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache=None, keep: int = 0) -> Tensor:
+        """Logits (E, B, Q − keep, V)."""
+        logits = []
+        for e in range(ids.shape[0]):
+            options = {"use_cache": cache is not None, "past_key_values": cache[e] if cache else None}
+            if mask is not None:
+                options["attention_mask"] = mask[e].long()
+                options["position_ids"] = positions(mask[e])[:, -ids.shape[-1]:]
+            out = functional_call(self.model, {name: tensor[e] for name, tensor in w.items()}, (ids[e],), options)
+            logits.append(out.logits[:, keep:])
+        return torch.stack(logits)
+
+
+class VmapForward:
+    """The library's module mapped over policies, its causal masks and positions passed in."""
+
+    def __init__(self, model):
+        self.model, config = model.eval(), model.config
+        self.layers = config.num_hidden_layers
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kinds = set(getattr(config, "layer_types", None) or ())
+        self.window = getattr(config, "sliding_window", None)
+
+    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nothing to share."""
+        return weights
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> StackedCache:
+        """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
+        shape = (policies, batch, self.kv_heads, length, self.head_size)
+        return StackedCache([like.new_zeros(shape) for _ in range(2 * self.layers)])
+
+    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache: StackedCache | None = None, keep: int = 0):
+        """Logits (E, B, Q − keep, V)."""
+        E, B, Q = ids.shape
+        start = cache.length if cache else 0
+        if mask is None:
+            mask = ids.new_ones(E, B, start + Q)
+        like = next(iter(w.values()))
+        masks = {"full": attention_bias(mask, Q, start, like).view(E, B, 1, Q, start + Q)}
+        if "sliding_attention" in self.kinds:
+            distance = torch.arange(start, start + Q, device=ids.device)[:, None] - torch.arange(
+                start + Q, device=ids.device)
+            masks["sliding"] = masks["full"].masked_fill(distance >= self.window, torch.finfo(like.dtype).min)
+
+        def one(weights, ids, positions, masks, buffers):
+            attention = masks["full"]
+            if self.kinds:
+                attention = {"full_attention": masks["full"], "sliding_attention": masks.get("sliding")}
+                attention = {kind: attention[kind] for kind in self.kinds}
+            past = None
+            if buffers:
+                past = Cache(layers=[_Slot(k, v, start) for k, v in zip(buffers[::2], buffers[1::2])])
+            return functional_call(self.model, weights, (ids,), {
+                "attention_mask": attention, "position_ids": positions, "past_key_values": past,
+                "use_cache": past is not None}).logits[:, keep:]
+
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule and would be looped over
+            logits = vmap(one)(w, ids, positions(mask)[..., start:], masks, cache.buffers if cache else [])
+        if cache:
+            cache.length += Q
+        return logits
+
+
+class StackedCache:
+    """Preallocated keys and values of every layer, (E, B, heads, length, size) each."""
+
+    def __init__(self, buffers: list[Tensor]):
+        self.buffers, self.length = buffers, 0
+
+
+class _Slot(DynamicLayer):
+    """One layer of the library's cache that writes into a buffer instead of growing."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int):
+        super().__init__()
+        self.keys, self.values, self.start, self.is_initialized = keys, values, start, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write behind what is there; return all keys and values so far."""
+        end = self.start + key_states.shape[-2]
+        self.keys[..., self.start:end, :] = key_states
+        self.values[..., self.start:end, :] = value_states
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def get_seq_length(self) -> int:
+        """The tokens before this call."""
+        return self.start

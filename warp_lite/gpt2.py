@@ -1,0 +1,150 @@
+"""A GPT-2 forward for many policies at once, written by hand because it is several times faster.
+
+The weights keep the names and layout of the library's `GPT2LMHeadModel`, with a leading
+axis E, so they convert both ways by stacking and indexing. It agrees with the library's
+module in float64 (tests/test_forward.py); `forward.VmapForward` serves any other architecture.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+
+class GPT2Forward:
+    """Logits of E GPT-2 policies in one pass. The interface is that of `forward.VmapForward`."""
+
+    def __init__(self, model: GPT2LMHeadModel):
+        config = model.config
+        self.layers, self.heads, self.width = config.n_layer, config.n_head, config.n_embd
+        self.eps = config.layer_norm_epsilon
+
+    @staticmethod
+    def supports(model) -> bool:
+        """Whether this forward computes what the module does: plain GPT-2 with tied embeddings."""
+        config = model.config
+        return (
+            type(model) is GPT2LMHeadModel
+            and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+            and config.scale_attn_weights
+            and not config.scale_attn_by_inverse_layer_idx
+            and not config.add_cross_attention
+            and config.tie_word_embeddings
+        )
+
+    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is computed once for many calls with the same weights: gains folded into matrices.
+
+        LN(x)·g + b followed by W is LN(x)·(g∘W) + bW: it saves two passes over the activations.
+        """
+        w = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+
+        def fold(norm, matrix, bias):
+            folded = w[f"{norm}.weight"].unsqueeze(-1) * matrix                     # (E, C, D)
+            shift = torch.bmm(w[f"{norm}.bias"].unsqueeze(1), matrix)               # (E, 1, D)
+            return folded, shift if bias is None else shift + bias.unsqueeze(1)
+
+        for layer in range(self.layers):
+            h = f"h.{layer}"
+            w[f"{h}.qkv"] = fold(f"{h}.ln_1", w[f"{h}.attn.c_attn.weight"], w[f"{h}.attn.c_attn.bias"])
+            w[f"{h}.fc"] = fold(f"{h}.ln_2", w[f"{h}.mlp.c_fc.weight"], w[f"{h}.mlp.c_fc.bias"])
+        w["head"] = fold("ln_f", w["wte.weight"].transpose(1, 2), None)
+        return w
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> GPT2Cache:
+        """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
+        rows, size = policies * batch * self.heads, self.width // self.heads
+        return GPT2Cache([like.new_empty(2, rows, length, size) for _ in range(self.layers)])
+
+    def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
+        """Normalised last hidden states without the final gain and bias, (E, B, Q, C)."""
+        E, B, Q = ids.shape
+        C, H = self.width, self.heads
+        start = cache.length if cache else 0
+        bias = attention_bias(mask, Q, start, w["wte.weight"])                      # (E·B, 1, Q, K), (Q, K) or None
+        x = gather_rows(w["wte.weight"], ids)                                       # (E, B, Q, C)
+        if mask is None:
+            x = x + w["wpe.weight"][:, None, start:start + Q]
+        else:
+            x = x + gather_rows(w["wpe.weight"], positions(mask)[..., start:])
+        x = x.view(E, B * Q, C)
+        for layer in range(self.layers):
+            h = f"h.{layer}"
+            weight, shift = w[f"{h}.qkv"]
+            qkv = torch.baddbmm(shift, F.layer_norm(x, (C,), eps=self.eps), weight)  # (E, B·Q, 3C)
+            q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
+            if cache:
+                k, v = cache.append(layer, k, v)
+            y = attend(q, k, v, bias, H)                                            # (E·B·H, Q, C/H)
+            y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
+            x = x + torch.baddbmm(w[f"{h}.attn.c_proj.bias"].unsqueeze(1), y, w[f"{h}.attn.c_proj.weight"])
+            weight, shift = w[f"{h}.fc"]
+            y = torch.baddbmm(shift, F.layer_norm(x, (C,), eps=self.eps), weight)
+            y = F.gelu(y, approximate="tanh")                                       # (E, B·Q, 4C)
+            x = x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
+        if cache:
+            cache.length += Q
+        return F.layer_norm(x, (C,), eps=self.eps).view(E, B, Q, C)
+
+    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None, keep: int = 0):
+        """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
+        x = self.hidden(w, ids, mask, cache)[:, :, keep:]
+        weight, shift = w["head"]
+        E, B, Q, C = x.shape
+        return torch.baddbmm(shift, x.reshape(E, B * Q, C), weight).view(E, B, Q, -1)
+
+
+class GPT2Cache:
+    """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer."""
+
+    def __init__(self, layers: list[Tensor]):
+        self.layers, self.length = layers, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (E·B·H, Q, C/H) behind what is there; return all keys and values so far."""
+        end = self.length + k.shape[1]
+        kv = self.layers[layer]
+        kv[0, :, self.length:end], kv[1, :, self.length:end] = k, v
+        return kv[0, :, :end], kv[1, :, :end]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Softmax attention of (rows·H, Q, D) over (rows·H, K, D), with an additive bias."""
+    scale = q.shape[-1] ** -0.5
+    if bias is None:
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    elif bias.dim() == 2:                                  # causal alone: the product and the mask in one pass
+        scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+    else:
+        scores = torch.bmm(q * scale, k.transpose(1, 2)).view(-1, heads, q.shape[1], k.shape[1])
+        scores = (scores + bias).view(q.shape[0], q.shape[1], k.shape[1])
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def attention_bias(mask: Tensor | None, queries: int, start: int, like: Tensor) -> Tensor | None:
+    """0 where a query may look and the least number where not; None where it may look everywhere.
+
+    `mask` (E, B, K) is 1 for tokens and 0 for padding. The least number instead of −∞
+    keeps the rows of padding finite: they look at everything and nobody looks at them.
+    """
+    if mask is None and queries == 1:
+        return None
+    keys = start + queries
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(start)
+    allowed = causal if mask is None else causal & (mask.reshape(-1, 1, 1, keys) > 0)
+    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        ~allowed, torch.finfo(like.dtype).min)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The place of each token in its sequence, padding not counted."""
+    return (mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (E, …) of each policy's table (E, N, C): one flat embedding look-up."""
+    E, N, C = table.shape
+    offset = torch.arange(E, device=ids.device).view(E, *[1] * (ids.dim() - 1)) * N
+    return F.embedding(ids + offset, table.reshape(E * N, C))

@@ -1,0 +1,278 @@
+"""Policies: load, save, encode prompts, sample completions, score them.
+
+Everything carries a leading axis E, the number of policies. Weights are mappings from the
+names of `model.named_parameters()` to tensors (E, …); `forward.py` turns them into logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass
+class Prompts:
+    """Encoded prompts: `ids` and `mask` (…, B, P), left-padded, mask 1 for tokens.
+
+    `texts` and the further `columns` of a data set stand beside them in row-major order.
+    """
+
+    texts: list[str]
+    ids: Tensor
+    mask: Tensor
+    columns: dict[str, list] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch(self, index: np.ndarray) -> Prompts:
+        """Rows `index` (E, B) as one batch, trimmed to its longest prompt; `texts` in row-major order."""
+        rows = torch.from_numpy(index)
+        mask = self.mask[rows]
+        width = int(mask.sum(-1).max())
+        columns = {name: [values[i] for i in index.ravel()] for name, values in self.columns.items()}
+        return Prompts([self.texts[i] for i in index.ravel()], self.ids[rows][..., -width:], mask[..., -width:], columns)
+
+    def repeat(self, policies: int) -> Prompts:
+        """The same prompts for each of E policies."""
+        columns = {name: values * policies for name, values in self.columns.items()}
+        return Prompts(self.texts * policies, self.ids.expand(policies, -1, -1), self.mask.expand(policies, -1, -1), columns)
+
+    def to(self, device) -> Prompts:
+        """The same prompts on a device."""
+        return Prompts(self.texts, self.ids.to(device), self.mask.to(device), self.columns)
+
+
+@dataclass
+class Rollout:
+    """Completions of E policies: `ids` and `mask` (E, B, T), mask 1 up to and including EOS.
+
+    `logprobs` (E, B, T) are those of the sampled tokens under the policy that sampled
+    them, in nats, 0 where the mask is 0.
+    """
+
+    prompts: Prompts
+    ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+
+    def select(self, members: list[int]) -> Rollout:
+        """The completions of some of the policies."""
+        B = self.ids.shape[1]
+        rows = [e * B + b for e in members for b in range(B)]
+        prompts = Prompts([self.prompts.texts[i] for i in rows], self.prompts.ids[members], self.prompts.mask[members],
+                          {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()})
+        return Rollout(prompts, self.ids[members], self.mask[members], self.logprobs[members])
+
+
+def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
+    """Tokenise and left-pad prompts: a sequence of str, or a data set with a `prompt` column.
+
+    `room` is the number of tokens that prompt and completion may take together, less the
+    completion. Raises ValueError for no prompts, one that is empty, or one that leaves no
+    room for a completion.
+    """
+    names = getattr(prompts, "column_names", None)
+    if names is not None and "prompt" not in names:
+        raise ValueError(f"the data set of prompts has no column 'prompt'; it has {', '.join(names)}")
+    columns = {name: list(prompts[name]) for name in names or () if name != "prompt"}
+    texts = list(prompts["prompt"] if names else prompts)
+    if not texts:
+        raise ValueError("there are no prompts; give at least one")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"prompt {i} is {type(text).__name__}, not str: {str(text)[:60]!r}")
+    rows = tokenizer(texts)["input_ids"]
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {i} is empty after tokenisation: {texts[i]!r}")
+        if room is not None and len(row) > room:
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens and leaves no room for a completion (at most {room} fit): "
+                f"{texts[i][:60]!r}; shorten it or lower max_new_tokens")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id(tokenizer), dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row):] = torch.tensor(row)
+        mask[i, width - len(row):] = 1
+    return Prompts(texts, ids, mask, columns)
+
+
+def pad_id(tokenizer) -> int:
+    """The id that fills a batch: the pad token, or EOS where there is none (both are masked by position)."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0) -> Rollout:
+    """Sample one completion a prompt from softmax(logits / temperature), nothing truncated.
+
+    `weights` are prepared by `forward.prepare`. `prompts` (E, B, P). `uniforms` (E, B, T)
+    in [0, 1) decide every token by inversion of the cumulative distribution, so a
+    completion depends on its own policy, prompt and numbers and not on the batch around
+    it. Ends early once every completion has emitted EOS.
+    """
+    E, B, P = prompts.ids.shape
+    T = uniforms.shape[-1]
+    eos, fill = tokenizer.eos_token_id, pad_id(tokenizer)
+    padded = bool((prompts.mask == 0).any())
+    mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1) if padded else None
+    ids = prompts.ids.new_full((E, B, T), fill)
+    logprobs = torch.zeros(E, B, T, device=ids.device, dtype=torch.float32)
+    alive = torch.ones(E, B, dtype=torch.bool, device=ids.device)
+    ended = torch.zeros(E, B, T, dtype=torch.bool, device=ids.device)
+    cache = None
+    tokens = prompts.ids
+    for t in range(T):
+        if cache is None:
+            cache = forward.new_cache(E, B, P + T - 1, _any_tensor(weights))
+        seen = None if mask is None else mask[..., :P + t]
+        logits = forward(weights, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
+        logp = log_softmax(logits, temperature)                                 # (E, B, V)
+        if t == 0:
+            logprobs = logprobs.to(logp.dtype)
+        cdf = logp.exp().cumsum(-1)
+        u = uniforms[..., t:t + 1].to(cdf) * cdf[..., -1:]
+        token = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[-1] - 1)
+        ended[..., t] = ~alive
+        logprobs[..., t] = logp.gather(-1, token)[..., 0].masked_fill(~alive, 0)
+        token = token[..., 0].masked_fill(~alive, fill)
+        ids[..., t] = token
+        alive = alive & (token != eos)
+        tokens = token.unsqueeze(-1)
+        if not alive.any():
+            break
+    length = t + 1
+    return Rollout(prompts, ids[..., :length], (~ended[..., :length]).long(), logprobs[..., :length])
+
+
+def completion_logits(forward, weights, rollout: Rollout) -> Tensor:
+    """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
+    prompts, P = rollout.prompts, rollout.prompts.ids.shape[-1]
+    ids = torch.cat([prompts.ids, rollout.ids[..., :-1]], -1)
+    mask = None
+    if (prompts.mask == 0).any():
+        # what follows EOS is never looked at by what is scored, so it may count as tokens
+        mask = torch.cat([prompts.mask, torch.ones_like(rollout.ids[..., :-1])], -1)
+    return forward(weights, ids, mask, keep=P - 1)
+
+
+def logprobs(forward, weights, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable."""
+    logp = log_softmax(completion_logits(forward, weights, rollout), temperature)
+    return logp.gather(-1, rollout.ids.unsqueeze(-1))[..., 0] * rollout.mask
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities at a temperature, in float32 at least."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _any_tensor(weights) -> Tensor:
+    return next(tensor for tensor in weights.values() if isinstance(tensor, Tensor))
+
+
+def parameters(model) -> dict[str, Tensor]:
+    """The weights of a module by name, detached, tied ones once."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def stack(states: Sequence[Weights]) -> dict[str, Tensor]:
+    """E state dicts as one with a leading axis E."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def unstack(weights: Weights) -> list[dict[str, Tensor]]:
+    """The inverse of `stack`; copies."""
+    E = len(next(iter(weights.values())))
+    return [{name: tensor[e].detach().clone() for name, tensor in weights.items()} for e in range(E)]
+
+
+@torch.no_grad()
+def load_weights(model, state: Weights):
+    """Write a state dict into a module, in place, and return the module."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[name])
+    return model
+
+
+def completions_text(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
+    """Completions (…, T) as texts without special tokens, in row-major order."""
+    return tokenizer.batch_decode(completion_ids(ids, mask), skip_special_tokens=True)
+
+
+def completion_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Completions (…, T) as lists of ids, EOS included and nothing after it, in row-major order."""
+    rows, lengths = ids.reshape(-1, ids.shape[-1]).tolist(), mask.reshape(-1, ids.shape[-1]).sum(-1).tolist()
+    return [row[:length] for row, length in zip(rows, lengths)]
+
+
+def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
+    """A causal LM and its tokenizer from the hub or a folder: safetensors only, no remote code.
+
+    Raises ValueError, naming the folder, when it is missing or cannot be read.
+    """
+    folder = str(name_or_folder)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"cannot load a policy from {folder!r}: {first_line(error)}") from error
+    except Exception as error:  # safetensors raises a class of its own for a truncated file
+        if type(error).__module__.startswith("safetensors") or "Safetensor" in type(error).__name__:
+            raise ValueError(f"cannot load a policy from {folder!r}: {first_line(error)}; is a file truncated?") from error
+        raise
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {folder!r} has no EOS token; completions could not end")
+    return model.to(device).eval(), tokenizer
+
+
+def save_policy(model, tokenizer, folder) -> None:
+    """A Hugging Face folder: safetensors weights, config, tokenizer."""
+    with quiet():
+        model.save_pretrained(Path(folder))
+        tokenizer.save_pretrained(Path(folder))
+
+
+def room_for_prompts(model, max_new_tokens: int) -> int | None:
+    """How many tokens a prompt may have; None where the architecture sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else limit - max_new_tokens
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for messages of one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class quiet:
+    """Silence the library's progress bars and warnings while a folder is read or written."""
+
+    def __enter__(self):
+        from transformers.utils import logging as hf
+
+        self.bars = hf.is_progress_bar_enabled()
+        hf.disable_progress_bar()
+        self.logger = logging.getLogger("transformers")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc):
+        from transformers.utils import logging as hf
+
+        self.logger.setLevel(self.level)
+        if self.bars:
+            hf.enable_progress_bar()

@@ -1,0 +1,254 @@
+"""One RL run of Algorithm 1: REINFORCE with a leave-one-out baseline and a KL to the anchor.
+
+    y ~ π_θ(·|x)
+    r_β(y) = r(x, y) − β · log[π_θ(y|x) / π_anchor(y|x)]
+    θ ← Adam(θ, (r_β − baseline) · ∇ log π_θ(y|x))
+    θ_anchor ← (1 − μ) θ_anchor + μ θ
+
+`train_serial` is the readable reference: the library's module, optimiser and clipping, one
+run after the other. `train_batched` trains all runs as one program. Both use the same
+random numbers and give the same policies (tests/test_executors.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import WarpConfig
+from .ema import EMAAnchor
+from .ensemble import Ensemble
+from .forward import ModuleForward, make_forward
+from .policies import Prompts, Rollout, Weights, load_weights, logprobs, sample
+from .randomness import prompt_indices, token_uniforms
+from .rewards import rollout_rewards
+
+
+@dataclass
+class RunState:
+    """A run after `step` steps: what is needed to go on, each a state dict of one policy."""
+
+    step: int
+    policy: Weights
+    anchor: Weights
+    exp_avg: Weights
+    exp_avg_sq: Weights
+
+
+@dataclass
+class Run:
+    """One RL run: its settings, its key (seed, iteration, run), where it starts and what it is anchored to.
+
+    `state` is where an interrupted run goes on from. The anchor of `anchor="ema"` starts at `init`.
+    """
+
+    config: WarpConfig
+    iteration: int
+    number: int
+    init: Weights
+    sft: Weights
+    reward: Callable
+    state: RunState | None = None
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What its random numbers are seeded by."""
+        return (self.config.seed, self.iteration, self.number)
+
+    def start(self) -> RunState:
+        """The state to begin from."""
+        if self.state is not None:
+            return self.state
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.init.items()}
+        anchor = self.sft if self.config.anchor == "sft" else self.init
+        return RunState(0, self.init, anchor, zeros, zeros)
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL: 0 without an anchor."""
+        return 0.0 if self.config.anchor == "none" else self.config.beta
+
+    @property
+    def mu(self) -> float:
+        """The rate of the anchor: 0 for one that stays."""
+        return 0.0 if self.config.anchor == "sft" else self.config.mu
+
+
+# on_step(runs, step, states, metrics): called after each step with the runs that took it, the
+# number of steps taken, a function that gives their present RunStates, and their metrics.
+OnStep = Callable[[Sequence[Run], int, Callable[[], list[RunState]], list[dict]], None]
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """Each reward less the mean of the others in its batch, (…, B) → (…, B). Needs B ≥ 2."""
+    B = rewards.shape[-1]
+    return (rewards - rewards.mean(-1, keepdim=True)) * (B / (B - 1))
+
+
+def regularised_rewards(rewards: Tensor, logp: Tensor, anchor_logp: Tensor, beta) -> Tensor:
+    """r_β = r − β · (log π − log π_anchor), per sequence, detached. All (…, B); beta a number or (…, 1)."""
+    return rewards - beta * (logp - anchor_logp).detach().to(rewards)
+
+
+def reinforce_loss(logp: Tensor, advantage: Tensor, length: int) -> Tensor:
+    """−mean over the batch of advantage · log π(y|x), divided by `length`; (…, B) → (…)."""
+    return -(advantage.detach().to(logp) * logp).mean(-1) / length
+
+
+def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+    """Train the runs one after the other with the library's module, Adam and clipping.
+
+    Raises ValueError, naming run, step and prompt, when a reward is not finite, and
+    FloatingPointError, naming run and step, when a gradient is not.
+    """
+    return [_train_one(model, tokenizer, prompts, run, on_step) for run in runs]
+
+
+def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | None) -> RunState:
+    config, start = run.config, run.start()
+    load_weights(model, start.policy)
+    forward = ModuleForward(model)
+    theta = dict(model.named_parameters())
+    policy = {name: parameter.unsqueeze(0) for name, parameter in theta.items()}         # (1, …)
+    anchor = EMAAnchor(start.anchor, run.mu)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=config.adam_eps,
+                                 betas=(config.adam_beta1, config.adam_beta2))
+    for name, parameter in theta.items():
+        if start.step:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(start.step)), "exp_avg": start.exp_avg[name].clone(),
+                "exp_avg_sq": start.exp_avg_sq[name].clone()}
+
+    def state(step):
+        moments = [optimizer.state[parameter] for parameter in theta.values()]
+        return RunState(step, {n: p.detach().clone() for n, p in theta.items()}, anchor.state_dict(),
+                        {n: m["exp_avg"].clone() for n, m in zip(theta, moments)},
+                        {n: m["exp_avg_sq"].clone() for n, m in zip(theta, moments)})
+
+    for step in range(start.step, config.steps):
+        batch, uniforms = draw([run], step, prompts)
+        rollout = sample(forward, policy, batch, uniforms, tokenizer, config.temperature)
+        with torch.no_grad():
+            frozen = {name: tensor.unsqueeze(0) for name, tensor in anchor.average.items()}
+            anchor_logp = logprobs(forward, frozen, rollout, config.temperature).sum(-1)  # (1, B)
+        rewards = checked_rewards([run], step, rollout, tokenizer)                       # (1, B)
+        logp = logprobs(forward, policy, rollout, config.temperature).sum(-1)            # (1, B)
+        r_beta = regularised_rewards(rewards, logp, anchor_logp, run.beta)
+        loss = reinforce_loss(logp, advantages(r_beta), config.max_new_tokens)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        check_gradients([run], step, norm.view(1))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * warmup(config, step)
+        optimizer.step()
+        anchor.update({name: parameter.detach() for name, parameter in theta.items()})
+        if on_step is not None:
+            metrics = step_metrics([run], step, rollout, rewards, r_beta, logp, anchor_logp, loss, norm.view(1))
+            on_step([run], step + 1, lambda step=step: [state(step + 1)], metrics)
+    return state(config.steps)
+
+
+def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+    """Train all runs as one program. They share steps, batch size, lengths, temperature and Adam's
+    settings; lr, β, μ, anchor, clipping, seed, reward and init may differ. Errors as `train_serial`.
+    """
+    config = runs[0].config
+    for name in ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps",
+                 "adam_beta1", "adam_beta2", "adam_eps"):
+        values = {getattr(run.config, name) for run in runs}
+        if len(values) > 1:
+            raise ValueError(f"runs of one batch must share {name}, not {sorted(values)}")
+    starts = [run.start() for run in runs]
+    if len({start.step for start in starts}) > 1:
+        raise ValueError(f"runs of one batch must start at one step, not {[start.step for start in starts]}")
+    forward = make_forward(model)
+    ensemble = Ensemble(
+        [start.policy for start in starts], [run.config.lr for run in runs],
+        (config.adam_beta1, config.adam_beta2), config.adam_eps, [run.config.max_grad_norm for run in runs])
+    if starts[0].step:
+        ensemble.restore(([s.exp_avg for s in starts], [s.exp_avg_sq for s in starts]), starts[0].step)
+    anchor = Ensemble.flatten([start.anchor for start in starts])                        # (E, P)
+    mu = anchor.new_tensor([run.mu for run in runs]).unsqueeze(1)
+    beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1)    # (E, 1)
+    anchored = bool((beta > 0).any())
+
+    def states(step):
+        first, second = ensemble.moments()
+        return [RunState(step, *(ensemble.state(e, flat) for flat in (ensemble.flat, anchor, first, second)))
+                for e in range(len(runs))]
+
+    for step in range(starts[0].step, config.steps):
+        batch, uniforms = draw(runs, step, prompts)
+        with torch.no_grad():
+            rollout = sample(forward, forward.prepare(ensemble.weights), batch, uniforms, tokenizer, config.temperature)
+            anchor_logp = None
+            if anchored:
+                frozen = forward.prepare(ensemble.views(anchor))
+                anchor_logp = logprobs(forward, frozen, rollout, config.temperature).sum(-1)   # (E, B)
+        rewards = checked_rewards(runs, step, rollout, tokenizer)                        # (E, B)
+        logp = logprobs(forward, forward.prepare(ensemble.weights), rollout, config.temperature).sum(-1)
+        if anchor_logp is None:
+            anchor_logp = logp.detach()
+        r_beta = regularised_rewards(rewards, logp, anchor_logp, beta)
+        loss = reinforce_loss(logp, advantages(r_beta), config.max_new_tokens)           # (E,)
+        norms = ensemble.step(loss.sum(), warmup(config, step))
+        check_gradients(runs, step, norms)
+        anchor.lerp_(ensemble.flat, mu)
+        if on_step is not None:
+            metrics = step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms)
+            on_step(runs, step + 1, lambda step=step: states(step + 1), metrics)
+    return states(config.steps)
+
+
+def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Tensor]:
+    """The prompts (E, B, P) and the random numbers (E, B, T) of a step, each run from its own stream."""
+    config = runs[0].config
+    index = np.stack([prompt_indices(run.key, step, config.batch_size, len(prompts)) for run in runs])
+    uniforms = [token_uniforms(run.key, step, config.batch_size, config.max_new_tokens) for run in runs]
+    return prompts.batch(index), torch.stack(uniforms).to(prompts.ids.device)
+
+
+def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer) -> Tensor:
+    """Rewards (E, B) in float64, every one finite; runs may have rewards of their own."""
+    rewards = rollout_rewards([run.reward for run in runs], rollout, tokenizer)
+    bad = (~torch.isfinite(rewards)).nonzero()
+    if len(bad):
+        e, b = bad[0].tolist()
+        prompt = rollout.prompts.texts[e * rewards.shape[1] + b]
+        raise ValueError(
+            f"the reward is {rewards[e, b].item()} in iteration {runs[e].iteration}, run {runs[e].number}, "
+            f"step {step + 1}, for a completion of the prompt {prompt[:80]!r}; rewards must be finite")
+    return rewards
+
+
+def check_gradients(runs: Sequence[Run], step: int, norms: Tensor) -> None:
+    """Stop before a NaN gets into an average."""
+    bad = (~torch.isfinite(norms)).nonzero()
+    if len(bad):
+        run = runs[bad[0].item()]
+        raise FloatingPointError(
+            f"the gradient is not finite in iteration {run.iteration}, run {run.number}, step {step + 1}; "
+            f"lower lr (now {run.config.lr:g}) or raise beta (now {run.config.beta:g})")
+
+
+def warmup(config: WarpConfig, step: int) -> float:
+    """The factor of the learning rate: linear over the first `warmup_steps` steps."""
+    return min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms) -> list[dict]:
+    """What `metrics.jsonl` says of a step, a dict a run. KL in nats per sequence, to the anchor."""
+    columns = {
+        "reward": rewards.mean(-1), "reward_std": rewards.std(-1), "regularised_reward": r_beta.mean(-1),
+        "kl_to_anchor": (logp - anchor_logp).mean(-1), "length": rollout.mask.sum(-1).double().mean(-1),
+        "entropy": -rollout.logprobs.sum(-1).mean(-1), "loss": loss, "gradient_norm": norms}
+    values = {name: column.detach().tolist() for name, column in columns.items()}
+    return [{"step": step + 1, "lr": run.config.lr * warmup(run.config, step),
+             **{name: column[e] if math.isfinite(column[e]) else None for name, column in values.items()}}
+            for e, run in enumerate(runs)]

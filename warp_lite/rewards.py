@@ -1,0 +1,226 @@
+"""Rewards: how they are called, the Bradley–Terry model of the tiny world, classifiers from disk or the hub.
+
+A reward is any callable `reward(prompts, completions, **kwargs) -> list[float]`, the
+signature that TRL uses. One that has a method `from_ids(prompts, ids, mask)` is given the
+token ids instead, and nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from .policies import Prompts, Rollout, completion_ids, encode_prompts, first_line, pad_id, quiet, save_policy
+
+
+def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
+    """The reward (E, B) of each completion, float64; no gradient passes through it.
+
+    `rewards` holds the reward of each of the E policies; one that several share is called once.
+    Raises ValueError when a function returns the wrong number of values. Values that are
+    not finite are returned as they are: the caller knows the run and the step.
+    """
+    E, B, _ = rollout.ids.shape
+    if all(reward is rewards[0] for reward in rewards):
+        return _one_reward(rewards[0], rollout, tokenizer)
+    result = torch.empty(E, B, dtype=torch.float64)
+    for reward in {id(reward): reward for reward in rewards}.values():
+        members = [e for e in range(E) if rewards[e] is reward]
+        result[members] = _one_reward(reward, rollout.select(members), tokenizer).cpu()
+    return result.to(rollout.ids.device)
+
+
+def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
+    E, B, _ = rollout.ids.shape
+    if hasattr(reward, "from_ids"):
+        return reward.from_ids(rollout.prompts, rollout.ids, rollout.mask).detach().double().view(E, B)
+    ids = completion_ids(rollout.ids, rollout.mask)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    values = reward(rollout.prompts.texts, texts, **_accepted(reward, completion_ids=ids, **rollout.prompts.columns))
+    try:
+        values = [math.nan if v is None else float(v) for v in values]
+    except TypeError:
+        raise ValueError(f"the reward function returned {type(values).__name__}, not a list of numbers") from None
+    if len(values) != E * B:
+        raise ValueError(f"the reward function returned {len(values)} values for {E * B} completions")
+    return torch.tensor(values, dtype=torch.float64, device=rollout.ids.device).view(E, B)
+
+
+def _accepted(reward, **kwargs) -> dict:
+    """Those keyword arguments that the function takes."""
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):
+        return kwargs
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name in {p.name for p in parameters}}
+
+
+class BradleyTerry:
+    """A reward model: a trunk, the mean of its hidden states, a linear head; standardised.
+
+    The reward is in standard deviations of the rewards of SFT samples, around their mean.
+    """
+
+    def __init__(self, trunk, tokenizer):
+        self.trunk, self.tokenizer = trunk, tokenizer
+        trunk.config.pad_token_id = None  # the library would warn of padding, which is never looked at
+        self.head = nn.Parameter(torch.zeros(trunk.config.hidden_size))
+        self.mean, self.std = 0.0, 1.0
+
+    def scores(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Standardised rewards (N,) of sequences ids (N, S), mask 1 for tokens; differentiable."""
+        padded_left = bool((mask[:, 0] == 0).any())  # causal: padding on the right is never looked at
+        hidden = self.trunk(ids, attention_mask=mask if padded_left else None, use_cache=False).last_hidden_state
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * weight).sum(1) / weight.sum(1)
+        return (pooled @ self.head - self.mean) / self.std
+
+    @torch.no_grad()
+    def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
+        """Rewards of completions ids (…, T) of prompts (…, P)."""
+        full = torch.cat([prompts.ids, ids], -1).flatten(0, -2)
+        full_mask = torch.cat([prompts.mask, mask], -1).flatten(0, -2)
+        values = [self.scores(full[i:i + chunk], full_mask[i:i + chunk]) for i in range(0, len(full), chunk)]
+        return torch.cat(values).view(ids.shape[:-1])
+
+    def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
+        """Rewards of texts; the ids of the completions are used where they are given."""
+        if completion_ids is None:
+            eos = self.tokenizer.eos_token
+            texts = [f"{text} {eos}" for text in completions]
+            completion_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids, mask = pad_right(completion_ids, pad_id(self.tokenizer))
+        return self.from_ids(encode_prompts(self.tokenizer, prompts), ids, mask).tolist()
+
+    def save(self, folder) -> None:
+        """A Hugging Face folder of the trunk, with the head and the standardisation beside it."""
+        save_policy(self.trunk, self.tokenizer, folder)
+        scale = torch.tensor([self.mean, self.std], dtype=torch.float64)
+        save_file({"head": self.head.detach(), "mean_std": scale}, Path(folder) / "reward_head.safetensors")
+
+    @classmethod
+    def load(cls, folder) -> BradleyTerry:
+        """What `save` wrote."""
+        with quiet():
+            trunk = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            model = cls(trunk.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder))
+        head = load_file(Path(folder) / "reward_head.safetensors")
+        model.head = head["head"]
+        model.mean, model.std = head["mean_std"].tolist()
+        return model
+
+
+def train_bradley_terry(model: BradleyTerry, chosen, rejected, *, epochs=2, batch=64, lr=1e-3, seed=0, progress=None) -> None:
+    """Fit P(chosen over rejected) = σ(r_chosen − r_rejected) by maximum likelihood.
+
+    `chosen` and `rejected` are pairs (ids, mask) of N sequences each.
+    """
+    order = torch.Generator().manual_seed(seed)
+    steps = epochs * math.ceil(len(chosen[0]) / batch)
+    optimizer = torch.optim.AdamW([*model.trunk.parameters(), model.head], lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1, (t + 1) / 10) * (1 - t / steps))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(chosen[0]), generator=order).split(batch):
+            ids = torch.cat([chosen[0][rows], rejected[0][rows]])
+            mask = torch.cat([chosen[1][rows], rejected[1][rows]])
+            better, worse = model.scores(ids, mask).chunk(2)
+            loss = -F.logsigmoid(better - worse).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress.update()
+    model.trunk.requires_grad_(False)
+    model.head.requires_grad_(False)
+
+
+class ClassifierReward:
+    """A sequence classifier's logit, or log-probability, of one label, as a reward of texts.
+
+    The classifier keeps its own tokenizer: prompt and completion are joined as text.
+    """
+
+    def __init__(self, name_or_folder, label: int = -1, log_probability: bool = False, device="cpu", batch: int = 64):
+        folder = str(name_or_folder)
+        try:
+            with quiet():
+                self.tokenizer = AutoTokenizer.from_pretrained(folder)
+                self.model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+        except Exception as error:
+            raise ValueError(f"cannot load a reward model from {folder!r}: {first_line(error)}") from error
+        self.model.to(device).eval().requires_grad_(False)
+        self.label, self.log_probability, self.batch = label, log_probability, batch
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str], **kwargs) -> list[float]:
+        """Rewards of the joined texts, in logits or nats."""
+        texts = [join_text(p, c) for p, c in zip(prompts, completions)]
+        values = []
+        for i in range(0, len(texts), self.batch):
+            batch = self.tokenizer(texts[i:i + self.batch], padding=True, truncation=True, return_tensors="pt")
+            logits = self.model(**batch.to(self.model.device)).logits.float()
+            if self.log_probability and logits.shape[-1] > 1:
+                logits = logits.log_softmax(-1)
+            values += logits[:, self.label].tolist()
+        return values
+
+
+def join_text(prompt: str, completion: str) -> str:
+    """Prompt and completion as one text, with a space between them where neither has one."""
+    gap = "" if not prompt or not completion or prompt[-1].isspace() or completion[0].isspace() else " "
+    return prompt + gap + completion
+
+
+def pad_right(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Lists of ids as a tensor (N, S) and its mask."""
+    width = max(1, max(map(len, rows)))
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, :len(row)] = 1
+    return ids, mask
+
+
+def load_reward(spec: str, device="cpu"):
+    """A reward from the command line: `module:function`, a folder, or a classifier's name on the hub.
+
+    Raises ValueError in one line when it cannot be found.
+    """
+    folder = Path(spec)
+    if (folder / "reward_head.safetensors").is_file():
+        return BradleyTerry.load(folder)
+    if ":" in spec and not folder.exists():
+        module, _, name = spec.partition(":")
+        sys.path.insert(0, "")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot find the reward {spec!r}: {first_line(error)}") from error
+        finally:
+            sys.path.remove("")
+        if not callable(function):
+            raise ValueError(f"the reward {spec!r} is {type(function).__name__}, not a function")
+        return function
+    return ClassifierReward(spec, device=device)
+
+
+def reward_name(reward) -> str:
+    """How a run folder calls a reward."""
+    if isinstance(reward, (list, tuple)):
+        return json.dumps([reward_name(r) for r in reward])
+    return getattr(reward, "__qualname__", type(reward).__qualname__)

@@ -1,0 +1,1 @@
+"""The worlds that policies are trained in."""
