@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up, once.
+# PYTHON picks the interpreter that .venv is made from: make setup PYTHON=python3.13
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.setup-done
+# One thread per worker: two workers with two threads each are slower on two cores than one alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+UV := build/uv/bin/uv
+
+.PHONY: help setup demo test test-fast lint lab lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)  ## .venv with the lock and this package; does nothing the second time
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is missing or older than Python 3.11; name another: make setup PYTHON=python3.13" >&2; exit 2; }
+	@echo "setup: the exact versions of requirements.txt go into .venv (about 2.3 GB, a few minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "setup: done; the command is $(BIN)/warp-lite"
+
+demo: setup  ## WARP on the tiny world: prints the front, writes runs/demo/front.png
+	$(BIN)/warp-lite run --preset tiny --resume --out runs/demo
+
+test: lint  ## every test
+	$(PYTEST)
+
+test-fast: lint  ## the tests that take under 5 s each and run no notebook
+	$(PYTEST) -m "not slow" --ignore=tests/notebooks
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+
+lab: setup  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+lock: setup $(UV)  ## requirements.txt again: the versions now in .venv, for every platform
+	{ $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//'; cat requirements.txt; } > build/lock.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --no-header \
+	    --annotation-style line --output-file build/lock.txt pyproject.toml
+	{ echo '# The lock: exact versions for Linux, macOS and Windows, Python 3.11 and later. Written by `make lock`'; \
+	  echo '# from the ranges in pyproject.toml. torch brings its own CUDA packages, which differ by build: not here.'; \
+	  grep -vE '^(nvidia|cuda|triton)' build/lock.txt | sed -E 's/ +#/  #/'; } > requirements.txt
+	@touch $(READY)
+
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv==0.13.9
+
+clean:  ## removes .venv and every cache, never runs/
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find warp_lite tests -name __pycache__ -prune -exec rm -rf {} +
