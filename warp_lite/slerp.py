@@ -17,7 +17,7 @@ from torch import Tensor
 from warp_lite.weights import (StateDict, check_finite, check_same_tensors, check_weights, label_policies,
                                map_tensors, widen)
 
-CHUNK = 2**18  # elements at a time in `gram`: its float64 copies stay in the processor's cache
+CHUNK = 2**16  # elements at a time in `gram`: its float64 copies stay in the processor's cache
 
 
 def task_vector(theta: StateDict, init: StateDict) -> dict[str, Tensor]:
@@ -99,8 +99,8 @@ def gram(init: Tensor, thetas: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(len(thetas), len(thetas), dtype=torch.float64, device=init.device)
     chunks = [tensor.detach().reshape(-1).split(CHUNK) for tensor in (init, *thetas)]
     for base, *parts in zip(*chunks):
-        deltas = torch.stack([widen(part) - widen(base) for part in parts]).double()  # (M, chunk)
-        total += deltas @ deltas.T                                                    # (M, M)
+        deltas = [(widen(part) - widen(base)).double() for part in parts]         # M of (chunk,)
+        total += torch.stack([a.dot(b) for a in deltas for b in deltas]).view_as(total)   # (M, M)
     return total.cpu()
 
 

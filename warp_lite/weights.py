@@ -48,7 +48,7 @@ def map_tensors(
                 result[name] = function(tensor, tensors).to(tensor.dtype)
                 check_no_overflow(name, result[name])
             else:
-                _check_equal_buffers(name, tensor, others)
+                check_equal_buffers(name, tensor, dict(zip(others, tensors)))
                 result[name] = buffer(tensor)
     return result
 
@@ -138,9 +138,10 @@ def check_no_overflow(name: str, result: Tensor) -> None:
                          "use a smaller eta or a wider dtype")
 
 
-def _check_equal_buffers(name: str, tensor: Tensor, others: Mapping[str, StateDict]) -> None:
-    for label, state in others.items():
-        if not torch.equal(state[name], tensor):
+def check_equal_buffers(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
+    """Raise if one of the others' tensors `name`, which cannot be averaged, differs from init's."""
+    for label, other in others.items():
+        if not torch.equal(other, tensor):
             raise ValueError(f"{label}[{name!r}] is a {tensor.dtype} buffer that differs from init's "
                              "and cannot be averaged; make them equal or drop it")
 
