@@ -58,10 +58,10 @@ class WarpConfig:
                                 if field.type != "str" else f"{field.name} must be a str, not {value!r}")
             if field.type == "float" and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, not {value!r}")
-        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens", "eval_every", "save_every"):
+        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("warmup_steps", "seed", "beta"):
+        for name in ("warmup_steps", "seed", "beta", "eval_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("lr", "temperature", "max_grad_norm", "adam_eps"):

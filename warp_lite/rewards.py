@@ -47,7 +47,7 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
         return reward.from_ids(rollout.prompts, rollout.ids, rollout.mask).detach().double().view(E, B)
     ids = completion_ids(rollout.ids, rollout.mask)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    values = reward(rollout.prompts.texts, texts, **_accepted(reward, completion_ids=ids, **rollout.prompts.columns))
+    values = reward(rollout.prompts.texts, texts, **accepted(reward, completion_ids=ids, **rollout.prompts.columns))
     try:
         values = [math.nan if v is None else float(v) for v in values]
     except TypeError:
@@ -57,7 +57,7 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=rollout.ids.device).view(E, B)
 
 
-def _accepted(reward, **kwargs) -> dict:
+def accepted(reward, **kwargs) -> dict:
     """Those keyword arguments that the function takes."""
     try:
         parameters = inspect.signature(reward).parameters.values()
@@ -73,6 +73,8 @@ class BradleyTerry:
 
     The reward is in standard deviations of the rewards of SFT samples, around their mean.
     """
+
+    unit = "standard deviations of SFT samples"
 
     def __init__(self, trunk, tokenizer):
         self.trunk, self.tokenizer = trunk, tokenizer

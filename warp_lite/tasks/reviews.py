@@ -92,7 +92,7 @@ class ReviewsSettings:
     reward_epochs: int = 2
     reward_lr: float = 1e-3
     label_noise: float = 1.0
-    eval_prompts: int = 96
+    eval_prompts: int = 64
     version: int = 1
 
     def __post_init__(self):
@@ -221,7 +221,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class GoldReward:
-    """The truth: sentiment of the words, clamped to ±3, less one for each impossible pair of words,
+    """The truth: sentiment of the words, clamped to ±5, less one for each impossible pair of words,
     less one for a review that never ends; standardised by `mean` and `std` of SFT samples.
 
     An adverb scales the adjective that follows it.
@@ -247,7 +247,7 @@ class GoldReward:
     def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> Tensor:
         """Gold rewards (…) of completions ids (…, T) of prompts (…, P)."""
         before = torch.cat([prompts.ids[..., -1:], ids[..., :-1]], -1)
-        sentiment = (self.sentiment[ids] * self.emphasis[before] * mask).sum(-1).clamp(-3, 3)
+        sentiment = (self.sentiment[ids] * self.emphasis[before] * mask).sum(-1).clamp(-5, 5)
         broken = (~self.possible[before, ids] & mask.bool()).sum(-1)
         endless = ((ids == self.tokenizer.eos_token_id) & mask.bool()).sum(-1) == 0
         return (sentiment - broken - endless.float() - self.mean) / self.std

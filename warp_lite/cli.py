@@ -1,0 +1,185 @@
+"""The command line: `warp-lite run`, `merge`, `front`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class Stop:
+    """Whether Ctrl-C was pressed. A run asks after every step, so that it stops between two; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *exc):
+        signal.signal(signal.SIGINT, self.before)
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def _request(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt("stopped at once; the last saved step is kept")
+        self.requested = True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 2 bad input, 130 interrupted."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt as interrupt:
+        kept = f": {interrupt}; continue with --resume" if str(interrupt) else ""
+        print(f"warp-lite: interrupted{kept}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
+        if os.environ.get("WARP_LITE_DEBUG"):
+            raise
+        lines = str(error).strip().splitlines()
+        print(f"warp-lite: {' '.join(lines[:1]) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    from .config import PRESETS
+
+    top = argparse.ArgumentParser(prog="warp-lite", description="WARP: align a language model by averaging weights.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    presets = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
+    run = commands.add_parser("run", help="run Algorithm 1 and draw its front", description="Run Algorithm 1 and draw its front.")
+    run.add_argument("--preset", metavar="NAME", help=presets)
+    run.add_argument("--policy", metavar="NAME_OR_DIR", help="a causal LM from the hub or a folder")
+    run.add_argument("--reward", metavar="NAME_OR_DIR|MODULE:FUNCTION", help="a sequence classifier, or a function of TRL's signature")
+    run.add_argument("--prompts", metavar="FILE", help="prompts to train on: .txt, a line each, or .jsonl with a \"prompt\" in each line")
+    run.add_argument("--eval-prompts", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
+    run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="change a setting of WarpConfig; may be repeated")
+    run.add_argument("--executor", choices=("batched", "serial"), default="batched", help="train the runs as one program, or one after the other")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
+    run.add_argument("--out", metavar="DIR", required=True, help="the run folder to write")
+    run.set_defaults(command=run_command)
+
+    merge = commands.add_parser("merge", help="merge checkpoints on disk", description="Merge checkpoints on disk, tensor by tensor.")
+    merge.add_argument("--init", metavar="DIR", required=True, help="the checkpoint that the policies started from")
+    merge.add_argument("--policies", metavar="DIR", nargs="+", required=True, help="two checkpoints or more")
+    merge.add_argument("--method", choices=("slerp", "lerp"), default="slerp", help="how the task vectors are merged (default: slerp)")
+    merge.add_argument("--eta", type=float, default=1.0, metavar="X", help="LITI: 0 is the init, 1 the merge, above extrapolates (default: 1)")
+    merge.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    merge.set_defaults(command=merge_command)
+
+    front = commands.add_parser("front", help="measure the front of a run folder", description="Measure the front of a run folder; writes front.json and front.png in it.")
+    front.add_argument("folder", metavar="DIR", help="a finished run folder")
+    front.add_argument("--etas", metavar="X,X,…", help="where to measure it (default: 0, .1, … 1)")
+    front.add_argument("--prompts", type=int, metavar="N", help="how many of the held-out prompts to use (default: all)")
+    front.set_defaults(command=front_command)
+    return top
+
+
+def run_command(arguments) -> int:
+    """`warp-lite run`."""
+    from .config import WarpConfig, preset
+
+    if arguments.preset is not None:
+        for name in ("policy", "reward", "prompts", "eval_prompts"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--preset brings its own policy, reward and prompts; leave out --{name.replace('_', '-')}")
+        chosen = preset(arguments.preset)
+        config = chosen.config.with_text(arguments.set)
+    else:
+        missing = [f"--{name}" for name in ("policy", "reward", "prompts") if getattr(arguments, name) is None]
+        if missing:
+            raise ValueError(f"give --preset, or --policy, --reward and --prompts; missing: {', '.join(missing)}")
+        config = WarpConfig().with_text(arguments.set)
+
+    from .front import complete_front
+    from .warp import run_warp
+
+    with Stop() as stop:
+        if arguments.preset is not None:
+            from .tasks.reviews import reviews_world
+            world = reviews_world(chosen.architecture)
+            source = {"preset": arguments.preset, "architecture": chosen.architecture}
+            result = run_warp(
+                world.model, world.tokenizer, world.reward, world.train_prompts, config, arguments.out, arguments.resume,
+                arguments.executor, eval_prompts=world.eval_prompts, gold=world.gold, texts=world.texts, stop=stop, source=source)
+        else:
+            from .policies import load_policy
+            from .rewards import load_reward
+            prompts = read_prompts(arguments.prompts)
+            held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
+            model, tokenizer = load_policy(arguments.policy)
+            result = run_warp(
+                model, tokenizer, load_reward(arguments.reward), prompts, config, arguments.out, arguments.resume,
+                arguments.executor, eval_prompts=held_out, stop=stop,
+                source={"policy": arguments.policy, "reward": arguments.reward})
+    complete_front(result, Path(arguments.out))
+    return 0
+
+
+def merge_command(arguments) -> int:
+    """`warp-lite merge`."""
+    from .checkpoints import merge_checkpoints
+
+    merge_checkpoints(arguments.init, arguments.policies, arguments.out, method=arguments.method, eta=arguments.eta)
+    print(f"merged {len(arguments.policies)} policies into {arguments.out}")
+    return 0
+
+
+def front_command(arguments) -> int:
+    """`warp-lite front`."""
+    from .front import complete_front
+    from .warp import ETAS, load_result
+
+    etas = ETAS if arguments.etas is None else parse_etas(arguments.etas)
+    result = load_result(arguments.folder)
+    if arguments.prompts is not None:
+        if not 2 <= arguments.prompts <= len(result.eval_prompts):
+            raise ValueError(f"--prompts must lie between 2 and the {len(result.eval_prompts)} held-out prompts, not {arguments.prompts}")
+        result.eval_prompts = result.eval_prompts[:arguments.prompts]
+    complete_front(result, Path(arguments.folder), etas)
+    return 0
+
+
+def parse_etas(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers, none below 0."""
+    try:
+        etas = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"--etas wants numbers with commas between them, not {text!r}") from None
+    if any(not 0 <= eta < float("inf") for eta in etas):
+        raise ValueError(f"--etas must be 0 or more, not {text!r}")
+    return etas
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a .txt file, a line each, or of a .jsonl file whose lines have a "prompt"."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts in {path}: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} has no prompts")
+    if Path(path).suffix not in (".jsonl", ".json"):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"line {number} of {path} is no JSON object with a \"prompt\"") from None
+    return prompts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

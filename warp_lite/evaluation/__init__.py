@@ -1,0 +1,1 @@
+"""Metrics of a policy, fronts, the limit, statistics."""

@@ -1,0 +1,66 @@
+"""Fronts of KL against reward: the area under one, the reward at a KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+GRID = 2001  # points of the KL grid on which a front's area is taken
+
+
+def points_array(points: Sequence) -> np.ndarray:
+    """(N, 2) of KL and reward, sorted by KL, from dicts with `kl` and `reward`, or pairs.
+
+    Raises ValueError when there are none or a value is not finite.
+    """
+    pairs = [(p["kl"], p["reward"]) if isinstance(p, dict) else tuple(p) for p in points]
+    if not pairs:
+        raise ValueError("the front has no points; give at least one")
+    array = np.array(pairs, dtype=float)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"a front is pairs of (kl, reward), not an array of shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"point {int(np.argmin(np.isfinite(array).all(1)))} of the front is not finite")
+    return array[np.lexsort((array[:, 1], array[:, 0]))]
+
+
+def reward_at_kl(points: Sequence, kl: float) -> float:
+    """The reward where the front crosses a KL, linearly between its points; nan outside their range."""
+    array = points_array(points)
+    if not array[0, 0] <= kl <= array[-1, 0]:
+        return math.nan
+    return float(np.interp(kl, *_unique(array).T))
+
+
+def running_maximum(points: Sequence, grid: np.ndarray) -> np.ndarray:
+    """The best reward at or below each KL of the grid; −∞ before the first point, flat past the last."""
+    array = _unique(points_array(points))
+    reward = np.interp(grid, array[:, 0], array[:, 1])
+    reward[grid < array[0, 0]] = -np.inf
+    # peaks between two points of the grid count too
+    for kl, value in array:
+        reward[grid >= kl] = np.maximum(reward[grid >= kl], value)
+    return np.maximum.accumulate(reward)
+
+
+def hypervolume(points: Sequence, reference: tuple[float, float]) -> float:
+    """The area between a front and `reference = (kl_max, reward_min)`, for KL from 0 to kl_max.
+
+    Under the running maximum of the front on a fixed grid of KL, by trapezoids, held flat past
+    its last point; rewards below reward_min count as none. In reward units times nats. Raises
+    ValueError for a reference that is not finite or a kl_max that is not positive.
+    """
+    kl_max, reward_min = map(float, reference)
+    if not (math.isfinite(kl_max) and math.isfinite(reward_min) and kl_max > 0):
+        raise ValueError(f"reference must be a finite (kl_max > 0, reward_min), not {reference}")
+    grid = np.linspace(0, kl_max, GRID)
+    height = np.clip(running_maximum(points, grid) - reward_min, 0, None)
+    return float(np.trapezoid(height, grid))
+
+
+def _unique(array: np.ndarray) -> np.ndarray:
+    """Points of one KL become their best, so that the front is a function."""
+    last = np.append(array[1:, 0] != array[:-1, 0], True)
+    return array[last]

@@ -1,0 +1,116 @@
+"""The limit of every method: the best reward at each KL, estimated from samples of the reference alone.
+
+For any β the best policy is π*(y|x) ∝ π_ref(y|x) · exp(r(x, y) / β). Its reward and KL follow
+from samples of π_ref by importance weighting, and no policy lies above that curve. Best-of-n
+stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..forward import make_forward
+from ..policies import encode_prompts, parameters, room_for_prompts, sample, stack
+from ..randomness import EVALUATION, generator
+from ..rewards import rollout_rewards
+from .metrics import ROWS_AT_ONCE
+
+BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())
+MIN_ESS = 30.0
+
+
+@torch.no_grad()
+def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples: int, *, max_new_tokens=24,
+                      temperature=1.0, seed=0, progress=None) -> list[Tensor]:
+    """Each reward's values (prompts, samples), float64, of `samples` completions of the reference a prompt."""
+    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(reference, max_new_tokens))
+    forward = make_forward(reference)
+    weights = forward.prepare(stack([parameters(reference)]))
+    rows = np.repeat(np.arange(len(encoded)), samples)
+    values: list[list[Tensor]] = [[] for _ in rewards]
+    for i, start in enumerate(range(0, len(rows), ROWS_AT_ONCE)):
+        some = rows[start:start + ROWS_AT_ONCE]
+        uniforms = generator(seed, i, 1, EVALUATION).random((1, len(some), max_new_tokens))
+        batch = encoded.batch(some[None])
+        rollout = sample(forward, weights, batch, torch.from_numpy(uniforms).to(encoded.ids.device), tokenizer, temperature)
+        for reward, into in zip(rewards, values):
+            into.append(rollout_rewards([reward], rollout, tokenizer)[0].cpu())
+        if progress is not None:
+            progress.update(len(some))
+    return [torch.cat(v).view(len(encoded), samples) for v in values]
+
+
+def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[float] = BETAS, samples: int = 1024, *,
+                  tokenizer=None, rewards: Tensor | None = None, gold: Tensor | None = None, min_ess: float = MIN_ESS,
+                  **sampling) -> list[dict]:
+    """The limit: points with `beta`, `kl` (nats per sequence), `reward` and `ess`, by falling β.
+
+    Per prompt w_i ∝ exp(r_i / β), R̂ = Σ w_i r_i and KL̂ = R̂/β − log mean exp(r/β), averaged
+    over prompts. `ess` is the mean effective sample size; the curve ends where it falls under
+    `min_ess`, past which it cannot be trusted. `kl_se` and `reward_se` are standard errors over
+    prompts. `rewards` (prompts, samples) are used where they are given, else sampled from
+    `reference`; `gold` likewise gives the gold reward of the same optimum.
+    Raises ValueError for a β that is not above 0 and for rewards that are not finite.
+    """
+    if any(not (beta > 0 and math.isfinite(beta)) for beta in betas):
+        raise ValueError(f"every beta must be above 0 and finite, not {list(betas)}")
+    rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)
+    points = []
+    for beta in sorted(betas, reverse=True):
+        scaled = rewards / beta
+        log_z = scaled.logsumexp(1) - math.log(rewards.shape[1])                         # (prompts,)
+        w = scaled.softmax(1)
+        best = (w * rewards).sum(1)
+        kl = best / beta - log_z
+        ess = (1 / w.square().sum(1)).mean().item()
+        if ess < min_ess:
+            break
+        point = {"beta": float(beta), "kl": kl.mean().item(), "kl_se": _se(kl), "reward": best.mean().item(),
+                 "reward_se": _se(best), "ess": ess}
+        if gold is not None:
+            point["gold"] = (w * gold).sum(1).mean().item()
+        points.append(point)
+    return points
+
+
+def best_of_n_front(reference=None, reward=None, prompts=None, ns: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
+                    samples: int = 1024, *, tokenizer=None, rewards: Tensor | None = None, **sampling) -> list[dict]:
+    """Best-of-n: points with `n`, `kl_bound` = log n − (n−1)/n, and `reward`, with `reward_se`.
+
+    The KL is an upper bound (it is reached where no two completions are alike). The expected
+    maximum of n of the N samples of a prompt is exact: the i-th smallest is the maximum with
+    probability C(i−1, n−1) / C(N, n). Raises ValueError for n outside 1..N.
+    """
+    rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)
+    N = rewards.shape[1]
+    ordered = rewards.sort(1).values
+    points = []
+    for n in ns:
+        if not 1 <= n <= N:
+            raise ValueError(f"best-of-n needs n between 1 and the {N} samples a prompt, not {n}")
+        log_choose = [math.lgamma(i) - math.lgamma(n) - math.lgamma(i - n + 1) for i in range(n, N + 1)]
+        log_total = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)
+        chance = torch.tensor([math.exp(c - log_total) for c in log_choose], dtype=torch.float64)
+        best = ordered[:, n - 1:] @ chance
+        points.append({"n": int(n), "kl_bound": math.log(n) - (n - 1) / n, "reward": best.mean().item(),
+                       "reward_se": _se(best)})
+    return points
+
+
+def _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling) -> Tensor:
+    if rewards is None:
+        (rewards,) = reference_rewards(reference, tokenizer, [reward], prompts, samples, **sampling)
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    if not torch.isfinite(rewards).all():
+        prompt, sample_ = (~torch.isfinite(rewards)).nonzero()[0].tolist()
+        raise ValueError(f"the reward of sample {sample_} of prompt {prompt} is not finite")
+    return rewards
+
+
+def _se(values: Tensor) -> float:
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan

@@ -1,0 +1,192 @@
+"""What is measured of a policy: KL, rewards, length, diversity, and what it forgot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..forward import make_forward
+from ..policies import (
+    Prompts,
+    Rollout,
+    Weights,
+    completion_logits,
+    encode_prompts,
+    log_softmax,
+    parameters,
+    room_for_prompts,
+    sample,
+    stack,
+)
+from ..randomness import EVALUATION, generator
+from ..rewards import pad_right, rollout_rewards
+
+ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps, and their logits must fit in memory
+
+
+@dataclass(frozen=True)
+class PolicyMetrics:
+    """Measurements of one policy, each mean with its standard error over prompts.
+
+    `kl` is to the reference, in nats per sequence, `reward` and `gold` in the reward's units,
+    `length` in tokens, EOS included. `distinct` is the share of distinct pairs of tokens among
+    all pairs of all completions, `repeated` the share of pairs that occurred before in the same
+    completion. `perplexity` is that of held-out texts, per token. None where not measured.
+    """
+
+    kl: float
+    kl_se: float
+    reward: float
+    reward_se: float
+    length: float
+    length_se: float
+    distinct: float
+    repeated: float
+    samples: int
+    gold: float | None = None
+    gold_se: float | None = None
+    perplexity: float | None = None
+
+    def as_dict(self) -> dict:
+        """Plain numbers, those not measured left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def evaluate(policy, reference, reward, prompts, tokenizer, *, gold=None, texts=None, samples=1,
+             max_new_tokens=24, temperature=1.0, seed=0) -> PolicyMetrics:
+    """Measure one policy against a reference policy, both causal LMs, on prompts.
+
+    `samples` completions a prompt. Raises ValueError on prompts that are empty or too long.
+    """
+    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens))
+    return evaluate_many(policy, stack([parameters(policy)]), parameters(reference), reward, encoded, tokenizer,
+                         gold=gold, texts=texts, samples=samples, max_new_tokens=max_new_tokens,
+                         temperature=temperature, seed=seed)[0]
+
+
+@torch.no_grad()
+def evaluate_many(model, weights: Weights, reference: Weights, reward, prompts: Prompts, tokenizer, *, gold=None,
+                  texts=None, samples=1, max_new_tokens=24, temperature=1.0, seed=0) -> list[PolicyMetrics]:
+    """Measure E policies, `weights` (E, …), of one architecture on the same prompts and random numbers.
+
+    The KL is the Rao–Blackwellised estimator of KL(policy ‖ reference): completions are
+    sampled from the policy and the exact KL over the vocabulary is summed at every position
+    up to the one that emits EOS. Policy and reference are taken at one temperature.
+    """
+    forward = make_forward(model)
+    E = len(next(iter(weights.values())))
+    uniforms = evaluation_uniforms(seed, len(prompts), samples, max_new_tokens, prompts.ids.device)   # (N·k, T)
+    repeated = np.repeat(np.arange(len(prompts)), samples)
+    fixed = forward.prepare({name: tensor.unsqueeze(0) for name, tensor in reference.items()})
+    policies_at_once = max(1, ROWS_AT_ONCE // len(repeated))
+    results = []
+    for e in range(0, E, policies_at_once):
+        some = {name: tensor[e:e + policies_at_once] for name, tensor in weights.items()}
+        results += _evaluate_some(forward, some, fixed, reward, prompts, tokenizer, gold, texts, repeated, uniforms,
+                                  samples, temperature)
+    return results
+
+
+def _evaluate_some(forward, weights, fixed, reward, prompts, tokenizer, gold, texts, repeated, uniforms, samples,
+                   temperature) -> list[PolicyMetrics]:
+    prepared = forward.prepare(weights)
+    E = len(next(iter(weights.values())))
+    rows_at_once = max(1, ROWS_AT_ONCE // E)
+    parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
+    ids, masks = [], []
+    for start in range(0, len(repeated), rows_at_once):
+        rows = repeated[start:start + rows_at_once]
+        batch = prompts.batch(np.tile(rows, (E, 1)))
+        u = uniforms[start:start + rows_at_once].expand(E, -1, -1)
+        rollout = sample(forward, prepared, batch, u, tokenizer, temperature)
+        parts["kl"].append(sequence_kl(forward, prepared, fixed, rollout, temperature))
+        parts["reward"].append(rollout_rewards([reward] * E, rollout, tokenizer))
+        if gold is not None:
+            parts["gold"].append(rollout_rewards([gold] * E, rollout, tokenizer))
+        parts["length"].append(rollout.mask.sum(-1).double())
+        width = uniforms.shape[-1] - rollout.ids.shape[-1]
+        ids.append(torch.nn.functional.pad(rollout.ids, (0, width)))
+        masks.append(torch.nn.functional.pad(rollout.mask, (0, width)))
+    means = {name: prompt_means(torch.cat(values, 1), samples) for name, values in parts.items() if values}
+    ids, masks = torch.cat(ids, 1), torch.cat(masks, 1)
+    perplexities = [None] * E
+    if texts is not None:
+        perplexities = perplexity(forward, prepared, tokenizer, texts, E)
+    return [PolicyMetrics(
+        **{name: value[e].mean().item() for name, value in means.items()},
+        **{f"{name}_se": standard_error(value[e]) for name, value in means.items()},
+        distinct=distinct_pairs(ids[e], masks[e]), repeated=repeated_pairs(ids[e], masks[e]),
+        samples=ids.shape[1], perplexity=perplexities[e]) for e in range(E)]
+
+
+def evaluation_uniforms(seed: int, prompts: int, samples: int, length: int, device="cpu") -> Tensor:
+    """Random numbers (prompts · samples, length) for evaluation: the same for every policy, which
+    makes their differences more exact than each of them."""
+    return torch.from_numpy(generator(seed, EVALUATION).random((prompts * samples, length))).to(device)
+
+
+def sequence_kl(forward, policy, reference, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Rao–Blackwellised KL(policy ‖ reference) of each completion, (E, B), nats, float64.
+
+    `policy` are prepared weights (E, …), `reference` prepared weights (1, …).
+    """
+    E, B, T = rollout.ids.shape
+    p = log_softmax(completion_logits(forward, policy, rollout), temperature)            # (E, B, T, V)
+    flat = Rollout(
+        Prompts(rollout.prompts.texts, rollout.prompts.ids.reshape(1, E * B, -1), rollout.prompts.mask.reshape(1, E * B, -1)),
+        rollout.ids.reshape(1, E * B, T), rollout.mask.reshape(1, E * B, T), rollout.logprobs)
+    q = log_softmax(completion_logits(forward, reference, flat), temperature).view_as(p)
+    kl = (p.exp() * (p - q)).sum(-1).double()                                            # (E, B, T)
+    return (kl * rollout.mask).sum(-1)
+
+
+def perplexity(forward, prepared, tokenizer, texts: Sequence[str], policies: int) -> list[float]:
+    """Perplexity per token of texts that end in EOS, of each policy."""
+    rows = tokenizer([f"{text} {tokenizer.eos_token}" for text in texts])["input_ids"]
+    ids, mask = pad_right(rows, 0)
+    ids, mask = ids.to(_device(prepared)), mask.to(_device(prepared))
+    total = torch.zeros(policies, dtype=torch.float64, device=ids.device)
+    for some, real in zip(ids.split(ROWS_AT_ONCE // policies or 1), mask.split(ROWS_AT_ONCE // policies or 1)):
+        logits = forward(prepared, some[:, :-1].expand(policies, -1, -1))
+        logp = logits.log_softmax(-1).gather(-1, some[:, 1:].expand(policies, -1, -1).unsqueeze(-1))[..., 0]
+        total += (logp.double() * real[:, 1:]).sum((1, 2))
+    return torch.exp(-total / mask[:, 1:].sum()).tolist()
+
+
+def _device(prepared):
+    return next(tensor for tensor in prepared.values() if isinstance(tensor, Tensor)).device
+
+
+def prompt_means(values: Tensor, samples: int) -> Tensor:
+    """(E, prompts · samples) → (E, prompts): samples of one prompt are not independent."""
+    return values.double().view(len(values), -1, samples).mean(-1)
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of a mean over prompts; nan for one prompt."""
+    return (values.std(unbiased=True) / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+def pairs_of(ids: Tensor, mask: Tensor) -> list[list[tuple[int, int]]]:
+    """The neighbouring pairs of tokens of each completion."""
+    lengths = mask.sum(-1).tolist()
+    return [list(zip(row[:n], row[1:n])) for row, n in zip(ids.tolist(), lengths)]
+
+
+def distinct_pairs(ids: Tensor, mask: Tensor) -> float:
+    """Distinct pairs of neighbouring tokens over all such pairs (distinct-2); nan if there are none."""
+    pairs = [pair for row in pairs_of(ids, mask) for pair in row]
+    return len(set(pairs)) / len(pairs) if pairs else math.nan
+
+
+def repeated_pairs(ids: Tensor, mask: Tensor) -> float:
+    """Share of pairs that occurred before in the same completion; nan if there are none."""
+    rows = pairs_of(ids, mask)
+    total = sum(map(len, rows))
+    return sum(len(row) - len(set(row)) for row in rows) / total if total else math.nan
