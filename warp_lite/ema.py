@@ -48,6 +48,7 @@ class EMAAnchor:
         self._moving = [name for name in firsts if self.average[name].is_floating_point()]
         self._buffers = [name for name in firsts if not self.average[name].is_floating_point()]
         self._targets = [self.average[name] for name in self._moving]
+        self._layout = [(self.average[name].shape, self._dtypes[name]) for name in self._moving]
 
     @torch.no_grad()
     def update(self, params: StateDict) -> None:
@@ -60,19 +61,21 @@ class EMAAnchor:
             name = sorted(params.keys() ^ self.average.keys())[0]
             raise ValueError(f"params and the anchor differ in tensor {name!r}; "
                              "update with the policy that the anchor was made from")
-        sources = [params[name].detach() for name in self._moving]
-        for name, source, target in zip(self._moving, sources, self._targets):
-            if source.shape != target.shape or source.dtype != self._dtypes[name]:
-                raise ValueError(
-                    f"params[{name!r}] is {source.dtype} {tuple(source.shape)}, the anchor's is "
-                    f"{self._dtypes[name]} {tuple(target.shape)}; update with the policy it was made from")
+        sources = [params[name] for name in self._moving]
+        if [(source.shape, source.dtype) for source in sources] != self._layout:
+            for name, source, layout in zip(self._moving, sources, self._layout):
+                if (source.shape, source.dtype) != layout:
+                    raise ValueError(
+                        f"params[{name!r}] is {source.dtype} {tuple(source.shape)}, the anchor's is "
+                        f"{layout[1]} {tuple(layout[0])}; update with the policy it was made from")
         for name in self._buffers:
             if not torch.equal(params[name], self.average[name]):
                 raise ValueError(f"params[{name!r}] is an integer buffer that changed and cannot be "
                                  "averaged; pass dict(model.named_parameters())")
         if self._targets:
-            # One call for all tensors, several times faster than a Python loop on a small model.
-            torch._foreach_lerp_(self._targets, [widen(source) for source in sources], self.mu)
+            wide = [source if source.dtype == target.dtype else source.to(target.dtype)
+                    for source, target in zip(sources, self._targets)]
+            torch._foreach_lerp_(self._targets, wide, self.mu)  # one call: half the time of a Python loop
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of θ_ema in the dtypes of the policy, tied where the policy was."""
