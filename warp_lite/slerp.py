@@ -14,8 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warp_lite.weights import (StateDict, check_finite, check_same_tensors, check_weights, label_policies,
-                               map_tensors, widen)
+from warp_lite.weights import (
+    StateDict,
+    check_finite,
+    check_same_tensors,
+    check_weights,
+    label_policies,
+    map_tensors,
+    widen,
+)
 
 CHUNK = 2**16  # elements at a time in `gram`: its float64 copies stay in the processor's cache
 
