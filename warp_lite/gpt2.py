@@ -10,23 +10,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, GPT2Model
 
 
 class GPT2Forward:
     """Logits of E GPT-2 policies in one pass. The interface is that of `forward.VmapForward`."""
 
-    def __init__(self, model: GPT2LMHeadModel):
+    def __init__(self, model: GPT2LMHeadModel | GPT2Model):
         config = model.config
         self.layers, self.heads, self.width = config.n_layer, config.n_head, config.n_embd
         self.eps = config.layer_norm_epsilon
 
     @staticmethod
     def supports(model) -> bool:
-        """Whether this forward computes what the module does: plain GPT-2 with tied embeddings."""
+        """Whether this forward computes what the module does: plain GPT-2 with tied embeddings, or its trunk."""
         config = model.config
         return (
-            type(model) is GPT2LMHeadModel
+            type(model) in (GPT2LMHeadModel, GPT2Model)
             and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
             and config.scale_attn_weights
             and not config.scale_attn_by_inverse_layer_idx

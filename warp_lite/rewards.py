@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from .gpt2 import GPT2Forward
 from .policies import Prompts, Rollout, completion_ids, encode_prompts, first_line, pad_id, quiet, save_policy
 
 
@@ -95,8 +96,20 @@ class BradleyTerry:
         """Rewards of completions ids (…, T) of prompts (…, P)."""
         full = torch.cat([prompts.ids, ids], -1).flatten(0, -2)
         full_mask = torch.cat([prompts.mask, mask], -1).flatten(0, -2)
-        values = [self.scores(full[i:i + chunk], full_mask[i:i + chunk]) for i in range(0, len(full), chunk)]
+        score = self._fast_scores if GPT2Forward.supports(self.trunk) else self.scores
+        values = [score(full[i:i + chunk], full_mask[i:i + chunk]) for i in range(0, len(full), chunk)]
         return torch.cat(values).view(ids.shape[:-1])
+
+    def _fast_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """`scores` by the hand-written forward, whose hidden states lack the last gain and bias."""
+        forward = GPT2Forward(self.trunk)
+        weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.trunk.named_parameters()}
+        seen = mask.unsqueeze(0) if bool((mask[:, 0] == 0).any()) else None
+        hidden = forward.hidden(forward.prepare(weights), ids.unsqueeze(0), seen)[0]         # (N, S, C)
+        weight = mask.to(hidden.dtype)
+        pooled = torch.bmm(weight.unsqueeze(1), hidden)[:, 0] / weight.sum(1, keepdim=True)  # (N, C)
+        gain, bias = self.trunk.ln_f.weight, self.trunk.ln_f.bias
+        return ((pooled * gain + bias) @ self.head - self.mean) / self.std
 
     def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
         """Rewards of texts; the ids of the completions are used where they are given."""
