@@ -14,6 +14,10 @@ and None says that there is no padding.
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
@@ -28,7 +32,22 @@ def make_forward(model, executor: str = "batched"):
     """The forward for an executor: the reference for "serial", else the fastest that serves the model."""
     if executor == "serial":
         return ModuleForward(model)
+    reuse_memory()
     return GPT2Forward(model) if GPT2Forward.supports(model) else VmapForward(model)
+
+
+@lru_cache(maxsize=1)
+def reuse_memory() -> None:
+    """Have the C library keep freed memory for the next step instead of giving it back.
+
+    A step frees and asks for the same megabytes again and again; on Linux each time costs a page
+    fault for every 4 kB, a fifth of a step of the tiny policies. Elsewhere this does nothing.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 64 * 2**20)
 
 
 class ModuleForward:
