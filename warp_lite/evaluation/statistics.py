@@ -1,0 +1,73 @@
+"""Intervals over seeds, and the verdict that follows from one by a written rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..randomness import generator
+
+RULES = ("above", "below", "within")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap interval and the number of values behind it."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".2f"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def verdict(self, rule: str, null: float = 0.0, margin: float = 0.0) -> str:
+        """What the interval says of a claim; see `verdict`."""
+        return verdict(self.low, self.high, rule, null, margin)
+
+
+def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
+    """The mean over seeds with its percentile bootstrap interval. NaN values are left out and not counted.
+
+    For a paired difference pass the differences: policies that share a seed are resampled together.
+    With fewer than two values the interval is (nan, nan).
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    if len(values) == 1:
+        return Interval(float(values[0]), math.nan, math.nan, 1)
+    rows = generator(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+def verdict(low: float, high: float, rule: str, null: float = 0.0, margin: float = 0.0) -> str:
+    """"holds", "fails" or "unclear", from an interval alone.
+
+    "above": holds where the whole interval lies above `null`, fails where it lies below; "below"
+    the other way round. "within": holds where it lies within `margin` of `null`, fails where it
+    lies outside of that. Everything else, NaN too, is unclear. Raises ValueError for another rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
+    if rule == "above":
+        return "holds" if low > null else "fails" if high < null else "unclear"
+    if rule == "below":
+        return "holds" if high < null else "fails" if low > null else "unclear"
+    if low >= null - margin and high <= null + margin:
+        return "holds"
+    return "fails" if low > null + margin or high < null - margin else "unclear"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds; nan for fewer than two values."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

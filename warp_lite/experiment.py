@@ -1,0 +1,166 @@
+"""Many settings and many seeds at once: everything that can share a batch trains as one program.
+
+Error bars need seeds, and on small models a step is mostly overhead, so S seeds of M runs of
+several settings cost little more than one run. Evaluation is batched in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .config import WarpConfig
+from .evaluation.metrics import PolicyMetrics, evaluate_many
+from .liti import liti
+from .policies import Weights, encode_prompts, parameters, room_for_prompts, stack
+from .reinforce import Run, train_batched
+from .warp import ETAS, Iteration, WarpResult, merge
+
+POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
+SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps", "adam_beta1", "adam_beta2", "adam_eps")
+
+
+@dataclass
+class Experiment:
+    """Results by name of the settings, one a seed, in the order of `seeds`."""
+
+    results: dict[str, list[WarpResult]]
+    seeds: tuple[int, ...]
+
+    def front_rows(self, etas: Sequence[float] = ETAS, names: Sequence[str] | None = None,
+                   iterations: Sequence[int] | None = None, toward: str = "sft", samples: int = 2) -> list[dict]:
+        """The fronts of all seeds: a dict a point with `config`, `seed`, `iteration`, `eta` and its metrics.
+
+        `samples` completions a held-out prompt. Seeds are the error bars, so each needs fewer
+        samples than the front of a single run.
+        """
+        places, states = [], []
+        for name in names or self.results:
+            for seed, result in zip(self.seeds, self.results[name]):
+                for i in iterations or range(1, len(result.iterations) + 1):
+                    for eta in etas:
+                        places.append({"config": name, "seed": seed, "iteration": i, "eta": float(eta)})
+                        states.append(result.weights(eta, i, toward))
+        return [{**place, **metrics.as_dict()} for place, metrics in zip(places, self.measure(states, samples))]
+
+    def trajectory_rows(self, names: Sequence[str] | None = None) -> list[dict]:
+        """The measurements of every run while it trained: dicts with `config`, `seed`, `iteration`, `run`, `step`."""
+        return [{"config": name, "seed": seed, **row} for name in names or self.results
+                for seed, result in zip(self.seeds, self.results[name]) for row in result.trajectories]
+
+    def measure(self, states: Sequence[Weights], samples: int = 2) -> list[PolicyMetrics]:
+        """Metrics of any weights, all in batches, on the held-out prompts; `samples` completions a prompt."""
+        any_result = next(iter(self.results.values()))[0]
+        at_once = 8 * POLICIES_AT_ONCE  # what is stacked is a copy
+        metrics = []
+        for start in range(0, len(states), at_once):
+            metrics += any_result.measure(states[start:start + at_once], samples=samples)
+        return metrics
+
+
+@dataclass
+class _Job:
+    """One setting with one seed, and where it stands."""
+
+    config: WarpConfig
+    rewards: list[Callable]
+    result: WarpResult
+    init: Weights
+
+
+def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, WarpConfig], seeds: Sequence[int], *,
+                   eval_prompts: Sequence[str], gold=None, texts=None, rewards: Mapping[str, object] | None = None,
+                   trajectory_samples: int = 1, progress: bool = True) -> Experiment:
+    """Algorithm 1 for every setting and seed, whatever can share a program in one.
+
+    `configs` by name; each is run with every seed in place of its own. `rewards` gives some of
+    them another reward, or a list with one for each run; the fronts of all are measured by
+    `reward`. Trajectories are measured every `eval_every` steps with `trajectory_samples`
+    completions a held-out prompt. The policies equal those of `run_warp` with the same settings.
+    Raises what `run_warp` does.
+    """
+    seeds = tuple(seeds)
+    if not configs or not seeds:
+        raise ValueError("run_experiment needs at least one setting and one seed")
+    sft = {name: tensor.clone() for name, tensor in parameters(policy).items()}
+    longest = max(config.max_new_tokens for config in configs.values())
+    room = room_for_prompts(policy, longest)
+    encoded, held_out = encode_prompts(tokenizer, prompts, room), encode_prompts(tokenizer, eval_prompts, room)
+    jobs: dict[str, list[_Job]] = {}
+    for name, config in configs.items():
+        own = (rewards or {}).get(name, reward)
+        own = list(own) if isinstance(own, (list, tuple)) else [own] * config.runs
+        if len(own) != config.runs:
+            raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
+        jobs[name] = [_Job(config.replace(seed=seed), own, WarpResult(
+            config.replace(seed=seed), policy, tokenizer, reward, held_out.texts, sft, gold=gold, texts=texts,
+            train_prompts=encoded.texts), sft) for seed in seeds]
+    flat = [job for some in jobs.values() for job in some]
+    total = sum(job.config.iterations * job.config.runs * job.config.steps for job in flat)
+    with tqdm(total=total, desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
+        for i in range(1, max(job.config.iterations for job in flat) + 1):
+            active = [job for job in flat if i <= job.config.iterations]
+            runs = [(job, Run(job.config, i, m, job.init, sft, job.rewards[m - 1]))
+                    for job in active for m in range(1, job.config.runs + 1)]
+            trained = {}
+            for group in _groups(runs):
+                on_step = _measure_trajectories(group, held_out, trajectory_samples, bar)
+                states = train_batched(policy, tokenizer, encoded, [run for _, run in group], on_step)
+                trained |= {(id(job), run.number): state for (job, run), state in zip(group, states)}
+            for job in active:
+                states = [trained[id(job), m] for m in range(1, job.config.runs + 1)]
+                policies = [state.policy for state in states]
+                merged = merge(job.init, policies, job.config.merge)
+                next_init = liti(job.init, merged, job.config.eta)
+                job.result.iterations.append(
+                    Iteration(job.init, policies, [state.anchor for state in states], merged, next_init))
+                job.init = next_init
+    for job in flat:
+        job.result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
+    return Experiment({name: [job.result for job in some] for name, some in jobs.items()}, seeds)
+
+
+def _groups(runs: list[tuple[_Job, Run]]) -> list[list[tuple[_Job, Run]]]:
+    """Runs that can share a program, split where there are too many; equal learning rates side by side."""
+    by_shape: dict[tuple, list] = {}
+    for job, run in runs:
+        by_shape.setdefault(tuple(getattr(run.config, name) for name in SHARED), []).append((job, run))
+    groups = []
+    for some in by_shape.values():
+        some.sort(key=lambda pair: pair[1].config.lr)
+        parts = -(-len(some) // POLICIES_AT_ONCE)
+        groups += [list(part) for part in _split(some, parts)]
+    return groups
+
+
+def _split(items: list, parts: int) -> list[list]:
+    edges = np.linspace(0, len(items), parts + 1).round().astype(int)
+    return [items[a:b] for a, b in zip(edges, edges[1:])]
+
+
+def _measure_trajectories(group, held_out, samples: int, bar):
+    """The callback that measures a group's policies as they train, those whose turn it is."""
+
+    def on_step(runs, step, states, metrics):
+        bar.update(len(runs))
+        due = [e for e, run in enumerate(runs)
+               if run.config.eval_every and (step % run.config.eval_every == 0 or step == run.config.steps)]
+        if not due:
+            return
+        job = group[0][0]
+        now = states()
+        config = runs[0].config
+        measured = evaluate_many(
+            job.result.model, stack([now[e].policy for e in due]), job.result.sft, job.result.judge, held_out,
+            job.result.tokenizer, gold=job.result.gold, samples=samples, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature)
+        for e, point in zip(due, measured):
+            job, run = group[e]
+            job.result.trajectories.append({"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()})
+
+    return on_step
+
+
