@@ -3,7 +3,8 @@
 Three ways with one interface:
 
 - `ModuleForward`: the library's module, one policy after the other. The readable reference.
-- `VmapForward`: the same module under `torch.func.vmap`. Any architecture whose forward vmaps.
+- `VmapForward`: the same module under `torch.func.vmap`. Any architecture whose forward vmaps
+  and takes its masks from outside; `supports` tries it, and what fails is left to `ModuleForward`.
 - `gpt2.GPT2Forward`: batched matrix products written by hand.
 
 Each has `prepare(weights)` (what many calls with the same weights share), `new_cache(...)`
@@ -33,7 +34,8 @@ def make_forward(model, executor: str = "batched"):
     if executor == "serial":
         return ModuleForward(model)
     reuse_memory()
-    return GPT2Forward(model) if GPT2Forward.supports(model) else VmapForward(model)
+    fastest = next((kind for kind in (GPT2Forward, VmapForward) if kind.supports(model)), ModuleForward)
+    return fastest(model)
 
 
 @lru_cache(maxsize=1)
@@ -85,8 +87,31 @@ class VmapForward:
         self.layers = config.num_hidden_layers
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.kinds = set(getattr(config, "layer_types", None) or ())
         self.window = getattr(config, "sliding_window", None)
+        self.kinds = set(getattr(config, "layer_types", None) or ())
+        self.by_kind = bool(self.kinds)  # the module wants a mask for each kind of layer, or one for all of them
+        if not self.kinds:
+            self.kinds = {"sliding_attention" if self.window else "full_attention"}
+
+    @classmethod
+    @torch.no_grad()
+    def supports(cls, model) -> bool:
+        """Whether this forward computes what the module does: tried on a few tokens, padded and cached."""
+        if not {"full_attention", "sliding_attention"}.issuperset(getattr(model.config, "layer_types", None) or ()):
+            return False
+        weights = {name: tensor.detach().unsqueeze(0) for name, tensor in model.named_parameters()}
+        ids = torch.arange(8, device=model.device).view(1, 2, 4) % model.config.vocab_size
+        mask = torch.tensor([[[1, 1, 1, 1], [0, 1, 1, 1]]], device=model.device)
+        expected = ModuleForward(model)(weights, ids, mask)
+        try:
+            forward = cls(model)
+            cache = forward.new_cache(1, 2, 4, next(iter(weights.values())))
+            logits = torch.cat([forward(weights, ids[..., :2], mask[..., :2], cache),
+                                forward(weights, ids[..., 2:], mask, cache)], 2)
+        except Exception:  # whatever a module does that does not vmap
+            return False
+        difference = (logits - expected)[mask.bool()].abs().max()
+        return bool(difference < 0.05 * expected[mask.bool()].abs().max())  # a wrong mask is far off, bfloat16 is not
 
     def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Nothing to share."""
@@ -104,17 +129,16 @@ class VmapForward:
         if mask is None:
             mask = ids.new_ones(E, B, start + Q)
         like = next(iter(w.values()))
-        masks = {"full": attention_bias(mask, Q, start, like).view(E, B, 1, Q, start + Q)}
+        full = attention_bias(mask, Q, start, like).view(E, B, 1, Q, start + Q)
+        masks = {"full_attention": full}
         if "sliding_attention" in self.kinds:
             distance = torch.arange(start, start + Q, device=ids.device)[:, None] - torch.arange(
                 start + Q, device=ids.device)
-            masks["sliding"] = masks["full"].masked_fill(distance >= self.window, torch.finfo(like.dtype).min)
+            masks["sliding_attention"] = full.masked_fill(distance >= self.window, torch.finfo(like.dtype).min)
+        masks = {kind: masks[kind] for kind in self.kinds}
 
         def one(weights, ids, positions, masks, buffers):
-            attention = masks["full"]
-            if self.kinds:
-                attention = {"full_attention": masks["full"], "sliding_attention": masks.get("sliding")}
-                attention = {kind: attention[kind] for kind in self.kinds}
+            attention = masks if self.by_kind else next(iter(masks.values()))
             past = None
             if buffers:
                 past = Cache(layers=[_Slot(k, v, start) for k, v in zip(buffers[::2], buffers[1::2])])
