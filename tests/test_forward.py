@@ -1,0 +1,277 @@
+"""The three forwards: the library's module, the same under vmap, and GPT-2 by hand."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, POSITIONS, make_policy
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from warp_lite.forward import ModuleForward, VmapForward, make_forward
+from warp_lite.gpt2 import GPT2Forward
+from warp_lite.policies import load_weights, parameters, stack, unstack
+
+LENGTHS = (1, 4, 9, 12)  # of the rows of a ragged batch; the windows of Gemma 3 and Mistral are 3
+VOCABULARY = 18
+CASES = [(ModuleForward, architecture) for architecture in ARCHITECTURES]
+CASES += [(VmapForward, architecture) for architecture in ARCHITECTURES] + [(GPT2Forward, "gpt2")]
+
+
+def policies_of(architecture, dtype=torch.float64, **settings):
+    """Three policies of one architecture: a module for each, and their weights stacked."""
+    models = [make_policy(architecture, VOCABULARY, dtype, seed, **settings) for seed in range(3)]
+    return models, stack([parameters(model) for model in models])
+
+
+def ragged(policies=3, side="left"):
+    """Token ids and mask (E, B, S), padded on one side; every policy has other tokens."""
+    width = max(LENGTHS)
+    ids = torch.randint(3, VOCABULARY, (policies, len(LENGTHS), width), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros_like(ids)
+    for b, length in enumerate(LENGTHS):
+        mask[:, b, slice(width - length, None) if side == "left" else slice(length)] = 1
+    return ids * mask, mask
+
+
+def alone(models, ids, mask):
+    """The oracle: the logits (S, V) of every row by itself, unpadded, from the library's module: lists [e][b]."""
+    with torch.no_grad():
+        return [[model(row[keep.bool()][None], use_cache=False).logits[0] for row, keep in zip(ids[e], mask[e])]
+                for e, model in enumerate(models)]
+
+
+def assert_rows_equal(logits, expected, mask, tolerance=1e-9):
+    """Logits (E, B, S, V) at the tokens of `mask` against the oracle's lists."""
+    for e, rows in enumerate(expected):
+        for b, row in enumerate(rows):
+            torch.testing.assert_close(logits[e, b][mask[e, b].bool()], row, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_has_the_logits_that_the_library_gives_it_alone(forward, architecture, side):
+    models, weights = policies_of(architecture)
+    ids, mask = ragged(side=side)
+    forward = forward(models[0])
+    assert_rows_equal(forward(forward.prepare(weights), ids, mask), alone(models, ids, mask), mask)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+def test_without_padding_no_mask_is_needed(forward, architecture):
+    models, weights = policies_of(architecture)
+    ids, mask = torch.randint(VOCABULARY, (3, 2, 12)), torch.ones(3, 2, 12, dtype=torch.long)
+    forward = forward(models[0])
+    prepared = forward.prepare(weights)
+    assert_rows_equal(forward(prepared, ids), alone(models, ids, mask), mask)
+    torch.testing.assert_close(forward(prepared, ids, mask), forward(prepared, ids), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("start", [1, 5])
+def test_with_a_cache_token_by_token_logits_are_those_of_one_pass(forward, architecture, padded, start):
+    """The first `start` tokens at once, as a prompt is, then one at a time."""
+    models, weights = policies_of(architecture)
+    ids, mask = ragged()
+    if not padded:
+        ids, mask = torch.randint(VOCABULARY, ids.shape), torch.ones_like(mask)
+    forward = forward(models[0])
+    prepared = forward.prepare(weights)
+    E, B, S = ids.shape
+    with torch.no_grad():
+        cache = forward.new_cache(E, B, S, next(iter(weights.values())))
+        pieces = [forward(prepared, ids[..., :start], mask[..., :start] if padded else None, cache)]
+        for t in range(start, S):
+            pieces.append(forward(prepared, ids[..., t:t + 1], mask[..., :t + 1] if padded else None, cache))
+    assert_rows_equal(torch.cat(pieces, 2), alone(models, ids, mask), mask)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+@pytest.mark.parametrize("padded", [True, False])
+def test_gradients_are_those_of_the_library(forward, architecture, padded):
+    models, weights = policies_of(architecture)
+    ids, mask = ragged()
+    if not padded:
+        ids, mask = torch.randint(3, VOCABULARY, ids.shape), torch.ones_like(mask)
+    direction = torch.randn(*ids.shape, VOCABULARY, dtype=torch.float64) * mask.unsqueeze(-1)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    forward = forward(models[0])
+    logits = forward(forward.prepare(leaves), ids, mask if padded else None)
+    gradients = dict(zip(leaves, torch.autograd.grad((logits * direction).sum(), list(leaves.values()))))
+    for e, model in enumerate(models):
+        model.zero_grad()
+        for b in range(ids.shape[1]):
+            keep = mask[e, b].bool()
+            (model(ids[e, b][keep][None], use_cache=False).logits[0] * direction[e, b][keep]).sum().backward()
+        tolerance = 1e-5 if architecture == "gemma3" else 1e-9  # the library's Gemma normalises in float32, always
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name][e], parameter.grad, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+def test_keep_gives_the_logits_from_a_position_on(forward, architecture):
+    models, weights = policies_of(architecture)
+    ids, mask = ragged()
+    forward = forward(models[0])
+    prepared = forward.prepare(weights)
+    every = forward(prepared, ids, mask)
+    torch.testing.assert_close(forward(prepared, ids, mask, keep=7), every[:, :, 7:], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+def test_in_float32_the_error_is_that_of_float32(forward, architecture):
+    narrow, weights = policies_of(architecture, torch.float32)
+    wide, _ = policies_of(architecture)
+    ids, mask = ragged()
+    forward = forward(narrow[0])
+    logits = forward(forward.prepare(weights), ids, mask)
+    assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
+    assert_rows_equal(logits.double(), alone(wide, ids, mask), mask, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
+def test_a_policy_has_the_same_logits_whatever_policies_stand_beside_it(forward, architecture):
+    models, weights = policies_of(architecture)
+    ids, mask = ragged()
+    forward = forward(models[0])
+    together = forward(forward.prepare(weights), ids, mask)
+    for e in range(3):
+        one = forward.prepare({name: tensor[e:e + 1] for name, tensor in weights.items()})
+        torch.testing.assert_close(forward(one, ids[e:e + 1], mask[e:e + 1])[0], together[e], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_in_the_users_config_is_not_live_in_any_forward(architecture):
+    dropout = {"attention_dropout": 0.5} if architecture != "gpt2" else {
+        "attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
+    model = make_policy(architecture, VOCABULARY, **dropout).train()
+    plain = make_policy(architecture, VOCABULARY)
+    weights, (ids, mask) = stack([parameters(model)]), ragged(1)
+    expected = alone([plain], ids, mask)
+    for forward in (ModuleForward, VmapForward, GPT2Forward)[:3 if architecture == "gpt2" else 2]:
+        forward = forward(model.train())
+        assert_rows_equal(forward(forward.prepare(weights), ids, mask), expected, mask)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_convert_both_ways(architecture):
+    models, weights = policies_of(architecture)
+    ids, _ = ragged()
+    blank = make_policy(architecture, VOCABULARY, seed=99)
+    for e, state in enumerate(unstack(weights)):
+        assert state.keys() == parameters(models[e]).keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in parameters(models[e]).items())
+        torch.testing.assert_close(load_weights(blank, state)(ids[e]).logits, models[e](ids[e]).logits, atol=0, rtol=0)
+    next(iter(unstack(weights)[0].values())).zero_()
+    assert next(iter(weights.values()))[0].abs().sum() > 0  # what unstack gives are copies
+
+
+# --- which forward serves which model --------------------------------------------------------
+
+
+def gpt2(**settings):
+    return make_policy("gpt2", VOCABULARY, **settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 24}, {"layer_norm_epsilon": 0.1},
+    {"reorder_and_upcast_attn": True}, {"n_layer": 1, "n_head": 1}, {"attn_implementation": "eager"}], ids=str)
+def test_the_handwritten_forward_serves_this_gpt2_and_equals_it(settings):
+    model = gpt2(**settings)
+    assert GPT2Forward.supports(model) and isinstance(make_forward(model), GPT2Forward)
+    weights, (ids, mask) = stack([parameters(model)]), ragged(1)
+    forward = GPT2Forward(model)
+    assert_rows_equal(forward(forward.prepare(weights), ids, mask), alone([model], ids, mask), mask)
+
+
+@pytest.mark.parametrize("settings", [
+    {"activation_function": "relu"}, {"activation_function": "gelu"}, {"scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False}, {"tie_word_embeddings": False}], ids=str)
+def test_the_handwritten_forward_refuses_a_gpt2_that_it_would_get_wrong(settings):
+    model = gpt2(**settings)
+    weights, (ids, mask) = stack([parameters(model)]), ragged(1)
+    wrong = GPT2Forward(model)
+    right = alone([model], ids, mask)[0][-1][-1]
+    assert (wrong(wrong.prepare(weights), ids, mask)[0, -1, -1] - right).abs().max() > 1e-5
+    assert not GPT2Forward.supports(model)
+    forward = make_forward(model)
+    assert isinstance(forward, VmapForward)
+    assert_rows_equal(forward(forward.prepare(weights), ids, mask), alone([model], ids, mask), mask)
+
+
+def test_the_handwritten_forward_refuses_other_classes():
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY}
+
+    class Changed(GPT2LMHeadModel):
+        """A subclass may compute anything."""
+
+    assert not GPT2Forward.supports(Changed(GPT2Config(**small)))
+    assert not GPT2Forward.supports(GPT2DoubleHeadsModel(GPT2Config(**small)))
+    assert not GPT2Forward.supports(GPT2LMHeadModel(GPT2Config(**small, add_cross_attention=True)))
+    for architecture in ARCHITECTURES[1:]:
+        model = make_policy(architecture, VOCABULARY)
+        assert not GPT2Forward.supports(model) and isinstance(make_forward(model), VmapForward)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_serial_executor_uses_the_librarys_module(architecture):
+    assert isinstance(make_forward(make_policy(architecture, VOCABULARY), "serial"), ModuleForward)
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
+         "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("make", [
+    lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=3)),
+    lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
+    lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=4, query_pre_attn_scalar=4, sliding_window=3)),
+    lambda: make_policy("gemma3", VOCABULARY, attn_implementation="eager"),
+    lambda: make_policy("qwen2", VOCABULARY, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    lambda: make_policy("llama", VOCABULARY, tie_word_embeddings=True),
+], ids=["mistral, window", "mistral, no window", "gemma2", "gemma3, eager", "qwen2, window", "llama, tied"])
+def test_vmap_serves_further_architectures_with_their_own_masks(make):
+    """In float32: the library's eager attention of Gemma has a softmax in float32 that overflows in float64."""
+    torch.manual_seed(0)
+    model = make().float().eval()
+    weights, (ids, mask) = stack([parameters(model)] * 2), ragged(2)
+    forward = make_forward(model)
+    assert isinstance(forward, VmapForward)
+    with torch.no_grad():
+        assert_rows_equal(forward(weights, ids, mask), alone([model] * 2, ids, mask), mask, 1e-5)
+        cache = forward.new_cache(*ids.shape, next(iter(weights.values())))
+        pieces = [forward(weights, ids[..., t:t + 1], mask[..., :t + 1], cache) for t in range(ids.shape[-1])]
+    assert_rows_equal(torch.cat(pieces, 2), alone([model] * 2, ids, mask), mask, 1e-5)
+
+
+class OwnMask(GPT2LMHeadModel):
+    """A module that looks at every token, whatever mask is passed in: under vmap it would be silently wrong."""
+
+    def forward(self, ids, attention_mask=None, **options):
+        """Ignores masks of four dimensions."""
+        if attention_mask is not None and attention_mask.dim() > 2:
+            attention_mask = torch.zeros_like(attention_mask)
+        return super().forward(ids, attention_mask=attention_mask, **options)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: FalconForCausalLM(FalconConfig(
+        **{**SMALL, "num_key_value_heads": 4}, alibi=True, new_decoder_architecture=False)),
+    lambda: OwnMask(gpt2().config),
+], ids=["falcon, alibi", "a module that ignores the mask"])
+def test_what_vmap_would_get_wrong_is_left_to_the_librarys_module(make):
+    torch.manual_seed(0)
+    model = make().double().eval()
+    weights, (ids, mask) = stack([parameters(model)] * 2), ragged(2)
+    forward = make_forward(model)
+    assert isinstance(forward, ModuleForward)
+    assert_rows_equal(forward(weights, ids, mask), alone([model] * 2, ids, mask), mask)
