@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, GPT2Model
 
 
+FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are folded into matrices
+
+
 class GPT2Forward:
     """Logits of E GPT-2 policies in one pass. The interface is that of `forward.VmapForward`."""
 
@@ -35,23 +38,28 @@ class GPT2Forward:
         )
 
     def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is computed once for many calls with the same weights: gains folded into matrices.
+        """What is computed once for many calls with the same weights.
 
-        LN(x)·g + b followed by W is LN(x)·(g∘W) + bW: it saves two passes over the activations.
+        LN(x)·g + b followed by W is LN(x)·(g∘W) + bW, which saves two passes over the activations.
+        It pays while the matrices are small against them.
         """
         w = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-
-        def fold(norm, matrix, bias):
-            folded = w[f"{norm}.weight"].unsqueeze(-1) * matrix                     # (E, C, D)
-            shift = torch.bmm(w[f"{norm}.bias"].unsqueeze(1), matrix)               # (E, 1, D)
-            return folded, shift if bias is None else shift + bias.unsqueeze(1)
-
         for layer in range(self.layers):
             h = f"h.{layer}"
-            w[f"{h}.qkv"] = fold(f"{h}.ln_1", w[f"{h}.attn.c_attn.weight"], w[f"{h}.attn.c_attn.bias"])
-            w[f"{h}.fc"] = fold(f"{h}.ln_2", w[f"{h}.mlp.c_fc.weight"], w[f"{h}.mlp.c_fc.bias"])
-        w["head"] = fold("ln_f", w["wte.weight"].transpose(1, 2), None)
+            for norm, matrix, name in (("ln_1", "attn.c_attn", "qkv"), ("ln_2", "mlp.c_fc", "fc")):
+                w[f"{h}.{name}"] = self._fold(
+                    w[f"{h}.{norm}.weight"], w[f"{h}.{norm}.bias"], w[f"{h}.{matrix}.weight"], w[f"{h}.{matrix}.bias"])
+        w["head"] = self._fold(w["ln_f.weight"], w["ln_f.bias"], w["wte.weight"].transpose(1, 2), None)
         return w
+
+    def _fold(self, gain: Tensor, shift: Tensor, matrix: Tensor, bias: Tensor | None):
+        """(gain, shift, matrix, bias) of LN followed by a matrix, each (E, 1, ·) or (E, C, D) or None."""
+        gain, shift = gain.unsqueeze(1), shift.unsqueeze(1)
+        bias = None if bias is None else bias.unsqueeze(1)
+        if self.width > FOLD_UP_TO:
+            return gain, shift, matrix, bias
+        folded = torch.bmm(shift, matrix)
+        return None, None, gain.transpose(1, 2) * matrix, folded if bias is None else folded + bias
 
     def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> GPT2Cache:
         """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
@@ -59,7 +67,7 @@ class GPT2Forward:
         return GPT2Cache([like.new_empty(2, rows, length, size) for _ in range(self.layers)])
 
     def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
-        """Normalised last hidden states without the final gain and bias, (E, B, Q, C)."""
+        """The last hidden states before the final norm, (E, B, Q, C)."""
         E, B, Q = ids.shape
         C, H = self.width, self.heads
         start = cache.length if cache else 0
@@ -72,28 +80,32 @@ class GPT2Forward:
         x = x.view(E, B * Q, C)
         for layer in range(self.layers):
             h = f"h.{layer}"
-            weight, shift = w[f"{h}.qkv"]
-            qkv = torch.baddbmm(shift, F.layer_norm(x, (C,), eps=self.eps), weight)  # (E, B·Q, 3C)
+            qkv = self._norm_linear(x, w[f"{h}.qkv"])                               # (E, B·Q, 3C)
             q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
             if cache:
                 k, v = cache.append(layer, k, v)
             y = attend(q, k, v, bias, H)                                            # (E·B·H, Q, C/H)
             y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
             x = x + torch.baddbmm(w[f"{h}.attn.c_proj.bias"].unsqueeze(1), y, w[f"{h}.attn.c_proj.weight"])
-            weight, shift = w[f"{h}.fc"]
-            y = torch.baddbmm(shift, F.layer_norm(x, (C,), eps=self.eps), weight)
-            y = F.gelu(y, approximate="tanh")                                       # (E, B·Q, 4C)
+            y = F.gelu(self._norm_linear(x, w[f"{h}.fc"]), approximate="tanh")      # (E, B·Q, 4C)
             x = x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
         if cache:
             cache.length += Q
-        return F.layer_norm(x, (C,), eps=self.eps).view(E, B, Q, C)
+        return x.view(E, B, Q, C)
 
     def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None, keep: int = 0):
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
-        weight, shift = w["head"]
         E, B, Q, C = x.shape
-        return torch.baddbmm(shift, x.reshape(E, B * Q, C), weight).view(E, B, Q, -1)
+        return self._norm_linear(x.reshape(E, B * Q, C), w["head"]).view(E, B, Q, -1)
+
+    def _norm_linear(self, x: Tensor, weights) -> Tensor:
+        """LN and a matrix, (E, N, C) → (E, N, D)."""
+        gain, shift, matrix, bias = weights
+        x = F.layer_norm(x, (self.width,), eps=self.eps)
+        if gain is not None:
+            x = torch.addcmul(shift, x, gain)
+        return torch.bmm(x, matrix) if bias is None else torch.baddbmm(bias, x, matrix)
 
 
 class GPT2Cache:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from .gpt2 import GPT2Forward
-from .policies import Prompts, Rollout, completion_ids, encode_prompts, first_line, pad_id, quiet, save_policy
+from .policies import Prompts, Rollout, completion_ids, encode_prompts, first_line, from_pretrained, pad_id, reading, save_policy
 
 
 def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
@@ -101,15 +101,14 @@ class BradleyTerry:
         return torch.cat(values).view(ids.shape[:-1])
 
     def _fast_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """`scores` by the hand-written forward, whose hidden states lack the last gain and bias."""
+        """`scores` by the hand-written forward, whose hidden states lack the final norm."""
         forward = GPT2Forward(self.trunk)
         weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.trunk.named_parameters()}
         seen = mask.unsqueeze(0) if bool((mask[:, 0] == 0).any()) else None
-        hidden = forward.hidden(forward.prepare(weights), ids.unsqueeze(0), seen)[0]         # (N, S, C)
+        hidden = self.trunk.ln_f(forward.hidden(forward.prepare(weights), ids.unsqueeze(0), seen)[0])  # (N, S, C)
         weight = mask.to(hidden.dtype)
         pooled = torch.bmm(weight.unsqueeze(1), hidden)[:, 0] / weight.sum(1, keepdim=True)  # (N, C)
-        gain, bias = self.trunk.ln_f.weight, self.trunk.ln_f.bias
-        return ((pooled * gain + bias) @ self.head - self.mean) / self.std
+        return (pooled @ self.head - self.mean) / self.std
 
     def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
         """Rewards of texts; the ids of the completions are used where they are given."""
@@ -128,11 +127,11 @@ class BradleyTerry:
 
     @classmethod
     def load(cls, folder) -> BradleyTerry:
-        """What `save` wrote."""
-        with quiet():
-            trunk = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        """What `save` wrote. Raises ValueError in one line when it cannot be read."""
+        with reading("a reward model", str(folder)):
+            trunk = from_pretrained(AutoModel, str(folder), dtype=torch.float32)
             model = cls(trunk.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder))
-        head = load_file(Path(folder) / "reward_head.safetensors")
+            head = load_file(Path(folder) / "reward_head.safetensors")
         model.head = head["head"]
         model.mean, model.std = head["mean_std"].tolist()
         return model
@@ -171,12 +170,9 @@ class ClassifierReward:
 
     def __init__(self, name_or_folder, label: int = -1, log_probability: bool = False, device="cpu", batch: int = 64):
         folder = str(name_or_folder)
-        try:
-            with quiet():
-                self.tokenizer = AutoTokenizer.from_pretrained(folder)
-                self.model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
-        except Exception as error:
-            raise ValueError(f"cannot load a reward model from {folder!r}: {first_line(error)}") from error
+        with reading("a reward model", folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = from_pretrained(AutoModelForSequenceClassification, folder)
         self.model.to(device).eval().requires_grad_(False)
         self.label, self.log_probability, self.batch = label, log_probability, batch
 
