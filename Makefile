@@ -18,10 +18,10 @@ setup: $(READY)  ## .venv with the lock and this package; does nothing the secon
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is missing or older than Python 3.11; name another: make setup PYTHON=python3.13" >&2; exit 2; }
-	@echo "setup: the exact versions of requirements.txt go into .venv (about 2.3 GB, a few minutes, once)"
+	@echo "setup: the exact versions of requirements.txt go into .venv (2 GB, or 6 GB where pip finds a CUDA build of torch; once)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "setup: done; the command is $(BIN)/warp-lite"
 

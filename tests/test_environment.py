@@ -143,10 +143,7 @@ def test_make_setup_installs_the_lock_and_then_the_package():
     command = ["make", "--always-make", "--dry-run", "setup"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     installs = re.findall(r"-m pip install (.*)", printed)
-    assert [words.split("--quiet ")[1] for words in installs] == [
-        "-r requirements.txt",
-        "--no-deps --no-build-isolation -e .",
-    ]
+    assert installs == ["-r requirements.txt", "--no-deps --no-build-isolation -e ."]
 
 
 def test_the_repository_address_stands_once():
