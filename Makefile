@@ -8,7 +8,7 @@ READY := .venv/.setup-done
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 UV := build/uv/bin/uv
 
-.PHONY: help setup demo test test-fast lint lab lock clean
+.PHONY: help setup demo test test-fast test-all notebooks lint lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -32,7 +32,14 @@ test: lint  ## every test
 	$(PYTEST)
 
 test-fast: lint  ## the tests that take under 5 s each and run no notebook
-	$(PYTEST) -m "not slow" --ignore=tests/notebooks
+	$(PYTEST) -m "not slow and not all" --ignore=tests/notebooks
+
+test-all: lint  ## and the combinations that `make test` leaves out
+	$(PYTEST) -m ""
+
+notebooks: setup  ## every notebook in full mode, outputs written back; NAMES="00 03" for some of them
+	$(BIN)/python -m warp_lite.notebooks link $(NAMES)
+	$(BIN)/python -m warp_lite.notebooks run $(NAMES)
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

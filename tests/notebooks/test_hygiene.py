@@ -1,0 +1,136 @@
+"""What must be true of every notebook as it is committed."""
+
+import ast
+import re
+
+import nbformat
+import pytest
+from papermill import inspect_notebook
+
+from warp_lite import notebooks
+
+PATHS = notebooks.paths()
+ARCHITECTURES = re.compile(r"gpt|gemma|llama|qwen|mistral", re.I)
+VERDICTS = re.compile(r"\b(holds|fails|unclear)\b")
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook, tag):
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", ())]
+
+
+def calls(notebook):
+    for cell in code(notebook):
+        source = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines())
+        if "setup" not in cell.metadata.get("tags", ()):
+            yield from (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+
+
+def test_it_is_a_valid_notebook_with_the_python3_kernel(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_papermill_finds_the_five_parameters(path, notebook):
+    assert len(tagged(notebook, "parameters")) == 1
+    assert list(inspect_notebook(str(path))) == ["MODEL", "FAST", "SEED", "DEVICE", "OUT"]
+
+
+def test_the_shared_cells_come_first_and_are_what_the_command_writes(notebook):
+    sources = [cell.source for cell in code(notebook)[:3]]
+    assert sources == list(notebooks.shared_cells().values())
+    assert [cell.metadata.get("tags") for cell in code(notebook)[:3]] == [["setup"], ["parameters"], ["start"]]
+
+
+def test_the_parameters_are_literals(notebook):
+    (cell,) = tagged(notebook, "parameters")
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign)
+        ast.literal_eval(statement.value)
+
+
+def test_the_badge_leads_to_this_notebook_in_the_repository_of_pyproject(path, notebook):
+    assert notebooks.badge(path.name) in notebook.cells[0].source
+    text = path.read_text(encoding="utf-8")
+    owners = set(re.findall(r"github(?:\.com)?/([\w.-]+)/warp-lite", text))
+    assert owners == {notebooks.address().split("/")[-2]}
+
+
+def test_no_cell_names_an_architecture(notebook):
+    for cell in notebook.cells:
+        if "parameters" not in cell.metadata.get("tags", ()) and "about-parameters" not in cell.metadata.get("tags", ()):
+            source = re.sub(r"\d\d_\w+\.ipynb", "", cell.source)  # a link to a notebook that does
+            assert not ARCHITECTURES.search(source), cell.source
+
+
+def test_every_code_cell_was_executed_in_order_without_an_error(notebook):
+    counts = [cell.execution_count for cell in code(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for cell in code(notebook) for output in cell.outputs if output.output_type == "error"]
+
+
+def test_the_outputs_are_those_of_full_mode_and_of_the_default_model(notebook):
+    (cell,) = tagged(notebook, "start")
+    printed = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    assert printed.startswith("tiny-gpt2:") and "full mode" in printed
+
+
+def test_there_is_a_picture_and_a_picture_in_front_of_every_widget(notebook):
+    pictures = 0
+    for cell in code(notebook):
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        if "application/vnd.jupyter.widget-view+json" in kinds:
+            assert pictures, cell.source
+        pictures += "image/png" in kinds
+    assert pictures
+
+
+def test_widget_metadata_has_its_state(notebook):
+    for content in notebook.metadata.get("widgets", {}).values():
+        assert content["state"]
+    state = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    outputs = [output for widget in state.values() for output in widget["state"].get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+
+
+def test_marked_cells_have_outputs_and_execution_counts(notebook):
+    for cell in code(notebook):
+        if "NBVAL_CHECK_OUTPUT" in cell.source:
+            assert cell.execution_count and cell.outputs
+
+
+def test_no_title_states_a_finding_that_was_typed(notebook):
+    for call in calls(notebook):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        titles = [*call.args] if name in ("set_title", "suptitle", "title") else []
+        titles += [keyword.value for keyword in call.keywords if keyword.arg == "title"]
+        for title in titles:
+            parts = [node.value for node in ast.walk(title) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+            assert not [part for part in parts if VERDICTS.search(part)], ast.unparse(title)
+
+
+def test_solutions_are_folded(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert text.count("<details>") == text.count("</details>") >= 2
+
+
+def test_it_can_be_read_in_one_sitting(notebook):
+    assert 25 <= len(notebook.cells) <= 45
+
+
+def test_nothing_in_it_belongs_to_one_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|work|Users|tmp|root)/", text)

@@ -1,0 +1,73 @@
+"""Every notebook runs in fast mode, from an empty folder, with the package installed as Colab installs it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from warp_lite.notebooks import paths
+
+CPU_SECONDS = 60  # of one notebook in fast mode; CPU time, which other work on the machine does not change
+NOTEBOOKS = {path.stem: path for path in paths()}
+# Beside the default model: one notebook with each other kind of MODEL, the rest in `make test-all`.
+OTHER_MODELS = {("tiny-gemma", "01_ema_anchor"), ("folder", "00_kl_and_reward")}
+NBVAL = ("00_kl_and_reward", "01_ema_anchor", "02_slerp")
+
+
+def cases():
+    for name in NOTEBOOKS:
+        yield pytest.param(name, "tiny-gpt2", id=f"{name}-tiny-gpt2", marks=pytest.mark.slow)
+        for model in ("tiny-gemma", "folder"):
+            marks = [pytest.mark.slow] if (model, name) in OTHER_MODELS else [pytest.mark.slow, pytest.mark.all]
+            yield pytest.param(name, model, id=f"{name}-{model}", marks=marks)
+
+
+@pytest.mark.parametrize("name, kind", cases())
+def test_a_notebook_runs_in_fast_mode(name, kind, environment, model, tmp_path):
+    notebook = Path(shutil.copy(NOTEBOOKS[name], tmp_path))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "papermill", notebook.name, "executed.ipynb", "-p", "MODEL", model(kind),
+               "-p", "OUT", str(out), "--kernel", "python3", "--execution-timeout", "300", "--no-progress-bar"]
+    before = os.times()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    after = os.times()
+    assert done.returncode == 0, done.stderr[-4000:]
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    print(f"{name} with {kind}: {seconds:.0f} s of CPU time, {after.elapsed - before.elapsed:.0f} s in all")
+    if kind == "tiny-gpt2":
+        assert seconds < CPU_SECONDS
+    executed = json.loads((tmp_path / "executed.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code if "".join(cell["source"]).strip())
+    pictures = [output for cell in code for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert pictures
+    # the widgets too: what an interaction's callback raises ends in its own output, and papermill goes on
+    state = executed["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    outputs = [output for widget in state.values() for output in widget["state"].get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+
+
+def test_the_kernel_finds_the_installed_package_and_not_the_checkout(environment, installed, tmp_path):
+    found = subprocess.run([sys.executable, "-c", "import warp_lite; print(warp_lite.__file__)"], cwd=tmp_path,
+                           env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(found).is_relative_to(installed)
+
+
+def marked(name: str) -> bool:
+    return "NBVAL_CHECK_OUTPUT" in NOTEBOOKS[name].read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in NBVAL else pytest.mark.all) for name in NOTEBOOKS if marked(name)])
+def test_marked_cells_give_the_committed_outputs(name, environment, world, tmp_path):
+    notebook = shutil.copy(NOTEBOOKS[name], tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(tmp_path),
+               "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "300", notebook]
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:]
