@@ -132,6 +132,13 @@ def execute(path: Path) -> None:
     made.replace(path)
 
 
+def widget_errors(notebook) -> list[dict]:
+    """The errors inside a notebook's widgets: what a callback raises ends there and stops nothing."""
+    content = notebook["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    outputs = [out for widget in content.get("state", {}).values() for out in widget["state"].get("outputs", ())]
+    return [output for output in outputs if output["output_type"] == "error"]
+
+
 def run(path: Path) -> int:
     """Execute a notebook in a process of its own and print its run time and peak memory; the exit code."""
     start = time.perf_counter()

@@ -21,7 +21,8 @@ def make_world(tiny, folder: Path) -> Path:
         torch.manual_seed(0)
         classifier = DistilBertForSequenceClassification(DistilBertConfig(
             vocab_size=len(tokenizer), max_position_embeddings=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2,
-            num_labels=2, dropout=0.0, attention_dropout=0.0, initializer_range=0.3, pad_token_id=tokenizer.pad_token_id))
+            num_labels=2, dropout=0.0, attention_dropout=0.0, initializer_range=0.3,
+            pad_token_id=tokenizer.pad_token_id))
         classifier.save_pretrained(folder / "reward")
         tokenizer.save_pretrained(folder / "reward")
     lines = [json.dumps({"prompt": prompt}) for prompt in tiny.train_prompts[:40]]

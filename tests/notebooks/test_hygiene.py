@@ -71,7 +71,7 @@ def test_the_badge_leads_to_this_notebook_in_the_repository_of_pyproject(path, n
 
 def test_no_cell_names_an_architecture(notebook):
     for cell in notebook.cells:
-        if "parameters" not in cell.metadata.get("tags", ()) and "about-parameters" not in cell.metadata.get("tags", ()):
+        if not {"parameters", "about-parameters"} & {*cell.metadata.get("tags", ())}:
             source = re.sub(r"\d\d_\w+\.ipynb", "", cell.source)  # a link to a notebook that does
             assert not ARCHITECTURES.search(source), cell.source
 
@@ -101,9 +101,7 @@ def test_there_is_a_picture_and_a_picture_in_front_of_every_widget(notebook):
 def test_widget_metadata_has_its_state(notebook):
     for content in notebook.metadata.get("widgets", {}).values():
         assert content["state"]
-    state = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
-    outputs = [output for widget in state.values() for output in widget["state"].get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not notebooks.widget_errors(notebook)
 
 
 def test_marked_cells_have_outputs_and_execution_counts(notebook):
@@ -118,8 +116,8 @@ def test_no_title_states_a_finding_that_was_typed(notebook):
         titles = [*call.args] if name in ("set_title", "suptitle", "title") else []
         titles += [keyword.value for keyword in call.keywords if keyword.arg == "title"]
         for title in titles:
-            parts = [node.value for node in ast.walk(title) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-            assert not [part for part in parts if VERDICTS.search(part)], ast.unparse(title)
+            typed = [str(node.value) for node in ast.walk(title) if isinstance(node, ast.Constant)]
+            assert not [text for text in typed if VERDICTS.search(text)], ast.unparse(title)
 
 
 def test_solutions_are_folded(notebook):

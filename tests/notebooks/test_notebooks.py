@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from warp_lite.notebooks import paths
+from warp_lite.notebooks import paths, widget_errors
 
 CPU_SECONDS = 60  # of one notebook in fast mode; CPU time, which other work on the machine does not change
 NOTEBOOKS = {path.stem: path for path in paths()}
@@ -46,9 +46,7 @@ def test_a_notebook_runs_in_fast_mode(name, kind, environment, model, tmp_path):
     pictures = [output for cell in code for output in cell["outputs"] if "image/png" in output.get("data", {})]
     assert pictures
     # the widgets too: what an interaction's callback raises ends in its own output, and papermill goes on
-    state = executed["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
-    outputs = [output for widget in state.values() for output in widget["state"].get("outputs", ())]
-    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not widget_errors(executed)
 
 
 def test_the_kernel_finds_the_installed_package_and_not_the_checkout(environment, installed, tmp_path):
@@ -66,8 +64,8 @@ def marked(name: str) -> bool:
     pytest.param(name, marks=() if name in NBVAL else pytest.mark.all) for name in NOTEBOOKS if marked(name)])
 def test_marked_cells_give_the_committed_outputs(name, environment, world, tmp_path):
     notebook = shutil.copy(NOTEBOOKS[name], tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(tmp_path),
-               "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "300", notebook]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir",
+               str(tmp_path), "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "300", notebook]
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
