@@ -7,7 +7,9 @@ names of `model.named_parameters()` to tensors (E, …); `forward.py` turns them
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +86,8 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:
         raise ValueError(f"the data set of prompts has no column 'prompt'; it has {', '.join(names)}")
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of str, not one str: {prompts[:60]!r}")
     columns = {name: list(prompts[name]) for name in names or () if name != "prompt"}
     texts = list(prompts["prompt"] if names else prompts)
     if not texts:
@@ -142,7 +146,8 @@ def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temp
         if t == 0:
             logprobs = logprobs.to(logp.dtype)
         cdf = logp.exp().cumsum(-1)
-        u = uniforms[..., t:t + 1].to(cdf) * cdf[..., -1:]
+        below_one = 1 - torch.finfo(cdf.dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
+        u = uniforms[..., t:t + 1].to(cdf).clamp(max=below_one) * cdf[..., -1:]
         token = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[-1] - 1)
         ended[..., t] = ~alive
         logprobs[..., t] = logp.gather(-1, token)[..., 0].masked_fill(~alive, 0)
@@ -221,22 +226,47 @@ def completion_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
     """A causal LM and its tokenizer from the hub or a folder: safetensors only, no remote code.
 
-    Raises ValueError, naming the folder, when it is missing or cannot be read.
+    Raises ValueError, naming the folder, when it is missing, cannot be read or lacks weights.
     """
     folder = str(name_or_folder)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot load a policy from {folder!r}: {first_line(error)}") from error
-    except Exception as error:  # safetensors raises a class of its own for a truncated file
-        if type(error).__module__.startswith("safetensors") or "Safetensor" in type(error).__name__:
-            raise ValueError(f"cannot load a policy from {folder!r}: {first_line(error)}; is a file truncated?") from error
-        raise
+    with reading("a policy", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise ValueError("it has no tokenizer")  # the library makes up one without words
+        model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder!r} has no EOS token; completions could not end")
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def reading(what: str, folder: str):
+    """Read a folder of the library's quietly; whatever is raised becomes a ValueError of one line that names it."""
+    try:
+        path = Path(folder)
+        if path.is_file():
+            raise ValueError("it is a file, not a folder")
+        if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder):  # nor is it a name on the hub
+            raise ValueError("there is no such folder")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError("the folder has no config.json")
+        with quiet():
+            yield
+    except Exception as error:  # the library, its config checks, safetensors and tokenizers raise classes of their own
+        truncated = "; is a file truncated?" if "safetensor" in repr(type(error)).lower() else ""
+        raise ValueError(f"cannot load {what} from {folder!r}: {first_line(error)}{truncated}") from error
+
+
+def from_pretrained(auto, folder: str, **options):
+    """The library's loading, safetensors only, refusing a file that lacks weights: it would make them up."""
+    model, info = auto.from_pretrained(
+        folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"its tensor {name!r} has shape {tuple(found)} where its config asks for {tuple(wanted)}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"its file lacks weights that its config asks for ({len(missing)}, {missing[0]!r} first)")
+    return model
 
 
 def save_policy(model, tokenizer, folder) -> None:
@@ -247,8 +277,14 @@ def save_policy(model, tokenizer, folder) -> None:
 
 
 def room_for_prompts(model, max_new_tokens: int) -> int | None:
-    """How many tokens a prompt may have; None where the architecture sets no limit."""
+    """How many tokens a prompt may have; None where the architecture sets no limit.
+
+    Raises ValueError where not even one fits.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_new_tokens >= limit:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
+                         "completion together; lower it")
     return None if limit is None else limit - max_new_tokens
 
 

@@ -22,7 +22,17 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from .gpt2 import GPT2Forward
-from .policies import Prompts, Rollout, completion_ids, encode_prompts, first_line, from_pretrained, pad_id, reading, save_policy
+from .policies import (
+    Prompts,
+    Rollout,
+    completion_ids,
+    encode_prompts,
+    first_line,
+    from_pretrained,
+    pad_id,
+    reading,
+    save_policy,
+)
 
 
 def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
