@@ -1,0 +1,368 @@
+"""Prompts, sampling and scoring against the library's module, and folders that cannot be loaded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer
+from safetensors.torch import load_file, save_file
+from scipy.stats import chisquare
+
+from warp_lite import load_policy, save_policy
+from warp_lite.forward import ModuleForward, make_forward
+from warp_lite.policies import (
+    Prompts,
+    completion_ids,
+    completion_logits,
+    completions_text,
+    encode_prompts,
+    logprobs,
+    parameters,
+    room_for_prompts,
+    sample,
+    stack,
+)
+from warp_lite.randomness import token_uniforms
+
+RAGGED = ["this film", "that plot was great and i loved it but", "i", "this film was dull ."]
+LONGEST = 8  # tokens of a completion
+
+
+def draw(model, tokenizer, prompts, temperature=1.0, seed=0, length=LONGEST, uniforms=None, forward=None):
+    """A rollout of one policy: (forward, prepared weights, rollout, the numbers that decided it)."""
+    forward = forward or make_forward(model)
+    encoded = encode_prompts(tokenizer, prompts).repeat(1)
+    if uniforms is None:
+        uniforms = token_uniforms((seed,), 0, len(encoded), length).unsqueeze(0)
+    weights = forward.prepare(stack([parameters(model)]))
+    return forward, weights, sample(forward, weights, encoded, uniforms, tokenizer, temperature), uniforms
+
+
+@torch.no_grad()
+def naive_completion(model, prompt, uniforms, eos, temperature):
+    """The oracle: one token at a time, no cache, no batch; walk up the distribution until it passes u."""
+    ids, logps = list(prompt), []
+    for u in uniforms.tolist():
+        p = (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1).tolist()
+        token, total = 0, p[0]
+        while total <= u and token < len(p) - 1:
+            token += 1
+            total += p[token]
+        ids.append(token)
+        logps.append(np.log(p[token]))
+        if token == eos:
+            break
+    return ids[len(prompt):], logps
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("serial", [True, False], ids=["module", "batched"])
+def test_completions_and_logprobs_are_those_of_a_naive_loop(architecture, serial, temperature, tokenizer, request):
+    """Ragged prompts: each row equals its prompt alone, so padding has no part in it."""
+    model = request.getfixturevalue(f"{architecture}_policy")
+    forward = ModuleForward(model) if serial else make_forward(model)
+    small = torch.linspace(0.02, 1, 16, dtype=torch.float64).view(1, 16, 1)  # EOS is one of the vocabulary's first
+    uniforms = token_uniforms((0,), 0, 16, LONGEST) * small
+    _, _, rollout, _ = draw(model, tokenizer, RAGGED * 4, temperature, uniforms=uniforms, forward=forward)
+    completions = completion_ids(rollout.ids, rollout.mask)
+    for row, text in enumerate(RAGGED * 4):
+        expected, logps = naive_completion(
+            model, tokenizer(text)["input_ids"], uniforms[0, row], tokenizer.eos_token_id, temperature)
+        assert completions[row] == expected
+        torch.testing.assert_close(rollout.logprobs[0, row, :len(logps)], torch.tensor(logps, dtype=torch.float64))
+    lengths = [len(completion) for completion in completions]
+    assert min(lengths) < LONGEST and max(lengths) == LONGEST  # some end early and some never end
+
+
+def test_first_tokens_are_as_frequent_as_the_softmax_says(gpt2_policy, tokenizer):
+    """Nothing is truncated and nothing is greedy: all 18 tokens appear, each in its share."""
+    N = 10_000
+    _, _, rollout, _ = draw(gpt2_policy, tokenizer, ["this film"] * N, temperature=0.9, length=1)
+    with torch.no_grad():
+        logits = gpt2_policy(torch.tensor([tokenizer("this film")["input_ids"]])).logits[0, -1]
+    expected = (logits / 0.9).softmax(-1).numpy() * N
+    observed = np.bincount(rollout.ids[0, :, 0], minlength=len(tokenizer))
+    assert expected.min() > 5 and (observed > 0).all()
+    assert chisquare(observed, expected).pvalue > 1e-3
+    untempered = logits.softmax(-1).numpy() * N
+    assert chisquare(observed, untempered).pvalue < 1e-6  # so the test can tell temperatures apart
+
+
+def test_more_than_fifty_tokens_can_be_sampled():
+    """The library's `generate` keeps the 50 most likely ones unless told otherwise."""
+    tokenizer = make_tokenizer([f"w{i}" for i in range(100)])
+    model = make_policy("gpt2", len(tokenizer), initializer_range=0.01)
+    _, _, rollout, _ = draw(model, tokenizer, ["w1"] * 5000, length=1)
+    assert len(rollout.ids.unique()) == len(tokenizer)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logprobs_are_the_librarys_loss_on_the_completion(architecture, pad):
+    """Labels of −100 on the prompt and after EOS: EOS itself counts, even where padding is made of it."""
+    tokenizer = make_tokenizer(pad=pad)
+    model = make_policy(architecture, len(tokenizer), seed=1)
+    forward, weights, rollout, _ = draw(model, tokenizer, RAGGED * 4)
+    scored = logprobs(forward, weights, rollout)
+    torch.testing.assert_close(scored, rollout.logprobs, atol=1e-9, rtol=1e-9)
+    completions = completion_ids(rollout.ids, rollout.mask)
+    for row, (text, completion) in enumerate(zip(RAGGED * 4, completions)):
+        prompt = tokenizer(text)["input_ids"]
+        labels = [-100] * len(prompt) + completion
+        with torch.no_grad():
+            loss = model(torch.tensor([prompt + completion]), labels=torch.tensor([labels])).loss
+        torch.testing.assert_close(scored[0, row].sum(), -loss.double() * len(completion), atol=1e-6, rtol=1e-6)
+    ended = [completion[-1] == tokenizer.eos_token_id for completion in completions]
+    assert any(ended) and not all(ended)
+
+
+def test_the_mask_counts_every_token_up_to_the_first_eos_and_nothing_after(gpt2_policy, tokenizer):
+    forward, weights, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 8, seed=3)
+    scored = logprobs(forward, weights, rollout)
+    for ids, mask, first, second in zip(rollout.ids[0], rollout.mask[0], rollout.logprobs[0], scored[0]):
+        ends = (ids == tokenizer.eos_token_id).nonzero()
+        length = ends[0].item() + 1 if len(ends) else len(ids)
+        assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
+        assert (ids[length:] == tokenizer.pad_token_id).all()
+        for logp in (first, second):
+            assert (logp[:length] < 0).all() and (logp[length:] == 0).all()
+
+
+def test_the_score_of_a_completion_does_not_depend_on_what_stands_after_eos(gpt2_policy, tokenizer):
+    forward, weights, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 4)
+    before = logprobs(forward, weights, rollout)
+    assert (rollout.mask == 0).any()
+    rollout.ids = torch.where(rollout.mask.bool(), rollout.ids, 7)
+    torch.testing.assert_close(logprobs(forward, weights, rollout), before, atol=1e-12, rtol=1e-12)
+
+
+def test_temperature_is_applied_alike_when_sampling_and_when_scoring(gpt2_policy, tokenizer):
+    forward, weights, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED, temperature=0.6)
+    torch.testing.assert_close(logprobs(forward, weights, rollout, 0.6), rollout.logprobs, atol=1e-9, rtol=1e-9)
+    assert (logprobs(forward, weights, rollout, 1.0) - rollout.logprobs).abs().max() > 0.1
+    logits = completion_logits(forward, weights, rollout)
+    by_hand = (logits / 0.6).log_softmax(-1).gather(-1, rollout.ids[..., None])[..., 0] * rollout.mask
+    torch.testing.assert_close(by_hand, rollout.logprobs, atol=1e-9, rtol=1e-9)
+
+
+def test_a_completion_does_not_depend_on_the_batch_around_it(policy_of, tokenizer):
+    """Policies, rows and their order: each completion follows its own policy, prompt and numbers."""
+    models = [policy_of("gpt2", seed=seed) for seed in range(3)]
+    forward, weights = make_forward(models[0]), stack([parameters(model) for model in models])
+    uniforms = torch.stack([token_uniforms((e,), 0, len(RAGGED), LONGEST) for e in range(3)])
+    encoded = encode_prompts(tokenizer, RAGGED)
+    together = sample(forward, forward.prepare(weights), encoded.repeat(3), uniforms, tokenizer)
+    whole = completion_ids(together.ids, together.mask)
+    for e, model in enumerate(models):
+        order = [2, 0, 3]
+        _, _, some, _ = draw(model, tokenizer, [RAGGED[b] for b in order], uniforms=uniforms[e:e + 1, order])
+        assert completion_ids(some.ids, some.mask) == [whole[e * len(RAGGED) + b] for b in order]
+    assert whole[:4] != whole[4:8]
+
+
+def test_sampling_stops_when_the_last_completion_has_ended(gpt2_policy, tokenizer):
+    class Counted:
+        """Counts the calls of a forward."""
+
+        def __init__(self):
+            self.inner, self.calls = make_forward(gpt2_policy), 0
+            self.prepare, self.new_cache = self.inner.prepare, self.inner.new_cache
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            return self.inner(*args, **kwargs)
+
+    uniforms = token_uniforms((0,), 0, len(RAGGED), POSITIONS // 2).unsqueeze(0)
+    counted = Counted()
+    _, _, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED, uniforms=uniforms, forward=counted)
+    longest = max(map(len, completion_ids(rollout.ids, rollout.mask)))
+    assert counted.calls == longest == rollout.ids.shape[-1]
+    always = 1 - 1e-9  # the last word, which is not EOS
+    _, _, endless, _ = draw(gpt2_policy, tokenizer, RAGGED, uniforms=torch.full((1, 4, 5), always))
+    assert endless.ids.shape[-1] == 5 and endless.mask.all()
+
+
+def test_numbers_at_the_ends_of_the_interval_never_choose_a_token_without_mass(tokenizer):
+    """In float32 a number just below 1 rounds to 1, which is past every token."""
+    model = make_policy("gpt2", len(tokenizer), torch.float32)
+
+    class Certain:
+        """All mass on token 5."""
+
+        prepare, new_cache = staticmethod(dict), staticmethod(lambda *args: None)
+
+        def __call__(self, w, ids, mask=None, cache=None, keep=0):
+            logits = torch.full((*ids.shape[:2], ids.shape[2] - keep, len(tokenizer)), -200.0)
+            logits[..., 5] = 0
+            return logits
+
+    for u in (0.0, 0.5, np.nextafter(1, 0)):
+        _, _, rollout, _ = draw(model, tokenizer, RAGGED, uniforms=torch.full((1, 4, 3), u).double(), forward=Certain())
+        assert (rollout.ids == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_are_computed_in_float32_at_least(dtype, policy_of, tokenizer):
+    forward, weights, rollout, _ = draw(policy_of("gpt2", dtype=dtype), tokenizer, RAGGED)
+    assert rollout.logprobs.dtype == logprobs(forward, weights, rollout).dtype == torch.float32
+
+
+def test_texts_have_no_special_tokens_and_lists_of_ids_end_with_eos(tokenizer):
+    ids = torch.tensor([[[6, 7, 2, 0], [2, 0, 0, 0], [8, 6, 7, 9]]])
+    mask = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]])
+    assert completion_ids(ids, mask) == [[6, 7, 2], [2], [8, 6, 7, 9]]
+    assert completions_text(tokenizer, ids, mask) == [tokenizer.decode(row) for row in ([6, 7], [], [8, 6, 7, 9])]
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def test_prompts_are_padded_on_the_left_and_a_batch_is_trimmed_to_its_longest(tokenizer):
+    encoded = encode_prompts(tokenizer, RAGGED)
+    for text, ids, mask in zip(RAGGED, encoded.ids, encoded.mask):
+        tokens = tokenizer(text)["input_ids"]
+        assert ids[mask.bool()].tolist() == tokens and mask.tolist() == sorted(mask.tolist())
+    batch = encoded.batch(np.array([[0, 2], [3, 0]]))
+    assert batch.texts == [RAGGED[i] for i in (0, 2, 3, 0)]
+    assert batch.ids.shape == (2, 2, len(tokenizer(RAGGED[3])["input_ids"]))
+    assert batch.ids[1, 0].tolist() == tokenizer(RAGGED[3])["input_ids"]
+    repeated = encoded.repeat(3)
+    assert repeated.ids.shape == (3, *encoded.ids.shape) and repeated.texts == RAGGED * 3
+
+
+def test_columns_of_a_data_set_follow_their_prompts(tokenizer):
+    Dataset = pytest.importorskip("datasets").Dataset
+    data = Dataset.from_dict({"prompt": RAGGED, "target": [3, 1, 4, 5], "name": list("abcd")})
+    batch = encode_prompts(tokenizer, data).batch(np.array([[2, 0], [1, 1]]))
+    assert batch.texts == [RAGGED[i] for i in (2, 0, 1, 1)]
+    assert batch.columns == {"target": [4, 3, 1, 1], "name": list("cabb")}
+    assert batch.repeat(2).columns["target"] == [4, 3, 1, 1] * 2
+    with pytest.raises(ValueError, match="no column 'prompt'; it has text, label"):
+        encode_prompts(tokenizer, Dataset.from_dict({"text": RAGGED, "label": [0] * 4}))
+
+
+def test_rows_of_a_rollout_keep_their_prompts_and_columns_when_policies_are_selected(gpt2_policy, tokenizer):
+    columns = {"target": list(range(4))}
+    encoded = encode_prompts(tokenizer, RAGGED)
+    encoded = Prompts(encoded.texts, encoded.ids, encoded.mask, columns).batch(np.array([[0, 1], [2, 3], [1, 0]]))
+    forward = make_forward(gpt2_policy)
+    weights = forward.prepare(stack([parameters(gpt2_policy)] * 3))
+    rollout = sample(forward, weights, encoded, torch.rand(3, 2, 4), tokenizer)
+    chosen = rollout.select([2, 0])
+    assert chosen.prompts.texts == [RAGGED[i] for i in (1, 0, 0, 1)]
+    assert chosen.prompts.columns == {"target": [1, 0, 0, 1]}
+    assert torch.equal(chosen.ids, rollout.ids[[2, 0]]) and torch.equal(chosen.logprobs, rollout.logprobs[[2, 0]])
+
+
+@pytest.mark.parametrize("prompts, kind, words", [
+    ([], ValueError, "no prompts"),
+    (["this film", ""], ValueError, "prompt 1 is empty"),
+    (["this", 3], TypeError, "prompt 1 is int, not str: '3'"),
+    (["this", None], TypeError, "prompt 1 is NoneType"),
+    ("this film", TypeError, "list of str"),
+    (["this", "film " * 7], ValueError, "prompt 1 has 7 tokens and leaves no room .*at most 6 fit"),
+])
+def test_prompts_that_cannot_be_used_are_refused_in_one_line(prompts, kind, words):
+    with pytest.raises(kind, match=words) as caught:
+        encode_prompts(make_tokenizer(bos=False), prompts, room=6)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_longest_prompt_that_fits_can_be_completed_to_the_last_position(architecture, tokenizer):
+    model = make_policy(architecture, len(tokenizer))
+    room = room_for_prompts(model, LONGEST)
+    assert room == POSITIONS - LONGEST
+    with pytest.raises(ValueError, match=f"at most {room} fit"):
+        encode_prompts(tokenizer, ["film " * room], room)  # and <bos>
+    forward, weights, rollout, _ = draw(
+        model, tokenizer, ["film " * (room - 1), "this"], uniforms=torch.full((1, 2, LONGEST), 1 - 1e-9))
+    assert rollout.ids.shape[-1] == LONGEST
+    torch.testing.assert_close(logprobs(forward, weights, rollout), rollout.logprobs, atol=1e-9, rtol=1e-9)
+
+
+def test_a_completion_longer_than_the_policys_positions_is_refused(gpt2_policy):
+    with pytest.raises(ValueError, match=f"max_new_tokens is {POSITIONS}.*{POSITIONS} positions.*lower it"):
+        room_for_prompts(gpt2_policy, POSITIONS)
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A policy on disk, to be broken."""
+    save_policy(make_policy("gpt2", len(tokenizer), torch.float32, resid_pdrop=0.5), tokenizer, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_policy_loads_as_it_was(architecture, tmp_path, tokenizer):
+    model = make_policy(architecture, len(tokenizer), torch.float32)
+    save_policy(model, tokenizer, tmp_path / "policy")
+    loaded, loaded_tokenizer = load_policy(tmp_path / "policy")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    if architecture != "qwen2":  # whose folders the library reads with its own tokenizer class, whatever they say
+        assert loaded_tokenizer(RAGGED)["input_ids"] == tokenizer(RAGGED)["input_ids"]
+    assert loaded_tokenizer.eos_token_id == tokenizer.eos_token_id and loaded_tokenizer.padding_side == "left"
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_loaded_policy_has_no_dropout(folder):
+    model, tokenizer = load_policy(folder)
+    assert not model.training
+    ids = torch.tensor([tokenizer(RAGGED[1])["input_ids"]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def alter_json(path, **changes):
+    """Change entries of a JSON file; None drops one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def alter_weights(path, change):
+    """Change the tensors of a safetensors file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+BREAKS = {
+    "missing": (lambda d: d.rename(d.with_name("elsewhere")), "there is no such folder"),
+    "a file": (lambda d: (d.rename(d.with_name("elsewhere")), d.write_text("")), "a file, not a folder"),
+    "empty": (lambda d: [path.unlink() for path in d.iterdir()], "no config.json"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "truncated"),
+    "truncated header": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:100]),
+                         "truncated"),
+    "truncated weights": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+                          "truncated"),
+    "a lacking tensor": (lambda d: alter_weights(d / "model.safetensors", lambda w: w.pop("transformer.ln_f.bias")),
+                         "lacks weights.*'transformer.ln_f.bias'"),
+    "a tensor of another shape": (
+        lambda d: alter_weights(d / "model.safetensors", lambda w: w.update({"transformer.ln_f.bias": torch.zeros(3)})),
+        r"'transformer.ln_f.bias' has shape \(3,\).*\(16,\)"),
+    "pickled weights only": (lambda d: (torch.save({}, d / "pytorch_model.bin"), (d / "model.safetensors").unlink()),
+                             "model.safetensors"),
+    "broken config": (lambda d: (d / "config.json").write_text("{"), "JSON"),
+    "config of another kind": (lambda d: (d / "config.json").write_text("[]"), "cannot load a policy"),
+    "config with a wrong type": (lambda d: alter_json(d / "config.json", n_layer="two"), "n_layer"),
+    "unknown architecture": (lambda d: alter_json(d / "config.json", model_type="gpt9"), "gpt9"),
+    "no causal LM": (lambda d: alter_json(d / "config.json", model_type="vit"), "AutoModelForCausalLM"),
+    "no tokenizer": (lambda d: [path.unlink() for path in d.glob("tokenizer*")], "no tokenizer"),
+    "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "cannot load a policy"),
+    "no EOS": (lambda d: alter_json(d / "tokenizer_config.json", eos_token=None), "no EOS token"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_folder_that_cannot_be_used_is_named_in_one_line(name, folder):
+    change, words = BREAKS[name]
+    change(folder)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_policy(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert type(caught.value) is ValueError
