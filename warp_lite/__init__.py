@@ -10,7 +10,8 @@ _HOMES = {
     "ema": ("EMAAnchor",),
     "slerp": ("task_vector", "lerp", "slerp", "angles"),
     "liti": ("liti",),
-    "warp": ("run_warp", "WarpResult", "load_result"),
+    "warp": ("run_warp",),
+    "result": ("WarpResult", "load_result"),
     "reinforce": ("Run", "train_serial", "train_batched"),
     "policies": ("load_policy", "save_policy"),
     "rewards": ("BradleyTerry", "ClassifierReward", "load_reward"),
@@ -24,8 +25,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 # A name that is also its module's (slerp, liti, ema …) must be bound now, or a later import of the
 # module would put the module in its place.
-from .liti import liti  # noqa: E402
-from .slerp import slerp  # noqa: E402
+from .liti import liti  # noqa: E402, F401
+from .slerp import slerp  # noqa: E402, F401
 
 __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 __version__ = "0.1.0"

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class Stop:
-    """Whether Ctrl-C was pressed. A run asks after every step, so that it stops between two; a second one stops at once."""
+    """Whether Ctrl-C was pressed. A run asks after every step, so that it stops between two; pressed
+    twice, it stops at once."""
 
     def __init__(self):
         self.requested = False
@@ -33,15 +35,26 @@ class Stop:
         self.requested = True
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line like every other."""
+
+    def error(self, message: str):
+        """Raise what `main` prints."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 bad input, 130 interrupted."""
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         return arguments.command(arguments)
     except KeyboardInterrupt as interrupt:
-        kept = f": {interrupt}; continue with --resume" if str(interrupt) else ""
+        kept = f": {interrupt}; continue with --resume" if str(interrupt) else "; nothing was written"
         print(f"warp-lite: interrupted{kept}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, FloatingPointError, OSError) as error:
         if os.environ.get("WARP_LITE_DEBUG"):
             raise
@@ -54,34 +67,46 @@ def parser() -> argparse.ArgumentParser:
     """Every command and option."""
     from .config import PRESETS
 
-    top = argparse.ArgumentParser(prog="warp-lite", description="WARP: align a language model by averaging weights.")
+    top = Parser(prog="warp-lite", description="WARP: align a language model by averaging weights.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     presets = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
-    run = commands.add_parser("run", help="run Algorithm 1 and draw its front", description="Run Algorithm 1 and draw its front.")
+    run = commands.add_parser(
+        "run", help="run Algorithm 1 and draw its front",
+        description="Run Algorithm 1 and draw its front: on a preset, or on your own policy, reward and prompts.")
     run.add_argument("--preset", metavar="NAME", help=presets)
     run.add_argument("--policy", metavar="NAME_OR_DIR", help="a causal LM from the hub or a folder")
-    run.add_argument("--reward", metavar="NAME_OR_DIR|MODULE:FUNCTION", help="a sequence classifier, or a function of TRL's signature")
-    run.add_argument("--prompts", metavar="FILE", help="prompts to train on: .txt, a line each, or .jsonl with a \"prompt\" in each line")
+    run.add_argument("--reward", metavar="NAME_OR_DIR|MODULE:FUNCTION",
+                     help="a sequence classifier, or a function of TRL's signature")
+    run.add_argument("--prompts", metavar="FILE",
+                     help="prompts to train on: .txt, a line each, or .jsonl with a \"prompt\" in each line")
     run.add_argument("--eval-prompts", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
-    run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="change a setting of WarpConfig; may be repeated")
-    run.add_argument("--executor", choices=("batched", "serial"), default="batched", help="train the runs as one program, or one after the other")
+    run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
+                     help="change a setting of WarpConfig; may be repeated")
+    run.add_argument("--executor", choices=("batched", "serial"), default="batched",
+                     help="train the runs as one program, or one after the other (default: batched)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     run.add_argument("--out", metavar="DIR", required=True, help="the run folder to write")
     run.set_defaults(command=run_command)
 
-    merge = commands.add_parser("merge", help="merge checkpoints on disk", description="Merge checkpoints on disk, tensor by tensor.")
+    merge = commands.add_parser("merge", help="merge checkpoints on disk",
+                                description="Merge checkpoints on disk, tensor by tensor.")
     merge.add_argument("--init", metavar="DIR", required=True, help="the checkpoint that the policies started from")
     merge.add_argument("--policies", metavar="DIR", nargs="+", required=True, help="two checkpoints or more")
-    merge.add_argument("--method", choices=("slerp", "lerp"), default="slerp", help="how the task vectors are merged (default: slerp)")
-    merge.add_argument("--eta", type=float, default=1.0, metavar="X", help="LITI: 0 is the init, 1 the merge, above extrapolates (default: 1)")
+    merge.add_argument("--method", choices=("slerp", "lerp"), default="slerp",
+                       help="how the task vectors are merged (default: slerp)")
+    merge.add_argument("--eta", type=float, default=1.0, metavar="X",
+                       help="LITI: 0 is the init, 1 the merge, above extrapolates (default: 1)")
     merge.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
     merge.set_defaults(command=merge_command)
 
-    front = commands.add_parser("front", help="measure the front of a run folder", description="Measure the front of a run folder; writes front.json and front.png in it.")
+    front = commands.add_parser(
+        "front", help="measure the front of a run folder",
+        description="Measure the front of a finished run folder; writes front.json and front.png in it.")
     front.add_argument("folder", metavar="DIR", help="a finished run folder")
-    front.add_argument("--etas", metavar="X,X,…", help="where to measure it (default: 0, .1, … 1)")
-    front.add_argument("--prompts", type=int, metavar="N", help="how many of the held-out prompts to use (default: all)")
+    front.add_argument("--etas", metavar="X,X,…", help="where to measure it (default: 0,.1,.2, … 1)")
+    front.add_argument("--prompts", type=int, metavar="N",
+                       help="how many of the held-out prompts to use (default: all)")
     front.set_defaults(command=front_command)
     return top
 
@@ -93,7 +118,8 @@ def run_command(arguments) -> int:
     if arguments.preset is not None:
         for name in ("policy", "reward", "prompts", "eval_prompts"):
             if getattr(arguments, name) is not None:
-                raise ValueError(f"--preset brings its own policy, reward and prompts; leave out --{name.replace('_', '-')}")
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"--preset brings its own policy, reward and prompts; leave out {option}")
         chosen = preset(arguments.preset)
         config = chosen.config.with_text(arguments.set)
     else:
@@ -101,29 +127,31 @@ def run_command(arguments) -> int:
         if missing:
             raise ValueError(f"give --preset, or --policy, --reward and --prompts; missing: {', '.join(missing)}")
         config = WarpConfig().with_text(arguments.set)
+        prompts = read_prompts(arguments.prompts)
+        held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
 
     from .front import complete_front
+    from .runs import check_out
     from .warp import run_warp
 
+    check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
+    options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": arguments.executor}
+    if arguments.preset is not None:
+        from .tasks.reviews import reviews_world
+        world = reviews_world(chosen.architecture)
+        source = {"preset": arguments.preset, "architecture": chosen.architecture}
+        task = (world.model, world.tokenizer, world.reward, world.train_prompts)
+        options |= {"eval_prompts": world.eval_prompts, "gold": world.gold, "texts": world.texts, "source": source}
+    else:
+        from .policies import load_policy
+        from .rewards import load_reward
+        task = (*load_policy(arguments.policy), load_reward(arguments.reward), prompts)
+        source = {"policy": arguments.policy, "reward": arguments.reward}
+        options |= {"eval_prompts": held_out, "source": source}
     with Stop() as stop:
-        if arguments.preset is not None:
-            from .tasks.reviews import reviews_world
-            world = reviews_world(chosen.architecture)
-            source = {"preset": arguments.preset, "architecture": chosen.architecture}
-            result = run_warp(
-                world.model, world.tokenizer, world.reward, world.train_prompts, config, arguments.out, arguments.resume,
-                arguments.executor, eval_prompts=world.eval_prompts, gold=world.gold, texts=world.texts, stop=stop, source=source)
-        else:
-            from .policies import load_policy
-            from .rewards import load_reward
-            prompts = read_prompts(arguments.prompts)
-            held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
-            model, tokenizer = load_policy(arguments.policy)
-            result = run_warp(
-                model, tokenizer, load_reward(arguments.reward), prompts, config, arguments.out, arguments.resume,
-                arguments.executor, eval_prompts=held_out, stop=stop,
-                source={"policy": arguments.policy, "reward": arguments.reward})
-    complete_front(result, Path(arguments.out))
+        result = run_warp(*task, stop=stop, **options)
+    with keeping(f"every run in {arguments.out} is kept"):
+        complete_front(result, Path(arguments.out), again=False)
     return 0
 
 
@@ -138,17 +166,28 @@ def merge_command(arguments) -> int:
 
 def front_command(arguments) -> int:
     """`warp-lite front`."""
-    from .front import complete_front
-    from .warp import ETAS, load_result
+    etas = None if arguments.etas is None else parse_etas(arguments.etas)
 
-    etas = ETAS if arguments.etas is None else parse_etas(arguments.etas)
+    from .front import complete_front
+    from .result import ETAS, load_result
+
     result = load_result(arguments.folder)
     if arguments.prompts is not None:
-        if not 2 <= arguments.prompts <= len(result.eval_prompts):
-            raise ValueError(f"--prompts must lie between 2 and the {len(result.eval_prompts)} held-out prompts, not {arguments.prompts}")
-        result.eval_prompts = result.eval_prompts[:arguments.prompts]
-    complete_front(result, Path(arguments.folder), etas)
+        there = len(result.eval_prompts)
+        if not 2 <= arguments.prompts <= there:
+            raise ValueError(f"--prompts must lie between 2 and the {there} held-out prompts, not {arguments.prompts}")
+        result.keep_prompts(arguments.prompts)
+    complete_front(result, Path(arguments.folder), etas or ETAS)
     return 0
+
+
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Say what is kept if Ctrl-C is pressed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what) from None
 
 
 def parse_etas(text: str) -> tuple[float, ...]:
@@ -165,11 +204,11 @@ def parse_etas(text: str) -> tuple[float, ...]:
 def read_prompts(path: str) -> list[str]:
     """Prompts of a .txt file, a line each, or of a .jsonl file whose lines have a "prompt"."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts in {path}: {error}") from error
     if not lines:
-        raise ValueError(f"{path} has no prompts")
+        raise ValueError(f"{path} has no prompts; it wants one in each line")
     if Path(path).suffix not in (".jsonl", ".json"):
         return lines
     prompts = []

@@ -17,7 +17,8 @@ from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .liti import liti
 from .policies import Weights, encode_prompts, parameters, room_for_prompts, stack
 from .reinforce import Run, train_batched
-from .warp import ETAS, Iteration, WarpResult, merge
+from .result import ETAS, Iteration, WarpResult
+from .warp import merge
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
 SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps", "adam_beta1", "adam_beta2", "adam_eps")

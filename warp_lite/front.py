@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import __version__
 from .evaluation.limit import best_of_n_front, optimal_front, reference_rewards
 from .plots import draw_front
-from .runs import write_json
+from .result import ETAS, EVALUATION_SAMPLES, WarpResult
+from .runs import json_hash, pinned_threads, read_config, read_json, save_tensors, weights_hash, write_json
 from .tasks.reviews import cache_folder
-from .warp import ETAS, WarpResult
 
-LIMIT_PROMPTS, LIMIT_SAMPLES = 64, 1024
+LIMIT_PROMPTS = 64
+LIMIT_SAMPLES = 1024  # completions a prompt
+LARGE, LIMIT_SAMPLES_LARGE = 5_000_000, 128  # a larger policy: the limit must not cost more than the runs
 
 
-def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETAS) -> dict:
+def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETAS, again: bool = True) -> dict:
     """Measure the front, write front.json and front.png into the run folder, print it and four completions.
 
-    Returns what front.json holds.
+    With again=False what front.json has is only drawn again, if it was measured from these weights
+    at these η. Returns what front.json holds.
     """
+    folder = Path(folder)
+    with pinned_threads(read_config(folder)["provenance"]["threads"]):
+        key = fingerprint(result, etas)
+        front = None if again else measured_before(folder / "front.json", key)
+        if front is None:
+            front = measure_front(result, folder, etas) | {"fingerprint": key}
+            write_json(folder / "front.json", front)
+        completions = completions_table(result)
+    figure = draw_front(front["points"], front["limit"], front["trajectories"], front["best_of_n"], front["unit"])
+    made = folder / ".front.png.part"
+    figure.savefig(made, format="png", dpi=150)
+    made.replace(folder / "front.png")
+    print(f"{front_table(front)}\n\n{completions}\n\nwritten: {folder / 'front.json'}, {folder / 'front.png'}")
+    return front
+
+
+def measure_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETAS) -> dict:
+    """Points, limit, best-of-n and trajectories, as front.json holds them."""
     points = result.front(etas)
     rewards, gold = limit_rewards(result, folder)
-    front = {
+    return {
         "points": points,
         "limit": optimal_front(rewards=rewards, gold=gold),
         "best_of_n": best_of_n_front(rewards=rewards),
@@ -37,61 +59,71 @@ def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETA
         "limit_samples_per_prompt": rewards.shape[1],
         "prompts": len(result.eval_prompts),
     }
-    write_json(folder / "front.json", front)
-    figure = draw_front(points, front["limit"], result.trajectories, front["best_of_n"], front["unit"])
-    made = folder / ".front.png.part"
-    figure.savefig(made, format="png", dpi=150)
-    made.replace(folder / "front.png")
-    print(front_table(front))
-    print()
-    print(completions_table(result))
-    print(f"\nwritten: {folder / 'front.json'}, {folder / 'front.png'}")
-    return front
 
 
-def limit_rewards(result: WarpResult, folder: Path, samples: int = LIMIT_SAMPLES) -> tuple[Tensor, Tensor | None]:
+def fingerprint(result: WarpResult, etas: Sequence[float]) -> str:
+    """What a front depends on: the weights, where and how they are measured, and this package's version."""
+    weights = [weights_hash(w) for w in [result.sft, *(iteration.merged for iteration in result.iterations)]]
+    config = result.config
+    return json_hash([__version__, weights, list(etas), result.eval_prompts, EVALUATION_SAMPLES,
+                      config.max_new_tokens, config.temperature])
+
+
+def measured_before(path: Path, key: str) -> dict | None:
+    """front.json, if it is there and has this fingerprint."""
+    if not path.is_file():
+        return None
+    try:
+        front = read_json(path)
+        return front if front.get("fingerprint") == key else None
+    except (ValueError, AttributeError):  # damaged: measured again
+        return None
+
+
+def limit_rewards(result: WarpResult, folder: Path, samples: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Rewards, and gold rewards where there are any, (prompts, samples) of the SFT policy on held-out prompts.
 
     They cost more than a front, so they are kept: in the cache, by the hash of the policy that
     was sampled, the prompts and the settings; for a reward without weights, in the run folder.
     """
-    prompts, config = result.eval_prompts[:LIMIT_PROMPTS], result.config
-    key = hashlib.sha256(json.dumps([prompts, samples, config.max_new_tokens, config.temperature]).encode())
-    for tensor in result.sft.values():
-        key.update(tensor.detach().float().cpu().numpy().tobytes())
-    trained = getattr(result.judge, "head", None)
+    if samples is None:
+        size = sum(tensor.numel() for tensor in result.sft.values())
+        samples = LIMIT_SAMPLES if size < LARGE else LIMIT_SAMPLES_LARGE
+    prompts = result.held_out.batch(np.arange(min(LIMIT_PROMPTS, len(result.eval_prompts))))
+    config, judge, gold = result.config, result.judge, result.gold
+    parts = [prompts.texts, samples, config.max_new_tokens, config.temperature, gold is not None]
+    parts.append(weights_hash(result.sft))
+    trained = getattr(judge, "head", None)
     if trained is not None:
-        key.update(trained.detach().cpu().numpy().tobytes())
-    home = cache_folder() if trained is not None else folder
-    path = home / f"limit-{key.hexdigest()[:12]}.safetensors"
+        parts += [weights_hash({"head": trained}), judge.mean, judge.std]
+    home = folder if trained is None else cache_folder()
+    path = home / f"limit-{json_hash(parts)[:12]}.safetensors"
     if path.is_file():
-        kept = load_file(path)
-        return kept["reward"], kept.get("gold")
-    wanted = [result.judge, *([result.gold] if result.gold is not None else [])]
+        try:
+            kept = load_file(path)
+            return kept["reward"], kept.get("gold")
+        except (SafetensorError, OSError, KeyError):  # damaged: sampled again
+            path.unlink()
+    wanted = [judge] if gold is None else [judge, gold]
     with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None, leave=False) as bar:
-        values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, temperature=config.temperature,
-                                   max_new_tokens=config.max_new_tokens, progress=bar)
+        values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, progress=bar,
+                                   temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     kept = dict(zip(("reward", "gold"), values))
-    made = path.with_name(f".{path.name}.part")
-    save_file(kept, made)
-    made.rename(path)
+    save_tensors(kept, path)
     return kept["reward"], kept.get("gold")
 
 
 def front_table(front: dict) -> str:
     """The front as a table, a line a point."""
     points = front["points"]
-    columns = [("iteration", "{iteration:d}"), ("η", "{eta:.2f}"), ("KL (nats)", "{kl:.2f} ± {kl_se:.2f}"),
-               ("reward", "{reward:.2f} ± {reward_se:.2f}")]
-    if "gold" in points[0]:
-        columns.append(("gold reward", "{gold:.2f} ± {gold_se:.2f}"))
-    columns += [("length", "{length:.1f}"), ("distinct", "{distinct:.2f}")]
-    if "perplexity" in points[0]:
-        columns.append(("perplexity", "{perplexity:.2f}"))
-    rows = [[title for title, _ in columns], *([form.format(**p) for _, form in columns] for p in points)]
-    note = (f"{front['samples_per_point']} completions a point on {front['prompts']} held-out prompts; ± is the standard "
-            f"error over prompts; rewards in {front['unit']}")
-    return f"{_aligned(rows)}\n{note}"
+    columns = {"iteration": ("iteration",), "η": ("eta",), "KL (nats)": ("kl", "kl_se"),
+               "reward": ("reward", "reward_se"), "gold reward": ("gold", "gold_se"), "length": ("length",),
+               "distinct": ("distinct",), "perplexity": ("perplexity",)}
+    columns = {title: names for title, names in columns.items() if names[0] in points[0]}
+    rows = [[" ± ".join(_number(p[name]) for name in names) for names in columns.values()] for p in points]
+    note = (f"{front['samples_per_point']} completions a point on {front['prompts']} held-out prompts; "
+            f"± is the standard error over prompts; rewards in {front['unit']}")
+    return f"{_aligned([list(columns), *rows])}\n{note}"
 
 
 def completions_table(result: WarpResult, count: int = 4, etas: Sequence[float] = (0.0, 0.5, 1.0)) -> str:
@@ -103,6 +135,12 @@ def completions_table(result: WarpResult, count: int = 4, etas: Sequence[float] 
         lines.append(prompt)
         lines += [f"  η={eta:<4g} {' '.join(texts[eta][n].split())}" for eta in etas]
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def _aligned(rows: list[list[str]]) -> str:

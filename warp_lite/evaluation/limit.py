@@ -15,20 +15,29 @@ import torch
 from torch import Tensor
 
 from ..forward import make_forward
-from ..policies import encode_prompts, parameters, room_for_prompts, sample, stack
+from ..policies import Prompts, encode_prompts, parameters, room_for_prompts, sample, stack
 from ..randomness import EVALUATION, generator
 from ..rewards import rollout_rewards
 from .metrics import ROWS_AT_ONCE
 
-BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())
+BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())  # in standard deviations of the reward
 MIN_ESS = 30.0
 
 
 @torch.no_grad()
 def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples: int, *, max_new_tokens=24,
                       temperature=1.0, seed=0, progress=None) -> list[Tensor]:
-    """Each reward's values (prompts, samples), float64, of `samples` completions of the reference a prompt."""
-    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(reference, max_new_tokens))
+    """Each reward's values (prompts, samples), float64, of `samples` completions of the reference a prompt.
+
+    `prompts` are as `run_warp` takes them, or encoded. Raises TypeError where one of these is missing.
+    """
+    missing = [name for name, value in (("reference", reference), ("tokenizer", tokenizer), ("prompts", prompts))
+               if value is None] + ["reward"] * (None in rewards)
+    if missing:
+        raise TypeError(f"the limit needs samples: give `rewards` of them, or {', '.join(missing)} to draw them")
+    encoded = prompts
+    if not isinstance(prompts, Prompts):
+        encoded = encode_prompts(tokenizer, prompts, room_for_prompts(reference, max_new_tokens)).to(reference.device)
     forward = make_forward(reference)
     weights = forward.prepare(stack([parameters(reference)]))
     rows = np.repeat(np.arange(len(encoded)), samples)
@@ -37,7 +46,8 @@ def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples:
         some = rows[start:start + ROWS_AT_ONCE]
         uniforms = generator(seed, i, 1, EVALUATION).random((1, len(some), max_new_tokens))
         batch = encoded.batch(some[None])
-        rollout = sample(forward, weights, batch, torch.from_numpy(uniforms).to(encoded.ids.device), tokenizer, temperature)
+        uniforms = torch.from_numpy(uniforms).to(encoded.ids.device)
+        rollout = sample(forward, weights, batch, uniforms, tokenizer, temperature)
         for reward, into in zip(rewards, values):
             into.append(rollout_rewards([reward], rollout, tokenizer)[0].cpu())
         if progress is not None:
@@ -45,21 +55,30 @@ def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples:
     return [torch.cat(v).view(len(encoded), samples) for v in values]
 
 
-def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[float] = BETAS, samples: int = 1024, *,
-                  tokenizer=None, rewards: Tensor | None = None, gold: Tensor | None = None, min_ess: float = MIN_ESS,
-                  **sampling) -> list[dict]:
+def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[float] | None = None,
+                  samples: int = 1024, *, tokenizer=None, rewards: Tensor | None = None, gold: Tensor | None = None,
+                  min_ess: float = MIN_ESS, **sampling) -> list[dict]:
     """The limit: points with `beta`, `kl` (nats per sequence), `reward` and `ess`, by falling β.
 
     Per prompt w_i ∝ exp(r_i / β), R̂ = Σ w_i r_i and KL̂ = R̂/β − log mean exp(r/β), averaged
     over prompts. `ess` is the mean effective sample size; the curve ends where it falls under
     `min_ess`, past which it cannot be trusted. `kl_se` and `reward_se` are standard errors over
-    prompts. `rewards` (prompts, samples) are used where they are given, else sampled from
-    `reference`; `gold` likewise gives the gold reward of the same optimum.
+    prompts, None for a single one. `rewards` (prompts, samples) are used where they are given, else sampled from
+    `reference`; `gold` likewise gives the gold reward of the same optimum. `betas` default to
+    20 … 0.1 standard deviations of the rewards.
     Raises ValueError for a β that is not above 0 and for rewards that are not finite.
     """
-    if any(not (beta > 0 and math.isfinite(beta)) for beta in betas):
-        raise ValueError(f"every beta must be above 0 and finite, not {list(betas)}")
+    for beta in betas or ():
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"every beta must be above 0 and finite, not {beta}")
     rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)
+    if betas is None:
+        betas = [beta * (rewards.std().item() or 1.0) for beta in BETAS]
+    if gold is not None:
+        gold = _checked(gold)
+        if gold.shape != rewards.shape:
+            raise ValueError(f"gold is {tuple(gold.shape)} and rewards {tuple(rewards.shape)}; "
+                             "give both of the same samples")
     points = []
     for beta in sorted(betas, reverse=True):
         scaled = rewards / beta
@@ -78,19 +97,20 @@ def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[flo
     return points
 
 
-def best_of_n_front(reference=None, reward=None, prompts=None, ns: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
-                    samples: int = 1024, *, tokenizer=None, rewards: Tensor | None = None, **sampling) -> list[dict]:
+def best_of_n_front(reference=None, reward=None, prompts=None, ns: Sequence[int] | None = None, samples: int = 1024, *,
+                    tokenizer=None, rewards: Tensor | None = None, **sampling) -> list[dict]:
     """Best-of-n: points with `n`, `kl_bound` = log n − (n−1)/n, and `reward`, with `reward_se`.
 
     The KL is an upper bound (it is reached where no two completions are alike). The expected
     maximum of n of the N samples of a prompt is exact: the i-th smallest is the maximum with
-    probability C(i−1, n−1) / C(N, n). Raises ValueError for n outside 1..N.
+    probability C(i−1, n−1) / C(N, n). `ns` default to 1, 2, 4, … 128, as far as there are samples.
+    Raises ValueError for n outside 1..N.
     """
     rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)
     N = rewards.shape[1]
     ordered = rewards.sort(1).values
     points = []
-    for n in ns:
+    for n in [2**k for k in range(8) if 2**k <= N] if ns is None else ns:
         if not 1 <= n <= N:
             raise ValueError(f"best-of-n needs n between 1 and the {N} samples a prompt, not {n}")
         log_choose = [math.lgamma(i) - math.lgamma(n) - math.lgamma(i - n + 1) for i in range(n, N + 1)]
@@ -105,12 +125,18 @@ def best_of_n_front(reference=None, reward=None, prompts=None, ns: Sequence[int]
 def _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling) -> Tensor:
     if rewards is None:
         (rewards,) = reference_rewards(reference, tokenizer, [reward], prompts, samples, **sampling)
+    return _checked(rewards)
+
+
+def _checked(rewards) -> Tensor:
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    if rewards.dim() != 2 or not rewards.numel():
+        raise ValueError(f"rewards must be (prompts, samples), not {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         prompt, sample_ = (~torch.isfinite(rewards)).nonzero()[0].tolist()
         raise ValueError(f"the reward of sample {sample_} of prompt {prompt} is not finite")
     return rewards
 
 
-def _se(values: Tensor) -> float:
-    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+def _se(values: Tensor) -> float | None:
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None

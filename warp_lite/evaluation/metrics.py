@@ -26,6 +26,7 @@ from ..policies import (
 )
 from ..randomness import EVALUATION, generator
 from ..rewards import pad_right, rollout_rewards
+from ..weights import check_same_tensors
 
 ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps, and their logits must fit in memory
 
@@ -37,7 +38,8 @@ class PolicyMetrics:
     `kl` is to the reference, in nats per sequence, `reward` and `gold` in the reward's units,
     `length` in tokens, EOS included. `distinct` is the share of distinct pairs of tokens among
     all pairs of all completions, `repeated` the share of pairs that occurred before in the same
-    completion. `perplexity` is that of held-out texts, per token. None where not measured.
+    completion. `perplexity` is that of held-out texts, per token. None where not measured; nan
+    where there is nothing to take it from (the standard error of one prompt).
     """
 
     kl: float
@@ -54,17 +56,20 @@ class PolicyMetrics:
     perplexity: float | None = None
 
     def as_dict(self) -> dict:
-        """Plain numbers, those not measured left out."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """Plain numbers for JSON: those not measured left out, those that do not exist (nan) None."""
+        return {name: value if math.isfinite(value) else None
+                for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def evaluate(policy, reference, reward, prompts, tokenizer, *, gold=None, texts=None, samples=1,
              max_new_tokens=24, temperature=1.0, seed=0) -> PolicyMetrics:
     """Measure one policy against a reference policy, both causal LMs, on prompts.
 
-    `samples` completions a prompt. Raises ValueError on prompts that are empty or too long.
+    `samples` completions a prompt. Raises ValueError on prompts that are empty or too long, on
+    policies of different architectures, and where a reward is not finite.
     """
-    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens))
+    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens)).to(policy.device)
+    check_same_tensors(parameters(reference), {"policy": parameters(policy)})
     return evaluate_many(policy, stack([parameters(policy)]), parameters(reference), reward, encoded, tokenizer,
                          gold=gold, texts=texts, samples=samples, max_new_tokens=max_new_tokens,
                          temperature=temperature, seed=seed)[0]
@@ -106,9 +111,9 @@ def _evaluate_some(forward, weights, fixed, reward, prompts, tokenizer, gold, te
         u = uniforms[start:start + rows_at_once].expand(E, -1, -1)
         rollout = sample(forward, prepared, batch, u, tokenizer, temperature)
         parts["kl"].append(sequence_kl(forward, prepared, fixed, rollout, temperature))
-        parts["reward"].append(rollout_rewards([reward] * E, rollout, tokenizer))
+        parts["reward"].append(finite_rewards(reward, rollout, tokenizer))
         if gold is not None:
-            parts["gold"].append(rollout_rewards([gold] * E, rollout, tokenizer))
+            parts["gold"].append(finite_rewards(gold, rollout, tokenizer))
         parts["length"].append(rollout.mask.sum(-1).double())
         width = uniforms.shape[-1] - rollout.ids.shape[-1]
         ids.append(torch.nn.functional.pad(rollout.ids, (0, width)))
@@ -138,23 +143,49 @@ def sequence_kl(forward, policy, reference, rollout: Rollout, temperature: float
     """
     E, B, T = rollout.ids.shape
     p = log_softmax(completion_logits(forward, policy, rollout), temperature)            # (E, B, T, V)
+    prompts = rollout.prompts
     flat = Rollout(
-        Prompts(rollout.prompts.texts, rollout.prompts.ids.reshape(1, E * B, -1), rollout.prompts.mask.reshape(1, E * B, -1)),
+        Prompts(prompts.texts, prompts.ids.reshape(1, E * B, -1), prompts.mask.reshape(1, E * B, -1)),
         rollout.ids.reshape(1, E * B, T), rollout.mask.reshape(1, E * B, T), rollout.logprobs)
     q = log_softmax(completion_logits(forward, reference, flat), temperature).view_as(p)
     kl = (p.exp() * (p - q)).sum(-1).double()                                            # (E, B, T)
     return (kl * rollout.mask).sum(-1)
 
 
+def finite_rewards(reward, rollout: Rollout, tokenizer) -> Tensor:
+    """The reward (E, B) of each completion; ValueError names the prompt where it is not finite."""
+    values = rollout_rewards([reward] * len(rollout.ids), rollout, tokenizer)
+    bad = (~torch.isfinite(values)).flatten().nonzero()
+    if len(bad):
+        i = bad[0].item()
+        raise ValueError(f"the reward is {values.flatten()[i].item()} for a completion of the prompt "
+                         f"{rollout.prompts.texts[i][:80]!r}; rewards must be finite")
+    return values
+
+
+def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:
+    """Texts and the EOS that ends each as ids (N, S), padded on the right, and their mask.
+
+    Raises ValueError for no texts and for one of more than `room` tokens.
+    """
+    if not len(texts):
+        raise ValueError("there are no texts to measure the perplexity of; give at least one, or None")
+    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
+    for i, row in enumerate(rows):
+        if room is not None and len(row) > room:
+            raise ValueError(f"text {i} has {len(row)} tokens, EOS included, of which {room} fit: "
+                             f"{texts[i][:60]!r}; shorten it")
+    return pad_right(rows, 0)
+
+
 def perplexity(forward, prepared, tokenizer, texts: Sequence[str], policies: int) -> list[float]:
-    """Perplexity per token of texts that end in EOS, of each policy."""
-    rows = tokenizer([f"{text} {tokenizer.eos_token}" for text in texts])["input_ids"]
-    ids, mask = pad_right(rows, 0)
+    """Perplexity per token, EOS included, of texts under each policy."""
+    ids, mask = encode_texts(tokenizer, texts)
     ids, mask = ids.to(_device(prepared)), mask.to(_device(prepared))
     total = torch.zeros(policies, dtype=torch.float64, device=ids.device)
-    for some, real in zip(ids.split(ROWS_AT_ONCE // policies or 1), mask.split(ROWS_AT_ONCE // policies or 1)):
+    for some, real in zip(ids.split(max(1, ROWS_AT_ONCE // policies)), mask.split(max(1, ROWS_AT_ONCE // policies))):
         logits = forward(prepared, some[:, :-1].expand(policies, -1, -1))
-        logp = logits.log_softmax(-1).gather(-1, some[:, 1:].expand(policies, -1, -1).unsqueeze(-1))[..., 0]
+        logp = log_softmax(logits, 1.0).gather(-1, some[:, 1:].expand(policies, -1, -1).unsqueeze(-1))[..., 0]
         total += (logp.double() * real[:, 1:]).sum((1, 2))
     return torch.exp(-total / mask[:, 1:].sum()).tolist()
 

@@ -1,0 +1,259 @@
+"""What Algorithm 1 leaves: every policy, the merges, the front; in memory and as a run folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import WarpConfig
+from .evaluation.metrics import PolicyMetrics, evaluate_many, evaluation_uniforms
+from .forward import make_forward
+from .liti import liti
+from .policies import (
+    Prompts,
+    Weights,
+    completions_text,
+    encode_prompts,
+    load_policy,
+    load_weights,
+    parameters,
+    room_for_prompts,
+    sample,
+    save_policy,
+    stack,
+)
+from .reinforce import RunState
+from .rewards import accepted, load_reward, reward_name
+from .runs import RunFolder, json_hash, read_config, read_json, weights_hash, write_json
+
+ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts
+
+
+@dataclass
+class Iteration:
+    """One iteration: θ_init, the M policies and their anchors, θ_slerp, and the θ_init of the next."""
+
+    init: Weights
+    policies: list[Weights]
+    anchors: list[Weights]
+    merged: Weights
+    next_init: Weights
+
+
+@dataclass
+class WarpResult:
+    """What Algorithm 1 leaves: every policy, the merges, and the way to draw the front from them.
+
+    `eval_prompts` are what everything is measured on, `eval_columns` the further columns of their data
+    set. `trajectories` are measurements of the single runs while they trained: dicts with `iteration`,
+    `run`, `step` and the numbers of `PolicyMetrics`. `source` says where policy and rewards came from.
+    """
+
+    config: WarpConfig
+    model: object
+    tokenizer: object
+    reward: Callable | Sequence[Callable]
+    eval_prompts: list[str]
+    sft: Weights
+    iterations: list[Iteration] = field(default_factory=list)
+    trajectories: list[dict] = field(default_factory=list)
+    gold: Callable | None = None
+    texts: list[str] | None = None
+    train_prompts: list[str] = field(default_factory=list)
+    eval_columns: dict[str, list] = field(default_factory=dict)
+    source: dict | None = None
+
+    @property
+    def held_out(self) -> Prompts:
+        """The held-out prompts, encoded."""
+        encoded = self._encode(self.eval_prompts)
+        encoded.columns = self.eval_columns
+        return encoded
+
+    @property
+    def judge(self) -> Callable:
+        """The reward that fronts are measured by: the only one, or the mean of several."""
+        return mean_reward(self.reward) if isinstance(self.reward, (list, tuple)) else self.reward
+
+    def weights(self, eta: float = 1.0, iteration: int = -1, toward: str = "sft") -> Weights:
+        """θ_η of an iteration (1 … I, or −1 for the last): from the SFT policy (the paper's front) or,
+        with toward="init", from that iteration's init (Fig. 17). Raises ValueError for another word."""
+        if toward not in ("sft", "init"):
+            raise ValueError(f"toward must be 'sft' or 'init', not {toward!r}")
+        chosen = self.iterations[self._index(iteration)]
+        return liti(self.sft if toward == "sft" else chosen.init, chosen.merged, eta)
+
+    def _index(self, iteration: int) -> int:
+        if iteration == -1:
+            return len(self.iterations) - 1
+        if not 1 <= iteration <= len(self.iterations):
+            raise ValueError(f"no iteration {iteration}; there are 1 to {len(self.iterations)}, and -1, the last")
+        return iteration - 1
+
+    def policy(self, eta: float = 1.0, iteration: int = -1, toward: str = "sft"):
+        """The Hugging Face model at any η."""
+        return load_weights(copy.deepcopy(self.model), self.weights(eta, iteration, toward))
+
+    def front(self, etas: Sequence[float] = ETAS, iterations: Sequence[int] | None = None, toward: str = "sft",
+              prompts: Sequence[str] | None = None, samples: int | None = None, seed: int = 0) -> list[dict]:
+        """Measure the front: a dict a point with `iteration`, `eta` and the numbers of `PolicyMetrics`.
+
+        `prompts` default to the held-out ones and `samples` a prompt to what makes 512 in all.
+        """
+        chosen = range(1, len(self.iterations) + 1) if iterations is None else iterations
+        places = [(self._index(i) + 1, float(eta)) for i in chosen for eta in etas]
+        if not places:
+            raise ValueError("a front needs at least one eta and one iteration")
+        states = [self.weights(eta, i, toward) for i, eta in places]
+        return [{"iteration": i, "eta": eta, **metrics.as_dict()}
+                for (i, eta), metrics in zip(places, self.measure(states, prompts, samples, seed))]
+
+    def measure(self, states: Sequence[Weights], prompts=None, samples: int | None = None,
+                seed: int = 0) -> list[PolicyMetrics]:
+        """`PolicyMetrics` of any weights of this architecture, against the SFT policy."""
+        config = self.config
+        encoded = self.held_out if prompts is None else self._encode(prompts)
+        return evaluate_many(
+            self.model, stack(states), self.sft, self.judge, encoded, self.tokenizer,
+            gold=self.gold, texts=self.texts, samples=samples or max(1, math.ceil(EVALUATION_SAMPLES / len(encoded))),
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed)
+
+    @torch.no_grad()
+    def completions(self, prompts: Sequence[str], eta: float = 1.0, iteration: int = -1, seed: int = 0) -> list[str]:
+        """One completion a prompt at η; the same random numbers at every η."""
+        forward = make_forward(self.model)
+        encoded = self._encode(prompts).repeat(1)
+        uniforms = evaluation_uniforms(seed, len(encoded), 1, self.config.max_new_tokens, self.model.device)[None]
+        weights = forward.prepare(stack([self.weights(eta, iteration)]))
+        rollout = sample(forward, weights, encoded, uniforms, self.tokenizer, self.config.temperature)
+        return completions_text(self.tokenizer, rollout.ids, rollout.mask)
+
+    def keep_prompts(self, count: int) -> None:
+        """Measure on the first `count` of the held-out prompts only."""
+        self.eval_prompts = self.eval_prompts[:count]
+        self.eval_columns = {name: values[:count] for name, values in self.eval_columns.items()}
+
+    def _encode(self, prompts) -> Prompts:
+        room = room_for_prompts(self.model, self.config.max_new_tokens)
+        return encode_prompts(self.tokenizer, prompts, room).to(self.model.device)
+
+    def save_policy(self, folder, eta: float = 1.0, iteration: int = -1) -> None:
+        """Any point of the front as a Hugging Face folder with its tokenizer."""
+        save_policy(self.policy(eta, iteration), self.tokenizer, folder)
+
+    def save(self, path) -> None:
+        """The whole result as a run folder, which `load_result` reads. Raises ValueError if it is not empty."""
+        folder = RunFolder(path, run_settings(self))
+        write_start(folder, self)
+        for i, iteration in enumerate(self.iterations, 1):
+            for m, (policy, anchor) in enumerate(zip(iteration.policies, iteration.anchors), 1):
+                rows = [row for row in self.trajectories if (row["iteration"], row["run"]) == (i, m)]
+                folder.append(i, m, "trajectory.jsonl", rows)
+                folder.finish_run(i, m, RunState(self.config.steps, policy, anchor, {}, {}))
+            write_iteration(folder, self, i)
+
+
+def mean_reward(rewards: Sequence[Callable]) -> Callable:
+    """The mean of several rewards, as one."""
+    if len({id(reward) for reward in rewards}) == 1:
+        return rewards[0]
+
+    def mean(prompts, completions, **kwargs):
+        values = [reward(prompts, completions, **accepted(reward, **kwargs)) for reward in rewards]
+        return np.array(values, dtype=float).mean(0).tolist()
+
+    return mean
+
+
+# --- the result as a run folder ---
+
+
+def run_settings(result: WarpResult) -> dict:
+    """What must be equal for a run to go on: the config, the policy, the rewards, the prompts.
+
+    Raises ValueError for columns of a data set that JSON cannot hold.
+    """
+    try:
+        hashed = json_hash([result.train_prompts, result.eval_prompts, result.eval_columns])
+    except TypeError as error:
+        raise ValueError(f"the prompts have a column that a run folder cannot hold ({error}); "
+                         "keep text and numbers, or leave out `out`") from None
+    return {"config": dataclasses.asdict(result.config), "policy": weights_hash(result.sft),
+            "reward": reward_name(result.reward), "source": result.source,
+            "prompts": {"train": len(result.train_prompts), "eval": len(result.eval_prompts), "sha256": hashed}}
+
+
+def write_start(folder: RunFolder, result: WarpResult) -> None:
+    """θ_sft and the prompts."""
+    folder.write_folder(folder.path / "sft", lambda path: save_policy(result.model, result.tokenizer, path))
+    write_json(folder.path / "prompts.json", {"train": result.train_prompts, "eval": result.eval_prompts,
+                                              "eval_columns": result.eval_columns})
+
+
+def write_iteration(folder: RunFolder, result: WarpResult, i: int) -> None:
+    """The merge of iteration i and the init of the next, each a Hugging Face folder."""
+    iteration = result.iterations[i - 1]
+    for name, weights in (("merged", iteration.merged), ("next-init", iteration.next_init)):
+        folder.write_folder(folder.iteration(i) / name, lambda path, weights=weights: save_policy(
+            load_weights(copy.deepcopy(result.model), weights), result.tokenizer, path))
+    folder.finish_iteration(i)
+
+
+def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
+    """A finished run folder as a WarpResult. `reward` is found by config.json where it says how.
+
+    Raises ValueError for a folder that is not one, is not finished, or was altered.
+    """
+    path = Path(path)
+    settings = read_config(path)["settings"]
+    config = WarpConfig(**settings["config"])
+    folder = RunFolder(path, settings, resume=True)
+    for i in range(1, config.iterations + 1):
+        missing = [m for m in range(1, config.runs + 1) if not (folder.run(i, m) / "DONE").is_file()]
+        if missing or not folder.finished_iteration(i):
+            which = f"run {missing[0]} of iteration {i}" if missing else f"the merge of iteration {i}"
+            raise ValueError(f"{path} is not finished: {which} is missing; continue it with `warp-lite run --resume`")
+    model, tokenizer = load_policy(path / "sft", dtype="auto")
+    if reward is None:
+        reward, gold, texts = find_reward(settings.get("source") or {})
+    prompts = read_json(path / "prompts.json")
+    result = WarpResult(
+        config, model, tokenizer, reward, prompts["eval"], copy_weights(parameters(model)), gold=gold, texts=texts,
+        train_prompts=prompts["train"], eval_columns=prompts["eval_columns"], source=settings.get("source"))
+    found = run_settings(result)
+    for name, part in (("policy", "sft"), ("prompts", "prompts.json")):
+        if found[name] != settings[name]:
+            raise ValueError(f"{path / part} is not what config.json vouches for; take it from a copy, or run again")
+    theta_init = result.sft
+    for i in range(1, config.iterations + 1):
+        finished = [folder.finished_run(i, m) for m in range(1, config.runs + 1)]
+        merged = parameters(load_policy(folder.iteration(i) / "merged", dtype="auto")[0])
+        next_init = liti(theta_init, merged, config.eta)
+        result.iterations.append(Iteration(theta_init, *map(list, zip(*finished)), merged, next_init))
+        result.trajectories += [row for m in range(1, config.runs + 1) for row in folder.trajectory(i, m)]
+        theta_init = next_init
+    return result
+
+
+def find_reward(source: dict):
+    """Reward, gold reward and held-out texts from what config.json says of their source."""
+    if "preset" in source:
+        from .tasks.reviews import reviews_world
+        world = reviews_world(source["architecture"])
+        return world.reward, world.gold, world.texts
+    if "reward" in source:
+        return load_reward(source["reward"]), None, None
+    raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
+
+
+def copy_weights(weights: Weights) -> Weights:
+    """The same weights in memory of their own."""
+    return {name: tensor.clone() for name, tensor in weights.items()}
