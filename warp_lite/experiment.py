@@ -21,7 +21,8 @@ from .result import ETAS, Iteration, WarpResult
 from .warp import merge
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
-SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps", "adam_beta1", "adam_beta2", "adam_eps")
+SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps",
+          "adam_beta1", "adam_beta2", "adam_eps")  # what `train_batched` wants equal
 
 
 @dataclass
@@ -160,7 +161,8 @@ def _measure_trajectories(group, held_out, samples: int, bar):
             temperature=config.temperature)
         for e, point in zip(due, measured):
             job, run = group[e]
-            job.result.trajectories.append({"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()})
+            row = {"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()}
+            job.result.trajectories.append(row)
 
     return on_step
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2LMHeadModel, GPT2Model
 
-
 FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are folded into matrices
 
 

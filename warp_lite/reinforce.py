@@ -100,7 +100,8 @@ def reinforce_loss(logp: Tensor, advantage: Tensor, length: int) -> Tensor:
     return -(advantage.detach().to(logp) * logp).mean(-1) / length
 
 
-def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
+                 on_step: OnStep | None = None) -> list[RunState]:
     """Train the runs one after the other with the library's module, Adam and clipping.
 
     Raises ValueError, naming run, step and prompt, when a reward is not finite, and
@@ -154,7 +155,8 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
     return state(config.steps)
 
 
-def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
+                  on_step: OnStep | None = None) -> list[RunState]:
     """Train all runs as one program. They share steps, batch size, lengths, temperature and Adam's
     settings; lr, β, μ, anchor, clipping, seed, reward and init may differ. Errors as `train_serial`.
     """

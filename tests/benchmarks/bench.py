@@ -1,0 +1,562 @@
+"""Benchmarks against what a user would pick instead. `make bench` runs them.
+
+Every ratio is measured side by side in this run: the two sides take turns, medians are compared.
+Writes results.json, results.md and growth.png beside this file (or into --out DIR) and prints the table.
+A figure that is missed is printed as missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from warp_lite.config import WarpConfig
+from warp_lite.ensemble import Ensemble
+from warp_lite.forward import make_forward
+from warp_lite.plots import COLOURS, style
+from warp_lite.policies import (
+    Prompts,
+    encode_prompts,
+    load_policy,
+    logprobs,
+    parameters,
+    quiet,
+    sample,
+    save_policy,
+    stack,
+)
+from warp_lite.reinforce import Run, draw, regularised_rewards, reinforce_loss, train_batched, train_serial
+from warp_lite.reinforce import advantages as leave_one_out
+from warp_lite.rewards import rollout_rewards
+from warp_lite.runs import provenance
+from warp_lite.tasks.reviews import reviews_world
+
+HERE = Path(__file__).resolve().parent
+LENGTH = 24  # tokens of every completion on the tiny model; none ends early, so that all sides do the same work
+
+
+class Endless:
+    """A tokenizer's ids for the sampler with an EOS that is never sampled."""
+
+    eos_token_id, pad_token_id = -1, 0
+
+
+def interleaved(rounds: int, **sides) -> dict[str, float]:
+    """Median seconds of each side; the sides take turns.
+
+    A side is a function that returns seconds, or None: then it is timed.
+    """
+    times = {name: [] for name in sides}
+    for side in sides.values():
+        side()  # warm-up
+    for _ in range(rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            seconds = side()
+            times[name].append(seconds if seconds is not None else time.perf_counter() - start)
+    return {name: median(values) for name, values in times.items()}
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of an fp32 matrix product of this machine (1024³), the best of ten."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+class PolicyStep:
+    """One step of E policies: sampling, anchor, reward, scoring, backward, update; completions of full length."""
+
+    def __init__(self, world, model, policies: int, batch: int):
+        state = parameters(model)
+        self.world, self.E = world, policies
+        config = WarpConfig(batch_size=batch, max_new_tokens=LENGTH)
+        self.runs = [Run(config, 1, m + 1, state, state, world.reward) for m in range(policies)]
+        self.prompts = encode_prompts(world.tokenizer, world.train_prompts)
+        self.forward = make_forward(model)
+        self.ensemble = Ensemble([state] * policies, [1e-6] * policies, (0.9, 0.95), 1e-8, [1.0] * policies)
+        self.anchor = self.ensemble.flat.clone()
+        self.steps = 0
+
+    def __call__(self) -> None:
+        batch, uniforms = draw(self.runs, self.steps, self.prompts)
+        with torch.no_grad():
+            prepared = self.forward.prepare(self.ensemble.weights)
+            rollout = sample(self.forward, prepared, batch, uniforms, Endless)
+            anchored = self.forward.prepare(self.ensemble.views(self.anchor))
+            anchor_logp = logprobs(self.forward, anchored, rollout).sum(-1)
+        rewards = rollout_rewards([self.world.reward] * self.E, rollout, self.world.tokenizer)
+        logp = logprobs(self.forward, self.forward.prepare(self.ensemble.weights), rollout).sum(-1)
+        r_beta = regularised_rewards(rewards, logp, anchor_logp, 0.3)
+        self.ensemble.step(reinforce_loss(logp, leave_one_out(r_beta), LENGTH).sum(), 1.0)
+        self.anchor.lerp_(self.ensemble.flat, 0.01)
+        self.steps += 1
+
+    def operations(self) -> float:
+        """Operations of the matrix products of a step, all policies: 2 a weight and token, three times
+        that for training, and attention; the passes are sampling, anchor, reward, training."""
+        config, B = self.world.model.config, self.runs[0].config.batch_size
+        C, L, V = config.n_embd, config.n_layer, config.vocab_size
+        S = self.prompts.ids.shape[1] + LENGTH - 1
+        trunk = B * (S * 12 * C * C * L * 2 + L * 2 * 2 * S * S * C / 2)  # causal: half of the scores are needed
+        head = B * LENGTH * C * V * 2
+        return self.E * (5 * (trunk + head) + trunk)
+
+
+class TRLStep:
+    """Steps of TRL's RLOOTrainer on the same model, reward and completion length, in a process of its own,
+    so that neither side lives with the other's threads or memory settings. Each call runs six steps and
+    returns the median seconds of the last four."""
+
+    def __init__(self, folder: Path, batch: int, defaults: bool = False):
+        self.child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--trl", str(folder), str(batch), str(int(defaults))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __call__(self) -> float:
+        self.child.stdin.write("go\n")
+        self.child.stdin.flush()
+        while line := self.child.stdout.readline():
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        raise RuntimeError("TRL's process ended")
+
+    def close(self) -> None:
+        """End the process."""
+        self.child.stdin.close()
+        self.child.wait()
+
+
+def trl_process(folder: Path, batch: int, defaults: bool) -> None:
+    """The other side of `TRLStep`: six steps for every line of standard input."""
+    from accelerate.state import AcceleratorState
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import RLOOConfig, RLOOTrainer
+
+    world = reviews_world()
+    data = Dataset.from_dict({"prompt": world.train_prompts * 20})
+    own = (
+        {}
+        if defaults
+        else {
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "sync_ref_model": True,
+            "ref_model_mixup_alpha": 0.01,
+            "ref_model_sync_steps": 1,
+        }
+    )
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+    def reward(prompts, completions, completion_ids, **kwargs):
+        ids = torch.tensor([(row + [0] * LENGTH)[:LENGTH] for row in completion_ids])
+        return world.reward.from_ids(encode_prompts(world.tokenizer, prompts), ids, torch.ones_like(ids)).tolist()
+
+    for _ in sys.stdin:
+        AcceleratorState._reset_state(True)  # it remembers the precision of the trainer before
+        marks.clear()
+        arguments = RLOOConfig(
+            output_dir=str(folder / "out"),
+            use_cpu=True,
+            per_device_train_batch_size=batch,
+            num_generations=batch,
+            max_completion_length=LENGTH,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            beta=0.3,
+            learning_rate=1e-6,
+            max_steps=6,
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            generation_kwargs={"min_new_tokens": LENGTH},
+            **own,
+        )
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            RLOOTrainer(
+                model=model,
+                reward_funcs=reward,
+                args=arguments,
+                train_dataset=data,
+                processing_class=world.tokenizer,
+                callbacks=[Clock()],
+            ).train()
+        print("seconds", float(np.median(np.diff(marks)[1:])), flush=True)
+
+
+def published(world, folder: Path):
+    """The tiny world's policy as GPT-2 was published, with the activation "gelu_new": the same function, which
+    the library computes in eight passes. Returns the model, saved in `folder`."""
+    model = copy.deepcopy(world.model)
+    model.config.activation_function = "gelu_new"
+    save_policy(model, world.tokenizer, folder)
+    return load_policy(folder)[0]
+
+
+def bench_steps(world, rounds: int, scratch: Path) -> list[dict]:
+    """A policy step against TRL's, and against the machine."""
+    rows, rate = [], []
+    gpt2 = published(world, scratch / "published")
+    save_policy(world.model, world.tokenizer, scratch / "tiny")
+    ours = PolicyStep(world, gpt2, 4, 64)
+
+    def timed():
+        rate.append(matrix_rate())
+        start = time.perf_counter()
+        for _ in range(3):
+            ours()
+        return (time.perf_counter() - start) / 3
+
+    sides = {
+        "trl": TRLStep(scratch / "published", 64),
+        "defaults": TRLStep(scratch / "published", 64, True),
+        "fused": TRLStep(scratch / "tiny", 64),
+    }
+    t = interleaved(rounds, ours=timed, **sides)
+    rows.append(
+        row("policy step, batch 64, E=4, against TRL RLOO (GPT-2 as published: gelu_new)", t["ours"] / 4, t["trl"], 5)
+    )
+    rows.append(row("the same, against TRL with its own defaults", t["ours"] / 4, t["defaults"], None))
+    rows.append(row("the same, where the model asks for the fused activation", t["ours"] / 4, t["fused"], None))
+    share = ours.operations() / t["ours"] / median(rate)
+    rows.append(
+        {
+            "name": "share of the measured fp32 matrix rate, batch 64, E=4",
+            "value": share,
+            "unit": "share",
+            "target": 0.4,
+            "met": share >= 0.4,
+            "detail": f"{ours.operations() / 4e9:.2f} GFLOP a policy step, {median(rate) / 1e9:.0f} GFLOP/s",
+        }
+    )
+    small = PolicyStep(world, gpt2, 32, 8)
+    sides |= {"small": TRLStep(scratch / "published", 8)}
+    t = interleaved(rounds, ours=small, trl=sides["small"])
+    rows.append(
+        row("policy step, batch 8, E=32, reward on token ids, against TRL RLOO (gelu_new)", t["ours"] / 32, t["trl"], 7)
+    )
+    for side in sides.values():
+        side.close()
+    return rows
+
+
+def bench_sampling(world, rounds: int) -> list[dict]:
+    """Sampling against the library's generate(), dynamic and static cache."""
+    rows = []
+    torch.manual_seed(0)
+    big = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=50256, pad_token_id=50256)).eval()
+    tiny = encode_prompts(world.tokenizer, world.train_prompts[:64])
+    ids = torch.randint(0, 50000, (16, 8))
+    for name, model, prompts, length, target in (
+        ("64 × 24 tokens, tiny model", world.model, Prompts(tiny.texts, tiny.ids[None], tiny.mask[None]), LENGTH, 4),
+        ("16 × 32 tokens, GPT-2 of 124M", big, Prompts([""] * 16, ids[None], torch.ones_like(ids)[None]), 32, 1),
+    ):
+        forward, weights = (
+            make_forward(model),
+            stack([parameters(model)])
+            if model is not big
+            else {n: p.unsqueeze(0) for n, p in parameters(model).items()},
+        )
+        uniforms = torch.rand(1, len(prompts), length, dtype=torch.float64)
+
+        def ours(forward=forward, weights=weights, prompts=prompts, uniforms=uniforms):
+            with torch.no_grad():
+                sample(forward, forward.prepare(weights), prompts, uniforms, Endless)
+
+        def generate(cache=None, model=model, prompts=prompts, length=length):
+            extra = {} if cache is None else {"cache_implementation": cache}
+            with torch.no_grad(), quiet():
+                model.generate(
+                    prompts.ids[0],
+                    attention_mask=prompts.mask[0],
+                    do_sample=True,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=length,
+                    min_new_tokens=length,
+                    **extra,
+                )
+
+        t = interleaved(rounds if model is not big else max(3, rounds // 2), ours=ours, generate=generate)
+        rows.append(row(f"sampling {name}, against generate()", t["ours"], t["generate"], target))
+        if model is not big:
+            try:
+                t = interleaved(2, ours=ours, static=lambda: generate("static"))
+                rows.append(
+                    row(f"sampling {name}, against generate() with a static cache", t["ours"], t["static"], None)
+                )
+            except Exception as error:  # it compiles, which needs a compiler that may be absent
+                rows.append(
+                    {"name": "generate() with a static cache", "detail": f"did not run: {type(error).__name__}"}
+                )
+    return rows
+
+
+def bench_experiment(world) -> list[dict]:
+    """One iteration of 16 seeds × M=4 × T=100 × batch 4, training only; and batched against serial."""
+    rows = []
+    state = parameters(world.model)
+    prompts = encode_prompts(world.tokenizer, world.train_prompts)
+    config = WarpConfig(steps=100, batch_size=4, lr=1e-3)
+    runs = [Run(config.replace(seed=s), 1, m, state, state, world.reward) for s in range(16) for m in range(1, 5)]
+    start = time.perf_counter()
+    train_batched(world.model, world.tokenizer, prompts, runs)
+    seconds = time.perf_counter() - start
+    rows.append(
+        {
+            "name": "16 seeds × M=4 × T=100 × batch 4, one iteration, training only",
+            "value": seconds,
+            "unit": "s",
+            "target": 25,
+            "met": seconds <= 25,
+        }
+    )
+    short = [Run(config.replace(steps=20), 1, m, state, state, world.reward) for m in range(1, 5)]
+    t = interleaved(
+        3,
+        batched=lambda: train_batched(world.model, world.tokenizer, prompts, short) and None,
+        serial=lambda: train_serial(world.model, world.tokenizer, prompts, short) and None,
+    )
+    rows.append(row("batched against serial, M=4, batch 4, 20 steps", t["batched"], t["serial"], None))
+    return rows
+
+
+def gpt2_folder(folder: Path, layers: int = 12, seed: int = 0) -> Path:
+    """A random GPT-2-shaped fp32 checkpoint with 124M parameters at 12 layers."""
+    if not (folder / "model.safetensors").is_file():
+        torch.manual_seed(seed)
+        with quiet():
+            GPT2LMHeadModel(GPT2Config(n_layer=layers)).save_pretrained(folder)
+    return folder
+
+
+def process(command: list[str], **environment) -> tuple[float, float]:
+    """Wall seconds and peak resident MB of a whole process."""
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **environment}
+    )
+    errors = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{command[0]} failed: {errors.decode()[-500:]}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def bench_merge(rounds: int, scratch: Path) -> list[dict]:
+    """Merging two 124M fp32 checkpoints on disk, against mergekit's command line and against the copy of the bytes."""
+    init, one, two = (gpt2_folder(scratch / name, seed=s) for s, name in enumerate(("init", "one", "two")))
+    recipe = scratch / "merge.yml"
+    recipe.write_text(
+        f"merge_method: nuslerp\nbase_model: {init}\ndtype: float32\nparameters: {{nuslerp_flatten: true}}\nmodels:\n"
+        + "".join(f"  - {{model: {path}, parameters: {{weight: 0.5}}}}\n" for path in (one, two))
+    )
+    peaks: dict[str, list[float]] = {"ours": [], "mergekit": []}
+    bin_folder = Path(sys.executable).parent
+
+    def fresh(name):
+        subprocess.run(["rm", "-rf", str(scratch / name)], check=True)
+        return str(scratch / name)
+
+    def ours():
+        seconds, peak = process(
+            [
+                str(bin_folder / "warp-lite"),
+                "merge",
+                "--init",
+                str(init),
+                "--policies",
+                str(one),
+                str(two),
+                "--out",
+                fresh("ours"),
+            ]
+        )
+        peaks["ours"].append(peak)
+        return seconds
+
+    def mergekit():
+        seconds, peak = process(
+            [str(bin_folder / "mergekit-yaml"), "--quiet", str(recipe), fresh("theirs")], HF_HUB_OFFLINE="1"
+        )
+        peaks["mergekit"].append(peak)
+        return seconds
+
+    def copy():
+        start = time.perf_counter()
+        with (scratch / "copy").open("wb") as target:
+            for i, path in enumerate((init, one, two)):
+                with (path / "model.safetensors").open("rb") as source:
+                    while data := source.read(2**24):
+                        if i == 0:
+                            target.write(data)
+        return time.perf_counter() - start
+
+    t = interleaved(max(3, rounds // 2), ours=ours, mergekit=mergekit, copy=copy)
+    peak = {name: median(values) for name, values in peaks.items()}
+    return [
+        row("merging two 124M fp32 checkpoints, whole process, against mergekit", t["ours"], t["mergekit"], 4),
+        {
+            "name": "its peak memory, as a share of mergekit's",
+            "value": peak["ours"] / peak["mergekit"],
+            "unit": "share",
+            "target": 0.25,
+            "met": peak["ours"] <= 0.25 * peak["mergekit"],
+            "detail": f"{peak['ours']:.0f} MB against {peak['mergekit']:.0f} MB",
+        },
+        {
+            "name": "its time over reading the inputs and writing the output once",
+            "value": t["ours"] / t["copy"],
+            "unit": "×",
+            "target": None,
+            "detail": f"{t['ours']:.2f} s against {t['copy']:.2f} s, of which the process's imports are most",
+        },
+    ]
+
+
+def bench_growth(world, scratch: Path) -> dict:
+    """Step time over E and over the batch; merge time over M and over bytes."""
+    from warp_lite.checkpoints import merge_checkpoints
+
+    growth = {"E": [], "batch": [], "M": [], "bytes": []}
+    for E in (1, 2, 4, 8, 16, 32, 64):
+        growth["E"].append((E, interleaved(4, step=PolicyStep(world, world.model, E, 8))["step"]))
+    for batch in (2, 4, 8, 16, 32, 64, 128):
+        growth["batch"].append((batch, interleaved(4, step=PolicyStep(world, world.model, 4, batch))["step"]))
+    folders = [gpt2_folder(scratch / f"small-{s}", layers=2, seed=s) for s in range(9)]
+    for M in (2, 4, 8):
+
+        def merge(M=M):
+            subprocess.run(["rm", "-rf", str(scratch / "out")], check=True)
+            merge_checkpoints(folders[0], folders[1 : M + 1], scratch / "out", progress=False)
+
+        growth["M"].append((M, interleaved(3, merge=merge)["merge"]))
+    for layers in (2, 4, 8, 12):
+        some = [gpt2_folder(scratch / f"layers-{layers}-{s}", layers=layers, seed=s) for s in range(3)]
+        size = (some[0] / "model.safetensors").stat().st_size
+
+        def merge(some=some):
+            subprocess.run(["rm", "-rf", str(scratch / "out")], check=True)
+            merge_checkpoints(some[0], some[1:], scratch / "out", progress=False)
+
+        growth["bytes"].append((3 * size / 1e6, interleaved(3, merge=merge)["merge"]))
+    return growth
+
+
+def row(name: str, ours: float, theirs: float, target: float | None) -> dict:
+    """A ratio: how many times faster."""
+    return {
+        "name": name,
+        "value": theirs / ours,
+        "unit": "× faster",
+        "target": target,
+        "met": target is None or theirs / ours >= target,
+        "detail": f"{1e3 * ours:.1f} ms against {1e3 * theirs:.1f} ms",
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| figure | measured | at least | |", "|---|---|---|---|"]
+    for r in rows:
+        if "value" not in r:
+            lines.append(f"| {r['name']} | – | – | {r['detail']} |")
+            continue
+        at_least = "–" if r.get("target") is None else f"{r['target']:g}"
+        if r["unit"] == "s" or "peak memory" in r["name"]:
+            at_least = f"at most {r['target']:g}"
+        verdict = "" if r.get("target") is None else ("met" if r["met"] else "**missed**")
+        lines.append(f"| {r['name']} | {r['value']:.2f} {r['unit']} | {at_least} {verdict} | {r.get('detail', '')} |")
+    return "\n".join(lines)
+
+
+def draw_growth(growth: dict) -> Figure:
+    """Four panels: how the times grow."""
+    with style():
+        figure = Figure(figsize=(9.5, 6.2), layout="constrained")
+        panels = figure.subplots(2, 2)
+        labels = (
+            ("E", "policies in one program, E (batch 8)", "ms a policy step", True),
+            ("batch", "batch (E = 4)", "ms a policy step", False),
+            ("M", "policies merged, M (2-layer GPT-2, 213 MB each)", "s a merge", False),
+            ("bytes", "MB read (two policies and the init)", "s a merge", False),
+        )
+        for axes, (key, x, y, per_policy) in zip(panels.flat, labels):
+            values = np.array(growth[key])
+            times = values[:, 1] / values[:, 0] if per_policy else values[:, 1] / (4 if key == "batch" else 1)
+            axes.plot(values[:, 0], times * (1e3 if "ms" in y else 1), marker="o", color=COLOURS["slerp"])
+            axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+            if key in ("E", "batch"):
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(values[:, 0], [f"{v:g}" for v in values[:, 0]])
+    return figure
+
+
+def main() -> None:
+    """Run all benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=("steps", "sampling", "experiment", "merge", "growth"))
+    parser.add_argument("--trl", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    if arguments.trl:
+        return trl_process(Path(arguments.trl[0]), int(arguments.trl[1]), arguments.trl[2] == "1")
+    world = reviews_world()
+    chosen = arguments.only or ("steps", "sampling", "experiment", "merge", "growth")
+    rows, growth = [], None
+    with tempfile.TemporaryDirectory(prefix="warp-bench-") as scratch:
+        scratch = Path(scratch)
+        parts = {
+            "steps": lambda: bench_steps(world, arguments.rounds, scratch),
+            "sampling": lambda: bench_sampling(world, arguments.rounds),
+            "experiment": lambda: bench_experiment(world),
+            "merge": lambda: bench_merge(arguments.rounds, scratch),
+        }
+        for name in tqdm([c for c in chosen if c != "growth"], desc="benchmarks", disable=None):
+            rows += parts[name]()
+        if "growth" in chosen:
+            growth = bench_growth(world, scratch)
+            draw_growth(growth).savefig(arguments.out / "growth.png", dpi=130)
+    (arguments.out / "results.json").write_text(
+        json.dumps({"provenance": provenance(), "rows": rows, "growth": growth}, indent=1) + "\n"
+    )
+    (arguments.out / "results.md").write_text(table(rows) + "\n")
+    print(table(rows))
+    print(f"\nOn {torch.get_num_threads()} threads of a CPU; nothing here was measured on a GPU.")
+
+
+if __name__ == "__main__":
+    main()
