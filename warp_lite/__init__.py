@@ -20,6 +20,7 @@ _HOMES = {
     "evaluation.front": ("hypervolume", "reward_at_kl"),
     "evaluation.limit": ("optimal_front", "best_of_n_front"),
     "checkpoints": ("merge_checkpoints",),
+    "explorer": ("ParetoExplorer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
