@@ -242,19 +242,22 @@ def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
 @contextmanager
 def reading(what: str, folder: str):
     """Read a folder of the library's quietly; whatever is raised becomes a ValueError of one line that names it."""
+    hub_name = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
     try:
         path = Path(folder)
         if path.is_file():
             raise ValueError("it is a file, not a folder")
-        if not path.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder):  # nor is it a name on the hub
+        if not path.exists() and not hub_name.fullmatch(folder):
             raise ValueError("there is no such folder")
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError("the folder has no config.json")
         with quiet():
             yield
     except Exception as error:  # the library, its config checks, safetensors and tokenizers raise classes of their own
-        truncated = "; is a file truncated?" if "safetensor" in repr(type(error)).lower() else ""
-        raise ValueError(f"cannot load {what} from {folder!r}: {first_line(error)}{truncated}") from error
+        hint = "; is a file truncated?" if "safetensor" in repr(type(error)).lower() else ""
+        if not Path(folder).exists() and hub_name.fullmatch(folder):
+            hint = "; nor is there a folder of that name"
+        raise ValueError(f"cannot load {what} from {folder!r}: {first_line(error)}{hint}") from error
 
 
 def from_pretrained(auto, folder: str, **options):

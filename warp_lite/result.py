@@ -30,7 +30,7 @@ from .policies import (
     stack,
 )
 from .reinforce import RunState
-from .rewards import accepted, load_reward, reward_name
+from .rewards import call_reward, load_reward, reward_name
 from .runs import RunFolder, json_hash, read_config, read_json, weights_hash, write_json
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -167,7 +167,7 @@ def mean_reward(rewards: Sequence[Callable]) -> Callable:
         return rewards[0]
 
     def mean(prompts, completions, **kwargs):
-        values = [reward(prompts, completions, **accepted(reward, **kwargs)) for reward in rewards]
+        values = [call_reward(reward, prompts, completions, **kwargs) for reward in rewards]
         return np.array(values, dtype=float).mean(0).tolist()
 
     return mean

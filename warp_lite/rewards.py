@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from .gpt2 import GPT2Forward
+from .gpt2 import GPT2Forward, positions
 from .policies import (
     Prompts,
     Rollout,
@@ -55,25 +56,49 @@ def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
 def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
     E, B, _ = rollout.ids.shape
     if hasattr(reward, "from_ids"):
+        if not _same_tokens(getattr(reward, "tokenizer", tokenizer), tokenizer):
+            raise ValueError(f"the {type(reward).__name__} reads token ids, but those of another tokenizer than the "
+                             "policy's; take a reward model of the policy's tokenizer, or one that reads texts")
         return reward.from_ids(rollout.prompts, rollout.ids, rollout.mask).detach().double().view(E, B)
     ids = completion_ids(rollout.ids, rollout.mask)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    values = reward(rollout.prompts.texts, texts, **accepted(reward, completion_ids=ids, **rollout.prompts.columns))
+    values = call_reward(reward, rollout.prompts.texts, texts, **{**rollout.prompts.columns, "completion_ids": ids})
     try:
-        values = [math.nan if v is None else float(v) for v in values]
-    except TypeError:
-        raise ValueError(f"the reward function returned {type(values).__name__}, not a list of numbers") from None
+        values = values.detach().tolist() if isinstance(values, Tensor) else values
+        values = [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"the reward function returned {str(values)[:60]!r}, not a list of numbers") from None
     if len(values) != E * B:
         raise ValueError(f"the reward function returned {len(values)} values for {E * B} completions")
     return torch.tensor(values, dtype=torch.float64, device=rollout.ids.device).view(E, B)
 
 
-def accepted(reward, **kwargs) -> dict:
-    """Those keyword arguments that the function takes."""
+@lru_cache(maxsize=8)
+def _same_tokens(first, second) -> bool:
+    return first is second or first.get_vocab() == second.get_vocab()
+
+
+def call_reward(reward, prompts: list[str], completions: list[str], **kwargs):
+    """Call a reward function with those arguments that it takes.
+
+    By keyword, as TRL does, if it names `completions` or `completion_ids` or takes nothing but
+    keywords; else prompts and completions are its first two arguments, whatever it calls them.
+    """
     try:
         parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError):
-        return kwargs
+    except (TypeError, ValueError):  # some builtins have no signature
+        return reward(prompts, completions)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+    if places and not named & {"completions", "completion_ids"}:
+        rest = {name: value for name, value in accepted(reward, **kwargs).items() if name not in places[:2]}
+        return reward(prompts, completions, **rest)
+    return reward(**accepted(reward, prompts=prompts, completions=completions, **kwargs))
+
+
+def accepted(reward, **kwargs) -> dict:
+    """Those keyword arguments that the function takes."""
+    parameters = inspect.signature(reward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return kwargs
     return {name: value for name, value in kwargs.items() if name in {p.name for p in parameters}}
@@ -95,8 +120,10 @@ class BradleyTerry:
 
     def scores(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Standardised rewards (N,) of sequences ids (N, S), mask 1 for tokens; differentiable."""
-        padded_left = bool((mask[:, 0] == 0).any())  # causal: padding on the right is never looked at
-        hidden = self.trunk(ids, attention_mask=mask if padded_left else None, use_cache=False).last_hidden_state
+        options = {}
+        if bool((mask[:, 0] == 0).any()):  # causal: padding on the right is never looked at
+            options = {"attention_mask": mask, "position_ids": positions(mask)}
+        hidden = self.trunk(ids, use_cache=False, **options).last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * weight).sum(1) / weight.sum(1)
         return (pooled @ self.head - self.mean) / self.std
@@ -183,6 +210,13 @@ class ClassifierReward:
         with reading("a reward model", folder):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = from_pretrained(AutoModelForSequenceClassification, folder)
+        labels = self.model.config.num_labels
+        if not -labels <= label < labels:
+            raise ValueError(f"the reward model in {folder!r} has {labels} labels and no label {label}")
+        if self.tokenizer.pad_token is None:  # as GPT-2's: any token will do, it is masked
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval().requires_grad_(False)
         self.label, self.log_probability, self.batch = label, log_probability, batch
 
@@ -192,7 +226,9 @@ class ClassifierReward:
         texts = [join_text(p, c) for p, c in zip(prompts, completions)]
         values = []
         for i in range(0, len(texts), self.batch):
-            batch = self.tokenizer(texts[i:i + self.batch], padding=True, truncation=True, return_tensors="pt")
+            # On the right, whatever the tokenizer prefers: on the left it would shift the positions.
+            batch = self.tokenizer(
+                texts[i:i + self.batch], padding=True, padding_side="right", truncation=True, return_tensors="pt")
             logits = self.model(**batch.to(self.model.device)).logits.float()
             if self.log_probability and logits.shape[-1] > 1:
                 logits = logits.log_softmax(-1)
@@ -230,7 +266,7 @@ def load_reward(spec: str, device="cpu"):
         sys.path.insert(0, "")
         try:
             function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # the module is the user's and may raise anything
             raise ValueError(f"cannot find the reward {spec!r}: {first_line(error)}") from error
         finally:
             sys.path.remove("")
