@@ -1,8 +1,10 @@
 """The three places that name packages agree: pyproject.toml (ranges), requirements.txt (the lock), environment.yml."""
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +56,18 @@ def direct_dependencies():
     return [r for r in requirements if r.name != PROJECT["name"]]
 
 
+def imported_modules(path):
+    """Top-level names of what a file imports, anywhere in it, that are not its neighbours or the standard library."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+    neighbours = {p.stem for p in [*path.parent.iterdir(), *ROOT.iterdir(), *(ROOT / "tests").iterdir()]}
+    return {name.partition(".")[0] for name in names} - neighbours - sys.stdlib_module_names
+
+
 def installed_version(name):
     """Without the local part: torch 2.13.0+cpu is torch 2.13.0."""
     try:
@@ -68,6 +82,15 @@ def test_every_dependency_is_pinned_inside_its_range():
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name}: not in requirements.txt; run `make lock`"
         assert pin in requirement.specifier, f"{requirement}: requirements.txt pins {pin}; run `make lock`"
+
+
+def test_everything_that_is_imported_is_declared():
+    declared = {canonicalize_name(r.name) for r in direct_dependencies()} | NOT_LOCKED
+    distributions = metadata.packages_distributions()
+    for path in [*(ROOT / "warp_lite").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for module in imported_modules(path):
+            names = {canonicalize_name(name) for name in distributions.get(module, [module])}
+            assert names & declared, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml does not name"
 
 
 def test_the_dev_extra_brings_every_other_locked_extra():
