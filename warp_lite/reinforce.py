@@ -179,13 +179,15 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
     mu = anchor.new_tensor([run.mu for run in runs]).unsqueeze(1)
     beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1)    # (E, 1)
     anchored = bool((beta > 0).any())
+    first_step = starts[0].step
+    del starts  # the moments of a fresh start are zeros that need not stay
 
     def states(step):
         first, second = ensemble.moments()
         return [RunState(step, *(ensemble.state(e, flat) for flat in (ensemble.flat, anchor, first, second)))
                 for e in range(len(runs))]
 
-    for step in range(starts[0].step, config.steps):
+    for step in range(first_step, config.steps):
         batch, uniforms = draw(runs, step, prompts)
         with torch.no_grad():
             rollout = sample(forward, forward.prepare(ensemble.weights), batch, uniforms, tokenizer, config.temperature)
