@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.setup-done
-# One thread per worker: two workers with two threads each are slower on two cores than one alone.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+# Two workers of one thread each, for two cores.
+# worksteal, as all notebooks are run from one module, which loadscope would leave to one worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 UV := build/uv/bin/uv
 
 .PHONY: help setup demo test test-fast test-all notebooks lint lab lock clean
@@ -28,7 +29,7 @@ $(READY): requirements.txt pyproject.toml
 demo: setup  ## WARP on the tiny world: prints the front, writes runs/demo/front.png
 	$(BIN)/warp-lite run --preset tiny --resume --out runs/demo
 
-test: lint  ## every test
+test: lint  ## ruff and every test
 	$(PYTEST)
 
 test-fast: lint  ## the tests that take under 5 s each and run no notebook
