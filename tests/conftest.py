@@ -1,5 +1,6 @@
 """What the tests share: a tiny tokenizer, random tiny policies of four architectures, the trained tiny world."""
 
+import math
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network; read when the library is imported
@@ -68,6 +69,26 @@ def make_policy(architecture, vocabulary, dtype=torch.float64, seed=0, **setting
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def naive_completion(model, prompt, uniforms, eos, temperature):
+    """An oracle of sampling: one token at a time, no cache, no batch; walk up the distribution until it passes u.
+
+    Returns the ids and their log-probabilities, EOS included.
+    """
+    ids, logps = list(prompt), []
+    for u in uniforms.tolist():
+        p = (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1).tolist()
+        token, total = 0, p[0]
+        while total <= u and token < len(p) - 1:
+            token += 1
+            total += p[token]
+        ids.append(token)
+        logps.append(math.log(p[token]))
+        if token == eos:
+            break
+    return ids[len(prompt):], logps
 
 
 @pytest.fixture(scope="session")

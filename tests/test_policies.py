@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer
+from conftest import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer, naive_completion
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
@@ -37,23 +37,6 @@ def draw(model, tokenizer, prompts, temperature=1.0, seed=0, length=LONGEST, uni
         uniforms = token_uniforms((seed,), 0, len(encoded), length).unsqueeze(0)
     weights = forward.prepare(stack([parameters(model)]))
     return forward, weights, sample(forward, weights, encoded, uniforms, tokenizer, temperature), uniforms
-
-
-@torch.no_grad()
-def naive_completion(model, prompt, uniforms, eos, temperature):
-    """The oracle: one token at a time, no cache, no batch; walk up the distribution until it passes u."""
-    ids, logps = list(prompt), []
-    for u in uniforms.tolist():
-        p = (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1).tolist()
-        token, total = 0, p[0]
-        while total <= u and token < len(p) - 1:
-            token += 1
-            total += p[token]
-        ids.append(token)
-        logps.append(np.log(p[token]))
-        if token == eos:
-            break
-    return ids[len(prompt):], logps
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
