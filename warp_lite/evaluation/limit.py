@@ -63,12 +63,12 @@ def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[flo
     Per prompt w_i ∝ exp(r_i / β), R̂ = Σ w_i r_i and KL̂ = R̂/β − log mean exp(r/β), averaged
     over prompts. `ess` is the mean effective sample size; the curve ends where it falls under
     `min_ess`, past which it cannot be trusted. `kl_se` and `reward_se` are standard errors over
-    prompts, None for a single one. `rewards` (prompts, samples) are used where they are given, else sampled from
-    `reference`; `gold` likewise gives the gold reward of the same optimum. `betas` default to
-    20 … 0.1 standard deviations of the rewards.
+    prompts, None for a single one. `rewards` (prompts, samples) are used where they are given, else
+    sampled from `reference`; `gold` likewise gives the gold reward of the same optimum. `betas`
+    default to 20 … 0.1 standard deviations of the rewards.
     Raises ValueError for a β that is not above 0 and for rewards that are not finite.
     """
-    for beta in betas or ():
+    for beta in () if betas is None else betas:
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"every beta must be above 0 and finite, not {beta}")
     rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)

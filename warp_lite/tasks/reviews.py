@@ -365,8 +365,9 @@ def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> Non
         (made / "world.json").write_text(json.dumps(facts, indent=1))
         try:
             made.rename(folder)
-        except OSError:  # another process built the same meanwhile
+        except OSError:  # something is there: the same world, built meanwhile by another process, or a torso
             if not (folder / "world.json").is_file():
-                raise
+                shutil.rmtree(folder)
+                made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
