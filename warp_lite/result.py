@@ -151,7 +151,7 @@ class WarpResult:
 
     def save(self, path) -> None:
         """The whole result as a run folder, which `load_result` reads. Raises ValueError if it is not empty."""
-        folder = RunFolder(path, run_settings(self))
+        folder = RunFolder(path, run_settings(self), self.sft)
         write_start(folder, self)
         for i, iteration in enumerate(self.iterations, 1):
             for m, (policy, anchor) in enumerate(zip(iteration.policies, iteration.anchors), 1):
@@ -215,18 +215,19 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
     path = Path(path)
     settings = read_config(path)["settings"]
     config = WarpConfig(**settings["config"])
-    folder = RunFolder(path, settings, resume=True)
+    model, tokenizer = load_policy(path / "sft", dtype="auto")
+    sft = copy_weights(parameters(model))
+    folder = RunFolder(path, settings, sft, resume=True)
     for i in range(1, config.iterations + 1):
         missing = [m for m in range(1, config.runs + 1) if not (folder.run(i, m) / "DONE").is_file()]
         if missing or not folder.finished_iteration(i):
             which = f"run {missing[0]} of iteration {i}" if missing else f"the merge of iteration {i}"
             raise ValueError(f"{path} is not finished: {which} is missing; continue it with `warp-lite run --resume`")
-    model, tokenizer = load_policy(path / "sft", dtype="auto")
     if reward is None:
         reward, gold, texts = find_reward(settings.get("source") or {})
     prompts = read_json(path / "prompts.json")
     result = WarpResult(
-        config, model, tokenizer, reward, prompts["eval"], copy_weights(parameters(model)), gold=gold, texts=texts,
+        config, model, tokenizer, reward, prompts["eval"], sft, gold=gold, texts=texts,
         train_prompts=prompts["train"], eval_columns=prompts["eval_columns"], source=settings.get("source"))
     found = run_settings(result)
     for name, part in (("policy", "sft"), ("prompts", "prompts.json")):

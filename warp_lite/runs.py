@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .policies import Weights, first_line
@@ -74,10 +75,10 @@ def _flat(settings: dict) -> dict:
 class RunFolder:
     """A run folder opened for writing: new, or the unfinished or finished one of the same settings."""
 
-    def __init__(self, path, settings: dict, resume: bool = False, device="cpu"):
-        """`settings` is what must be equal for a run to go on; weights are read to `device`.
-        Raises ValueError, the folder untouched, as `check_out` does."""
-        self.path, self.device = Path(path), device
+    def __init__(self, path, settings: dict, like: Weights, resume: bool = False):
+        """`settings` is what must be equal for a run to go on; weights are read to the device of `like`
+        and in its order. Raises ValueError, the folder untouched, as `check_out` does."""
+        self.path, self.like = Path(path), like
         if not check_out(path, resume, settings):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "config.json", {"settings": settings, "provenance": provenance()})
@@ -124,10 +125,17 @@ class RunFolder:
 
     def _load_state(self, i: int, m: int, step: int) -> RunState:
         path = self.run(i, m) / f"state-{step}.safetensors"
-        tensors = load_tensors(path, self.device, "remove it to train that run again from its start")
-        parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()
-                        if name.startswith(f"{part}.")} for part in PARTS}
-        return RunState(step, **parts)
+        parts = self._read(path, [f"{part}." for part in PARTS], "remove it to train that run again from its start")
+        return RunState(step, *parts)
+
+    def _read(self, path: Path, prefixes: Sequence[str], way_out: str) -> list[Weights]:
+        """The state dicts in one file, told apart by prefixes, in the order of `like`: a file has an order
+        of its own, and a sum over tensors (the norm of a gradient) rounds by the order."""
+        tensors = load_tensors(path, next(iter(self.like.values())).device, way_out)
+        missing = [prefix + name for prefix in prefixes for name in self.like if prefix + name not in tensors]
+        if missing:
+            raise ValueError(f"{path} lacks the tensor {missing[0]!r}; {way_out}")
+        return [{name: tensors[prefix + name] for name in self.like} for prefix in prefixes]
 
     def _drop_states(self, i: int, m: int, keep: int | None = None) -> None:
         for path in self.run(i, m).glob("state-*.safetensors"):
@@ -168,9 +176,10 @@ class RunFolder:
     def finished_run(self, i: int, m: int) -> tuple[Weights, Weights] | None:
         """Policy and anchor of a finished run, checked against DONE; None if it is not finished."""
         folder = self.run(i, m)
-        if not self._vouched(folder, f"remove {folder} to train that run again"):
+        way_out = f"remove {folder} to train that run again"
+        if not self._vouched(folder, way_out):
             return None
-        return tuple(load_tensors(folder / f"{part}.safetensors", self.device) for part in ("policy", "anchor"))
+        return tuple(self._read(folder / f"{part}.safetensors", [""], way_out)[0] for part in ("policy", "anchor"))
 
     def finish_iteration(self, i: int) -> None:
         """Write DONE with the hashes of the merged policy and of the next init; if it is there, check it."""
@@ -273,13 +282,12 @@ def save_tensors(tensors: Weights, path: Path) -> None:
     made.replace(path)
 
 
-def load_tensors(path: Path, device="cpu", way_out: str = "") -> dict[str, torch.Tensor]:
-    """Read a safetensors file; ValueError names one that is truncated or missing."""
+def load_tensors(path: Path, device, way_out: str) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; ValueError names one that is truncated or missing, and the way out."""
     try:
         return load_file(path, device=str(device))
-    except Exception as error:
-        tail = f"; {way_out}" if way_out else ""
-        raise ValueError(f"cannot read {path}: {first_line(error)}; is it truncated?{tail}") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {path}: {first_line(error)}; is it truncated? {way_out}") from error
 
 
 def sha256(path: Path) -> str:

@@ -206,7 +206,7 @@ def open_folder(out, resume: bool, result: WarpResult, prompts: Prompts, rewards
     settings = run_settings(result)
     if not check_out(out, resume, settings):
         try_rewards(result, prompts, rewards)
-    folder = RunFolder(out, settings, resume, result.model.device)
+    folder = RunFolder(out, settings, result.sft, resume)
     write_start(folder, result)
     return folder
 
