@@ -29,6 +29,7 @@ from .policies import Weights, first_line
 from .reinforce import RunState
 
 PARTS = ("policy", "anchor", "exp_avg", "exp_avg_sq")
+HASHES = {"policy": "of another policy", "prompts.sha256": "on other prompts"}  # settings whose values say nothing
 
 
 def check_out(path, resume: bool = False, settings: dict | None = None) -> bool:
@@ -48,8 +49,8 @@ def check_out(path, resume: bool = False, settings: dict | None = None) -> bool:
     wanted = before if settings is None else _flat(settings)
     for name in sorted({*before, *wanted}):
         if before.get(name) != wanted.get(name):
-            raise ValueError(f"{path} holds a run with {name} = {before.get(name)!r}, not {wanted.get(name)!r}; "
-                             "resume with the same settings or choose another folder")
+            what = HASHES.get(name) or f"with {name} = {before.get(name)!r}, not {wanted.get(name)!r}"
+            raise ValueError(f"{path} holds a run {what}; resume with the same settings or choose another folder")
     return True
 
 
