@@ -6,7 +6,9 @@ over seeds; where there is one seed there is no band.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +27,16 @@ def by_seed(rows: Sequence[dict], name: str, over: str = "step") -> tuple[np.nda
             counts[place] += 1
     with np.errstate(invalid="ignore"):
         return np.array(points), sums / counts
+
+
+def rows_from_start(experiment) -> list[dict]:
+    """The trajectories of an experiment's first iteration with the SFT policy, KL 0, as their step 0."""
+    rows = [row for row in experiment.trajectory_rows() if row["iteration"] == 1]
+    (start,) = experiment.measure([next(iter(experiment.results.values()))[0].sft], samples=1)
+    runs = {(row["config"], row["seed"], row["run"]) for row in rows}
+    first = [{"config": config, "seed": seed, "iteration": 1, "run": run, "step": 0, **start.as_dict()}
+             for config, seed, run in sorted(runs)]
+    return first + rows
 
 
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,6 +70,27 @@ def label_end(axes, x, y, text: str, colour: str, shift: tuple[float, float] = (
     axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center", fontsize=9)
 
 
+def label_ends(axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 12.0) -> None:
+    """Labels at the ends (x, y, colour) of several lines, moved apart to `gap` points; call it when all is drawn."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+    order = sorted(ends, key=lambda name: ends[name][1])
+    heights = np.array([axes.transData.transform(ends[name][:2])[1] * scale for name in order])
+    placed = heights.copy()
+    for _ in range(100):
+        for i in range(1, len(placed)):
+            lack = gap - (placed[i] - placed[i - 1])
+            near = abs(axes.transData.transform(ends[order[i]][:2])[0]
+                       - axes.transData.transform(ends[order[i - 1]][:2])[0]) * scale < 60
+            if lack > 0 and near:
+                placed[i - 1] -= lack / 2
+                placed[i] += lack / 2
+    for name, before, after in zip(order, heights, placed):
+        x, y, colour = ends[name]
+        label_end(axes, [x], [y], name, colour, shift=(6, after - before))
+
+
 def draw_limit(axes, limit: Sequence[dict], label: str = "limit") -> None:
     """The limit with a band of two standard errors, as far as it can be trusted."""
     if not limit:
@@ -72,3 +105,11 @@ def finding(claim: str, interval: Interval, rule: str, unit: str = "", null: flo
     """A title: the claim, its verdict by `rule`, and the interval that the verdict follows from."""
     count = f"{interval.count} seed{'s' if interval.count != 1 else ''}"
     return f"{claim}: {interval.verdict(rule, null, margin)}\n{interval}{' ' + unit if unit else ''}, {count}"
+
+
+def keep(folder, name: str, **measured) -> None:
+    """Write what a notebook measured to `folder`/`name`.json."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / f"{name}.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    print(f"written: {name}.json")
