@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -146,11 +147,32 @@ class VmapForward:
                 "attention_mask": attention, "position_ids": positions, "past_key_values": past,
                 "use_cache": past is not None}).logits[:, keep:]
 
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule and would be looped over
+        # The fused kernels have no batching rule and would be looped over.
+        with sdpa_kernel(SDPBackend.MATH), _padding_without_gradient(self.model.get_input_embeddings()):
             logits = vmap(one)(w, ids, positions(mask)[..., start:], masks, cache.buffers if cache else [])
         if cache:
             cache.length += Q
         return logits
+
+
+@contextmanager
+def _padding_without_gradient(embedding):
+    """What `padding_idx` of an embedding means, which vmap heeds for the first policy only."""
+    row = getattr(embedding, "padding_idx", None)
+    if row is None or not torch.is_grad_enabled():
+        yield
+        return
+
+    def stop(module, inputs, output):
+        return torch.where((inputs[0] == row).unsqueeze(-1), output.detach(), output)
+
+    embedding.padding_idx = None
+    handle = embedding.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+        embedding.padding_idx = row
 
 
 class StackedCache:
