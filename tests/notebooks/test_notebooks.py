@@ -26,7 +26,7 @@ def cases():
             yield pytest.param(name, model, id=f"{name}-{model}", marks=marks)
 
 
-@pytest.mark.parametrize("name, kind", cases())
+@pytest.mark.parametrize("name, kind", list(cases()))
 def test_a_notebook_runs_in_fast_mode(name, kind, environment, model, tmp_path):
     notebook = Path(shutil.copy(NOTEBOOKS[name], tmp_path))
     out = tmp_path / "out"
