@@ -18,6 +18,7 @@ from .result import ETAS, EVALUATION_SAMPLES, WarpResult
 from .runs import json_hash, pinned_threads, read_config, read_json, save_tensors, weights_hash, write_json
 from .tasks.reviews import cache_folder
 
+OWN_UNIT = "reward units"  # of a reward function that names none
 LIMIT_PROMPTS = 64
 LIMIT_SAMPLES = 1024  # completions a prompt
 LARGE, LIMIT_SAMPLES_LARGE = 5_000_000, 128  # a larger policy: the limit must not cost more than the runs
@@ -54,7 +55,7 @@ def measure_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETAS
         "limit": optimal_front(rewards=rewards, gold=gold),
         "best_of_n": best_of_n_front(rewards=rewards),
         "trajectories": result.trajectories,
-        "unit": getattr(result.judge, "unit", "reward units"),
+        "unit": getattr(result.judge, "unit", OWN_UNIT),
         "samples_per_point": points[0]["samples"],
         "limit_samples_per_prompt": rewards.shape[1],
         "prompts": len(result.eval_prompts),
@@ -121,8 +122,9 @@ def front_table(front: dict) -> str:
                "distinct": ("distinct",), "perplexity": ("perplexity",)}
     columns = {title: names for title, names in columns.items() if names[0] in points[0]}
     rows = [[" ± ".join(_number(p[name]) for name in names) for names in columns.values()] for p in points]
+    unit = "" if front["unit"] == OWN_UNIT else f"; rewards in {front['unit']}"
     note = (f"{front['samples_per_point']} completions a point on {front['prompts']} held-out prompts; "
-            f"± is the standard error over prompts; rewards in {front['unit']}")
+            f"± is the standard error over prompts{unit}")
     return f"{_aligned([list(columns), *rows])}\n{note}"
 
 
