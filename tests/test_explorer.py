@@ -1,12 +1,15 @@
 """The explorer: its grid, its moves, its page; what a browser shows of it is in tests/browser."""
 
 import dataclasses
+import io
 import json
 import time
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
 from warp_lite.explorer_grid import View, changed_words, line_at, merged_weights, point_at
@@ -153,6 +156,19 @@ def test_the_numbers_are_the_points(explorer):
     assert "between measured points" in text
 
 
+@pytest.mark.parametrize("change", [
+    {"eta": 0.9}, {"root": True}, {"runs": 2, "lam": 0.2}, {"iteration": 1, "reward": "gold", "trajectories": False}])
+def test_the_quick_picture_is_the_figure(explorer, change):
+    explorer.picture.prepare(explorer.view)  # other grounds are drawn before and after
+    explorer.move(**change)
+    quick = np.asarray(Image.open(io.BytesIO(explorer.png())).convert("RGB")).astype(int)
+    figure = explorer.figure()
+    figure.savefig(whole := io.BytesIO(), format="png", dpi=figure.dpi, bbox_inches=None)
+    whole = np.asarray(Image.open(whole).convert("RGB")).astype(int)
+    assert quick.shape == whole.shape
+    assert (abs(quick - whole).max(-1) > 60).mean() < 0.002  # up to what lies over what
+
+
 def test_the_button_measures_the_exact_point(explorer, result):
     explorer.widget  # noqa: B018
     explorer.controls["eta"].value = 0.37
@@ -259,3 +275,13 @@ def test_the_page_without_plotly_says_what_to_install(explorer, tmp_path, monkey
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'warp-lite\[html\]'"):
         explorer.to_html(tmp_path / "page.html")
+
+
+def test_a_single_held_out_prompt_has_no_standard_errors_and_nothing_fails(result, tokenizer, policy_of, tmp_path):
+    config = result.config.replace(iterations=1, runs=1, merge="none")
+    one = run_warp(policy_of("gpt2"), tokenizer, loved, PROMPTS, config, eval_prompts=PROMPTS[:1], progress=False)
+    lone = ParetoExplorer(one, fast=True, limit=[], progress=False)
+    lone.widget  # noqa: B018
+    lone.figure()
+    assert "± nan" in lone.table() and "± nan" in lone.outputs["numbers"].value
+    lone.to_html(tmp_path / "page.html")

@@ -18,6 +18,7 @@ from .explorer_picture import Picture, draw, reward_name
 from .liti import check_eta, liti
 
 MEASURE = "Measure exactly this point"
+CLOSE = "line-height:1.4"
 NEW_WORD = "background:#cfe8ff;border-radius:3px;padding:0 2px;font-weight:600"
 
 
@@ -106,7 +107,7 @@ class ParetoExplorer:
             [("KL to the SFT policy", "kl", "nats"), *rewards, ("length", "length", "tokens")])
         note = (f"{self.origin()}; rewards in {html.escape(self.grid['unit'])}; ± is the standard error over prompts, "
                 f"{self.grid['samples']} completions")
-        return f"<div class='explorer-numbers'><table>{cells}</table><small>{note}</small></div>"
+        return f"<div class='explorer-numbers' style='{CLOSE}'><table>{cells}</table><small>{note}</small></div>"
 
     def origin(self) -> str:
         """Where the numbers come from."""
@@ -124,8 +125,8 @@ class ParetoExplorer:
             lines.append(f"<p style='margin:.3em 0'><span style='color:#666'>{html.escape(prompt)}</span> "
                          f"{' '.join(words)}</p>")
         note = "the same random numbers at every η; marked: changed against η = 0"
-        return (f"<div class='explorer-completions'><b>Completions at η = {point['completions_eta']:g}</b> "
-                f"<small>({note})</small>{''.join(lines)}</div>")
+        return (f"<div class='explorer-completions' style='{CLOSE}'><b>Completions at η = {point['completions_eta']:g}"
+                f"</b> <small>({note})</small>{''.join(lines)}</div>")
 
     def to_html(self, path) -> None:
         """A page of its own whose sliders need no kernel and no network. Needs the extra `html`."""
@@ -141,23 +142,22 @@ class ParetoExplorer:
         import ipywidgets as w
 
         view, grid = self.view, self.grid
-        wide = {"style": {"description_width": "7em"}, "layout": w.Layout(width="22em")}
+        wide = {"style": {"description_width": "9em"}, "layout": w.Layout(width="98%")}
+        plain = {"style": {"button_width": "auto"}}
         etas, iterations = grid["etas"], grid["iterations"]
         controls = {
             "eta": w.FloatSlider(view.eta, min=etas[0], max=etas[-1], step=0.01, description="η", **wide),
             "iteration": w.SelectionSlider(options=iterations, value=view.iteration, description="iteration", **wide),
             "runs": w.SelectionSlider(options=grid["runs"], value=view.runs, description="M, runs merged", **wide),
             "lam": w.FloatSlider(view.lam, min=0, max=1, step=0.05, description="λ (if M = 2)", **wide),
-            "root": w.ToggleButtons(options=[("KL", False), ("√KL", True)], value=view.root, description="axis",
-                                    style={"button_width": "8em", "description_width": "7em"}),
+            "root": w.ToggleButtons(options=[("KL axis", False), ("√KL axis", True)], value=view.root, **plain),
             "trajectories": w.Checkbox(view.trajectories, description="single runs while they train", indent=False),
         }
         if grid["limit"]:
             controls["limit"] = w.Checkbox(view.limit, description="the limit", indent=False)
         if grid["gold"]:
             controls["reward"] = w.ToggleButtons(
-                options=[("proxy reward", "reward"), ("gold reward", "gold")], value=view.reward, description="reward",
-                style={"button_width": "8em", "description_width": "7em"})
+                options=[("proxy reward", "reward"), ("gold reward", "gold")], value=view.reward, **plain)
         for name, control in controls.items():
             control.observe(lambda change, name=name: self._shown(self._moved, name, change["new"]), names="value")
         return controls
@@ -167,10 +167,10 @@ class ParetoExplorer:
         """What is shown: `picture`, `numbers`, `completions`, `message`; and the button `measure`."""
         import ipywidgets as w
 
-        size = w.Layout(width="720px", height="460px", object_fit="contain")
+        size = w.Layout(width="100%", max_width="720px", height="auto", object_fit="contain")
         outputs = {"picture": w.Image(format="png", layout=size),
                    "numbers": w.HTML(), "completions": w.HTML(), "message": w.HTML(),
-                   "measure": w.Button(description=MEASURE, icon="crosshairs", layout=w.Layout(width="22em"))}
+                   "measure": w.Button(description=MEASURE, icon="crosshairs", layout=w.Layout(width="98%"))}
         outputs["measure"].on_click(lambda button: self._shown(self._measured))
         return outputs
 
@@ -184,8 +184,10 @@ class ParetoExplorer:
         toggles = [controls[name] for name in ("reward", "root", "trajectories", "limit") if name in controls]
         self.picture.prepare(self.view)
         self._shown(self._update)
-        left = w.VBox([*sliders, out["measure"], *toggles, out["numbers"]])
-        return w.VBox([w.HBox([left, out["picture"]]), out["message"], out["completions"]])
+        left = w.VBox([*sliders, out["measure"], *toggles], layout=w.Layout(flex="0 0 320px"))
+        right = w.VBox([out["picture"], out["numbers"]], layout=w.Layout(flex="1 1 420px", min_width="0"))
+        row = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start")
+        return w.VBox([w.Box([left, right], layout=row), out["message"], out["completions"]])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

@@ -107,7 +107,8 @@ def measure_points(result, states: Sequence[Weights], etas: Sequence[float], pro
     """Points of a grid: metrics of `samples` completions a held-out prompt, and the completions of `prompts`."""
     metrics = dataclasses.replace(result, texts=None).measure(states, samples=samples)  # perplexity is not shown
     texts = sample_completions(result, states, prompts)
-    return [{"eta": float(eta), **m.as_dict(), "completions": some} for eta, m, some in zip(etas, metrics, texts)]
+    numbers = [{name: math.nan if value is None else value for name, value in m.as_dict().items()} for m in metrics]
+    return [{"eta": float(eta), **some, "completions": said} for eta, some, said in zip(etas, numbers, texts)]
 
 
 @torch.no_grad()

@@ -30,34 +30,38 @@ class Picture:
 
     def __init__(self, grid: dict):
         self.grid = grid
-        self.grounds: dict[tuple, tuple] = {}  # by toggles: axes and pixels
+        self.grounds: dict[tuple, tuple] = {}  # by toggles: pixels and the limits of the axes
         self.figure = Figure(figsize=SIZE, dpi=DPI)
         self.canvas = FigureCanvasAgg(self.figure)
+        with style():
+            self.axes = self.figure.add_axes(PLACE)
 
     def prepare(self, view: View) -> None:
         """Draw the grounds of all toggles now, so that no move has to."""
         rewards = ("reward", "gold") if self.grid["gold"] else ("reward",)
-        for reward, root, trajectories, limit in itertools.product(rewards, *[(False, True)] * 3):
-            self.ground(dataclasses.replace(view, reward=reward, root=root, trajectories=trajectories, limit=limit))
+        with style():
+            for reward, root, trajectories, limit in itertools.product(rewards, *[(False, True)] * 3):
+                self.ground(dataclasses.replace(view, reward=reward, root=root, trajectories=trajectories, limit=limit))
 
     def ground(self, view: View) -> tuple:
-        """The axes of a setting of the toggles and their pixels."""
+        """The pixels of a setting of the toggles, and the limits of its axes."""
         key = (view.reward, view.root, view.trajectories, view.limit)
         if key not in self.grounds:
-            self.figure.clear()
-            axes = self.figure.add_axes(PLACE)
-            draw_ground(axes, self.grid, view)
+            self.axes.clear()
+            draw_ground(self.axes, self.grid, view)
             self.canvas.draw()
-            self.grounds[key] = (axes, self.canvas.copy_from_bbox(self.figure.bbox))
+            pixels = self.canvas.copy_from_bbox(self.figure.bbox)
+            self.grounds[key] = (pixels, self.axes.get_xlim(), self.axes.get_ylim())
         return self.grounds[key]
 
     def png(self, view: View, point: dict) -> bytes:
         """The picture of a view and its point as a PNG."""
         with style():
-            axes, pixels = self.ground(view)
+            pixels, xlim, ylim = self.ground(view)
             self.canvas.restore_region(pixels)
-            for artist in draw_view(axes, self.grid, view, point):
-                axes.draw_artist(artist)
+            self.axes.set(xlim=xlim, ylim=ylim)
+            for artist in draw_view(self.axes, self.grid, view, point):
+                self.axes.draw_artist(artist)
                 artist.remove()
         data = io.BytesIO()
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(data, "png", compress_level=1)
