@@ -98,7 +98,7 @@ def draw_limit(axes, limit: Sequence[dict], label: str = "limit") -> None:
     kl, reward, error = column(limit, "kl"), column(limit, "reward"), 2 * column(limit, "reward_se")
     axes.fill_between(kl, reward - error, reward + error, color=COLOURS["limit"], alpha=0.12, lw=0)
     axes.plot(kl, reward, color=COLOURS["limit"], ls="--", lw=1.4)
-    label_end(axes, kl, reward, label, COLOURS["limit"])
+    label_end(axes, kl, reward, label, COLOURS["limit"], shift=(-8, 10))
 
 
 def finding(claim: str, interval: Interval, rule: str, unit: str = "", null: float = 0.0, margin: float = 0.0) -> str:
