@@ -28,8 +28,10 @@ class MemoryEstimate:
         return self.weights + self.activations + self.logits
 
     def __str__(self) -> str:
-        return (f"about {self.total / 2**30:.2f} GiB for {self.policies} policies at once: weights and optimiser "
-                f"{self.weights / 2**30:.2f}, activations {self.activations / 2**30:.2f}, logits {self.logits / 2**30:.2f}")
+        total, weights, activations, logits = (
+            part / 2**30 for part in (self.total, self.weights, self.activations, self.logits))
+        return (f"about {total:.2f} GiB for {self.policies} policies at once: weights and optimiser {weights:.2f}, "
+                f"activations {activations:.2f}, logits {logits:.2f}")
 
 
 def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int) -> MemoryEstimate:

@@ -42,12 +42,14 @@ class Prompts:
         mask = self.mask[rows]
         width = int(mask.sum(-1).max())
         columns = {name: [values[i] for i in index.ravel()] for name, values in self.columns.items()}
-        return Prompts([self.texts[i] for i in index.ravel()], self.ids[rows][..., -width:], mask[..., -width:], columns)
+        texts = [self.texts[i] for i in index.ravel()]
+        return Prompts(texts, self.ids[rows][..., -width:], mask[..., -width:], columns)
 
     def repeat(self, policies: int) -> Prompts:
         """The same prompts for each of E policies."""
         columns = {name: values * policies for name, values in self.columns.items()}
-        return Prompts(self.texts * policies, self.ids.expand(policies, -1, -1), self.mask.expand(policies, -1, -1), columns)
+        ids, mask = (part.expand(policies, -1, -1) for part in (self.ids, self.mask))
+        return Prompts(self.texts * policies, ids, mask, columns)
 
     def to(self, device) -> Prompts:
         """The same prompts on a device."""

@@ -174,7 +174,8 @@ class BradleyTerry:
         return model
 
 
-def train_bradley_terry(model: BradleyTerry, chosen, rejected, *, epochs=2, batch=64, lr=1e-3, seed=0, progress=None) -> None:
+def train_bradley_terry(model: BradleyTerry, chosen, rejected, *, epochs=2, batch=64, lr=1e-3, seed=0,
+                        progress=None) -> None:
     """Fit P(chosen over rejected) = σ(r_chosen − r_rejected) by maximum likelihood.
 
     `chosen` and `rejected` are pairs (ids, mask) of N sequences each.

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .config import WarpConfig
 from .evaluation.metrics import encode_texts, evaluate_many
 from .forward import make_forward
 from .liti import liti
+from .memory import free_memory, training_memory
 from .policies import (
     Prompts,
     Weights,
@@ -43,6 +45,7 @@ from .slerp import lerp, slerp
 from .weights import is_finite
 
 EXECUTORS = {"batched": train_batched, "serial": train_serial}
+MEMORY_SHARE = 0.8  # of the free memory, that a batched run may take by its estimate
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
 
 
@@ -54,7 +57,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     policy: a model, or a name or folder (then its tokenizer comes with it). reward: a function of
     TRL's signature, or a list with one for each of the M runs. prompts: a list of str, or a data set
     with a `prompt` column; without `eval_prompts` a fifth of them is held out. executor: "batched"
-    trains the M runs as one program, "serial" one after the other.
+    trains the M runs as one program where that fits in memory, "serial" one after the other.
     out: a run folder, written as the run goes; with resume=True an unfinished one is continued.
     gold, texts: a true reward and held-out texts, measured but never trained on. stop: asked after
     every step; when it says True the state is saved and KeyboardInterrupt raised. source: noted in
@@ -68,6 +71,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     result, prompts, rewards = checked_input(policy, tokenizer, reward, prompts, config or WarpConfig(), executor,
                                              eval_prompts, gold, texts, source)
     config, folder, was_training = result.config, None, policy.training
+    train = fitting_executor(executor, policy, prompts, config)
     try:
         if out is not None:
             folder = open_folder(out, resume, result, prompts, rewards)
@@ -75,7 +79,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
             theta_init = theta_sft = result.sft
             for i in range(1, config.iterations + 1):
                 runs = [Run(config, i, m, theta_init, theta_sft, r) for m, r in enumerate(rewards, 1)]
-                states = train_runs(EXECUTORS[executor], runs, prompts, result, folder, progress, stop)
+                states = train_runs(train, runs, prompts, result, folder, progress, stop)
                 policies = [state.policy for state in states]
                 theta_slerp = merge(theta_init, policies, config.merge)
                 next_init = liti(theta_init, theta_slerp, config.eta)
@@ -88,6 +92,18 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
         load_weights(policy, result.sft).train(was_training)
         policy.zero_grad(set_to_none=True)
     return result
+
+
+def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig):
+    """The function that trains an iteration's runs: one after the other if together they would not fit in memory."""
+    if executor == "batched":
+        needed = training_memory(policy, config.runs, config.batch_size, prompts.ids.shape[-1], config.max_new_tokens)
+        free = free_memory(policy.device)
+        if needed.total > MEMORY_SHARE * free:
+            print(f"warp-lite: together the runs would take {needed}, and {free / 2**30:.2f} GiB are free; "
+                  "they train one after the other", file=sys.stderr)
+            return train_serial
+    return EXECUTORS[executor]
 
 
 def merge(init: Weights, policies: Sequence[Weights], method: str) -> Weights:

@@ -1,0 +1,88 @@
+"""Many settings and seeds in one program give what single runs give."""
+
+import pytest
+import torch
+
+from warp_lite import warp
+from warp_lite.config import WarpConfig
+from warp_lite.experiment import run_experiment
+from warp_lite.warp import run_warp
+
+PROMPTS = ["this film was", "that plot was", "this plot is", "but that film is"]
+CONFIG = WarpConfig(iterations=2, runs=2, steps=3, batch_size=2, max_new_tokens=6, eval_every=2)
+
+
+def length_reward(prompts, completions, completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def word_reward(prompts, completions, **kwargs):
+    return [float(text.count("e")) for text in completions]
+
+
+@pytest.fixture
+def policy(gpt2_policy, tokenizer):
+    return gpt2_policy, tokenizer
+
+
+def experiment(policy, configs, seeds, **options):
+    return run_experiment(*policy, length_reward, PROMPTS, configs, seeds, eval_prompts=PROMPTS[:2], progress=False,
+                          **options)
+
+
+def test_every_setting_and_seed_equals_a_run_of_its_own(policy):
+    configs = {"slow": CONFIG.replace(lr=1e-3), "lerp": CONFIG.replace(lr=2e-3, merge="lerp", beta=0.1),
+               "short": CONFIG.replace(steps=2, iterations=1)}
+    together = experiment(policy, configs, (3, 4))
+    for name, config in configs.items():
+        for seed, result in zip((3, 4), together.results[name]):
+            alone = run_warp(*policy, length_reward, PROMPTS, config.replace(seed=seed), eval_prompts=PROMPTS[:2],
+                             progress=False)
+            assert len(result.iterations) == config.iterations
+            for ours, theirs in zip(result.iterations, alone.iterations):
+                for tensor, other in zip(ours.merged.values(), theirs.merged.values()):
+                    torch.testing.assert_close(tensor, other, rtol=0, atol=1e-9)
+                for tensor, other in zip(ours.next_init.values(), theirs.next_init.values()):
+                    torch.testing.assert_close(tensor, other, rtol=0, atol=1e-9)
+
+
+def test_fronts_have_a_row_for_every_setting_seed_iteration_and_eta(policy):
+    together = experiment(policy, {"a": CONFIG, "b": CONFIG.replace(lr=1e-3)}, (0, 1))
+    rows = together.front_rows(etas=(0, 0.5, 1), samples=1)
+    places = {(row["config"], row["seed"], row["iteration"], row["eta"]) for row in rows}
+    assert len(rows) == len(places) == 2 * 2 * 2 * 3
+    assert all(abs(row["kl"]) < 1e-6 for row in rows if row["eta"] == 0)
+    assert all(row["kl"] > 0 for row in rows if row["eta"] == 1)
+
+
+def test_trajectories_are_measured_when_their_turn_comes(policy):
+    rows = experiment(policy, {"a": CONFIG}, (0,)).trajectory_rows()
+    assert [(row["iteration"], row["run"], row["step"]) for row in rows] == [
+        (i, m, step) for i in (1, 2) for m in (1, 2) for step in (2, 3)]
+
+
+def test_a_setting_can_have_rewards_of_its_own(policy):
+    configs = {"length": CONFIG, "mixed": CONFIG}
+    together = experiment(policy, configs, (0,), rewards={"mixed": [length_reward, word_reward]})
+    length, mixed = (together.results[name][0].iterations[0].policies for name in configs)
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(length, mixed)]
+    assert same == [True, False]
+    with pytest.raises(ValueError, match="1 rewards for the 2 runs of 'mixed'"):
+        experiment(policy, configs, (0,), rewards={"mixed": [length_reward]})
+
+
+def test_an_experiment_needs_settings_and_seeds(policy):
+    for configs, seeds in (({}, (0,)), ({"a": CONFIG}, ())):
+        with pytest.raises(ValueError, match="at least one setting and one seed"):
+            experiment(policy, configs, seeds)
+
+
+def test_runs_that_do_not_fit_in_memory_together_train_one_after_the_other(policy, monkeypatch, capsys):
+    config = CONFIG.replace(iterations=1)
+    together = run_warp(*policy, length_reward, PROMPTS, config, eval_prompts=PROMPTS[:2], progress=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(warp, "free_memory", lambda device: 1000)
+    apart = run_warp(*policy, length_reward, PROMPTS, config, eval_prompts=PROMPTS[:2], progress=False)
+    assert "they train one after the other" in capsys.readouterr().err
+    for tensor, other in zip(together.weights(1.0).values(), apart.weights(1.0).values()):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=1e-9)
