@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from .evaluation.statistics import Interval, bootstrap
 from .plots import COLOURS, column
@@ -59,7 +60,7 @@ def draw_curve(axes, kl: np.ndarray, reward: np.ndarray, colour: str, label: str
     """Mean reward against mean KL, both (seeds, points), with bars in both directions."""
     (x, x_low, x_high), (y, y_low, y_high) = interval_band(kl), interval_band(reward)
     bars = {} if np.isnan(x_low).all() else {"xerr": [x - x_low, x_high - x], "yerr": [y - y_low, y_high - y]}
-    axes.errorbar(x, y, **bars, color=colour, elinewidth=0.8, **{"marker": "o", "ms": 3.5, **line})
+    axes.errorbar(x, y, **bars, color=colour, **{"marker": "o", "ms": 3.5, "elinewidth": 0.8, **line})
     if label:
         label_end(axes, x, y, label, colour)
     return x, y
@@ -67,7 +68,8 @@ def draw_curve(axes, kl: np.ndarray, reward: np.ndarray, colour: str, label: str
 
 def label_end(axes, x, y, text: str, colour: str, shift: tuple[float, float] = (5, 0)) -> None:
     """A label right of the last point of a line, in its colour."""
-    axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center", fontsize=9)
+    axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center", fontsize=9,
+                  path_effects=[withStroke(linewidth=3, foreground="white")], zorder=10)
 
 
 def label_ends(axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 12.0) -> None:
