@@ -10,8 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .evaluation.front import reward_at_kl
-from .evaluation.limit import MIN_ESS
+from .evaluation.front import MIN_ESS, reward_at_kl
 
 # Okabe and Ito's palette
 COLOURS = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MIN_ESS = 30.0  # effective samples below which a point of the limit cannot be trusted
 GRID = 2001  # points of the KL grid on which a front's area is taken
 
 
@@ -39,10 +40,9 @@ def running_maximum(points: Sequence, grid: np.ndarray) -> np.ndarray:
     array = _unique(points_array(points))
     reward = np.interp(grid, array[:, 0], array[:, 1])
     reward[grid < array[0, 0]] = -np.inf
-    # peaks between two points of the grid count too
-    for kl, value in array:
+    for kl, value in array:  # a line between points is never above both, so the points so far decide
         reward[grid >= kl] = np.maximum(reward[grid >= kl], value)
-    return np.maximum.accumulate(reward)
+    return reward
 
 
 def hypervolume(points: Sequence, reference: tuple[float, float]) -> float:

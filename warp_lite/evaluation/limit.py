@@ -18,10 +18,10 @@ from ..forward import make_forward
 from ..policies import Prompts, encode_prompts, parameters, room_for_prompts, sample, stack
 from ..randomness import EVALUATION, generator
 from ..rewards import rollout_rewards
+from .front import MIN_ESS
 from .metrics import ROWS_AT_ONCE
 
 BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())  # in standard deviations of the reward
-MIN_ESS = 30.0
 
 
 @torch.no_grad()
