@@ -1,5 +1,7 @@
 """The three forwards: the library's module, the same under vmap, and GPT-2 by hand."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, POSITIONS, make_policy
@@ -15,14 +17,26 @@ from transformers import (
     MistralForCausalLM,
 )
 
+import warp_lite.gpt2 as gpt2_module
 from warp_lite.forward import ModuleForward, VmapForward, make_forward
 from warp_lite.gpt2 import GPT2Forward
 from warp_lite.policies import load_weights, parameters, stack, unstack
 
 LENGTHS = (1, 4, 9, 12)  # of the rows of a ragged batch; the windows of Gemma 3 and Mistral are 3
 VOCABULARY = 18
+
+
+class WideGPT2Forward(GPT2Forward):
+    """The hand-written forward as it treats wide models, whose layer norms are not folded into matrices."""
+
+    def _fold(self, *args):
+        with patch.object(gpt2_module, "FOLD_UP_TO", 0):
+            return super()._fold(*args)
+
+
 CASES = [(ModuleForward, architecture) for architecture in ARCHITECTURES]
-CASES += [(VmapForward, architecture) for architecture in ARCHITECTURES] + [(GPT2Forward, "gpt2")]
+CASES += [(VmapForward, architecture) for architecture in ARCHITECTURES]
+CASES += [(GPT2Forward, "gpt2"), (WideGPT2Forward, "gpt2")]
 
 
 def policies_of(architecture, dtype=torch.float64, **settings):
