@@ -34,13 +34,15 @@ def page_data(grid: dict, view: View) -> dict:
     shown = [*names, *(f"{name}_se" for name in names)]
     lines = []
     for line in grid["lines"]:
-        start = line["points"][0]["completions"]
+        first = line["points"][0]["completions"]
         lines.append({**line, "points": [
-            {**_numbers(p, shown), "completions": [changed_words(a, b) for a, b in zip(start, p["completions"])]}
+            {**_numbers(p, shown), "completions": [changed_words(a, b) for a, b in zip(first, p["completions"])]}
             for p in line["points"]]})
     runs: dict[str, list] = {}
+    start = [_numbers(grid["lines"][0]["points"][0], names[1:4])]  # where the runs of the first iteration begin
     for row in grid["trajectories"]:
-        runs.setdefault(f"{row['iteration']}-{row['run']}", []).append(_numbers(row, names[1:4]))
+        run = runs.setdefault(f"{row['iteration']}-{row['run']}", start[:] if row["iteration"] == 1 else [])
+        run.append(_numbers(row, names[1:4]))
     rewards = ["reward", *(["gold"] if grid["gold"] else [])]
     return {
         "lines": lines, "view": dataclasses.asdict(view), "trajectories": list(runs.values()),

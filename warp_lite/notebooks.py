@@ -122,6 +122,9 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=TIME_LIMIT, kernel_name="python3", record_timing=False,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in notebook.cells:  # a bar that has gone leaves "0%" behind on a page without a kernel
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
     # what differs by machine stays out of the file
     notebook.metadata = nbformat.from_dict({
         "kernelspec": KERNEL, "language_info": {"name": "python"},
@@ -130,6 +133,12 @@ def execute(path: Path) -> None:
     made = path.with_name(f".{path.name}.part")
     nbformat.write(notebook, made)
     made.replace(path)
+
+
+def is_progress(output) -> bool:
+    """Whether an output is a progress bar."""
+    data = output.get("data", {})
+    return "application/vnd.jupyter.widget-view+json" in data and "%|" in data.get("text/plain", "")
 
 
 def widget_errors(notebook) -> list[dict]:
