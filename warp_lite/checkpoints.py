@@ -12,9 +12,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import torch
@@ -25,6 +27,7 @@ from warp_lite.liti import check_eta, interpolate
 from warp_lite.slerp import CHUNK, combine, gram, slerp_coefficients, undisputed
 from warp_lite.weights import check_equal_buffers, check_finite, check_no_overflow, check_weights
 
+WORKERS = 2  # tensors merged side by side, while another is read or written
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
@@ -93,25 +96,50 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     for policy in policies:
         _check_fits(init, policy)
     total = sum(stored.size for stored in init.tensors.values())
-    with _appearing_whole(out) as partial, _Reader([init, *policies]) as reader, \
-            _progress_bar(total, progress) as advance, _one_thread():
+    with _appearing_whole(out) as partial, ExitStack() as stack, _one_thread():
+        advance = stack.enter_context(_progress_bar(total, progress))
+        readers = [stack.enter_context(_Reader([init, *policies])) for _ in range(WORKERS)]
+        outputs = {file: stack.enter_context(open(partial / file, "xb", buffering=0)) for file in init.headers}
         for file, header in init.headers.items():
-            with open(partial / file, "xb", buffering=0) as output:
-                _write(output, memoryview(header))
-                for name, stored in init.tensors.items():
-                    if stored.file == file:
-                        for chunk in _merge_tensor(reader, name, method, weights, eta):
-                            _write(output, _bytes_of(chunk))
-                            advance(chunk.nbytes)
+            _write(outputs[file], memoryview(header), 0)
+        writing = Lock()
+
+        def merge_one(name: str) -> None:
+            reader, stored = readers.pop(), init.tensors[name]
+            try:
+                place = stored.start  # the same as in init's file, whose header this is
+                for chunk in _merge_tensor(reader, name, method, weights, eta):
+                    with writing:
+                        _write(outputs[stored.file], _bytes_of(chunk), place)
+                    place += chunk.nbytes
+                    advance(chunk.nbytes)
+            finally:
+                readers.append(reader)
+
+        _in_threads(merge_one, sorted(init.tensors, key=lambda name: -init.tensors[name].size))
+        bytes_read = sum(reader.bytes_read for reader in readers)
+        for file in init.headers:
             _sync(partial / file)
         _carry_over(init, partial)
-    return MergeSummary(len(init.tensors), reader.bytes_read, total, time.perf_counter() - begin)
+    return MergeSummary(len(init.tensors), bytes_read, total, time.perf_counter() - begin)
+
+
+def _in_threads(function: Callable[[str], None], names: Sequence[str]) -> None:
+    """Call the function for every name, a few at a time; what one raises stops the others."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        calls = [pool.submit(function, name) for name in names]
+        try:
+            for call in calls:
+                call.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch compute in one thread: half of the time goes to reading and writing anyway, and on a
-    busy machine its threads, which wait for each other by spinning, made a merge forty times slower."""
+    """Let torch compute each tensor in one thread: tensors are merged side by side, and on a busy machine
+    torch's own threads, which wait for each other by spinning, made a merge forty times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -200,9 +228,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def _write(output: BinaryIO, view: memoryview) -> None:
+def _write(output: BinaryIO, view: memoryview, place: int) -> None:
     while len(view):
-        view = view[output.write(view):]
+        output.seek(place)
+        count = output.write(view)
+        view, place = view[count:], place + count
 
 
 # Reading and checking folders

@@ -362,16 +362,22 @@ def gpt2_folder(folder: Path, layers: int = 12, seed: int = 0) -> Path:
 
 def process(command: list[str], **environment) -> tuple[float, float]:
     """Wall seconds and peak resident MB of a whole process."""
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **environment}
+    # A small process in between: the peak of a child counts what its parent had when it forked.
+    launcher = (
+        "import os, subprocess, sys, time; start = time.perf_counter(); child = subprocess.Popen(sys.argv[1:], "
+        "stdout=subprocess.DEVNULL); _, status, usage = os.wait4(child.pid, 0); child.returncode = 0; "
+        "print(time.perf_counter() - start, usage.ru_maxrss); sys.exit(os.waitstatus_to_exitcode(status))"
     )
-    errors = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{command[0]} failed: {errors.decode()[-500:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", launcher, *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr[-500:]}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak) / 1024
 
 
 def bench_merge(rounds: int, scratch: Path) -> list[dict]:
