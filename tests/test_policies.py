@@ -157,11 +157,16 @@ def test_sampling_stops_when_the_last_completion_has_ended(gpt2_policy, tokenize
             self.calls += 1
             return self.inner(*args, **kwargs)
 
-    uniforms = token_uniforms((0,), 0, len(RAGGED), POSITIONS // 2).unsqueeze(0)
+    T = POSITIONS // 2
+    uniforms = token_uniforms((0,), 0, 40, T).unsqueeze(0)
+    _, _, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 10, uniforms=uniforms)
+    lengths = rollout.mask[0].sum(-1)
+    short = [row for row, length in enumerate(lengths.tolist()) if length < T // 2]
     counted = Counted()
-    _, _, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED, uniforms=uniforms, forward=counted)
-    longest = max(map(len, completion_ids(rollout.ids, rollout.mask)))
-    assert counted.calls == longest == rollout.ids.shape[-1]
+    _, _, some, _ = draw(gpt2_policy, tokenizer, [(RAGGED * 10)[row] for row in short],
+                         uniforms=uniforms[:, short], forward=counted)
+    assert len(short) > 3 and rollout.ids.shape[-1] == T
+    assert counted.calls == some.ids.shape[-1] == lengths[short].max() < T
     always = 1 - 1e-9  # the last word, which is not EOS
     _, _, endless, _ = draw(gpt2_policy, tokenizer, RAGGED, uniforms=torch.full((1, 4, 5), always))
     assert endless.ids.shape[-1] == 5 and endless.mask.all()

@@ -24,11 +24,17 @@ def test_every_epoch_has_an_order_of_its_own():
     assert len(epochs) == 20
 
 
+RUNS = [(seed, iteration, run) for seed in range(3) for iteration in (1, 2) for run in (1, 2, 3, 4)]
+
+
 def test_two_runs_see_the_prompts_in_different_orders():
     """With one order for all, the M policies are nearly identical and averaging them gains nothing."""
-    keys = [(seed, iteration, run) for seed in range(3) for iteration in (1, 2) for run in (1, 2, 3, 4)]
-    orders = {tuple(prompt_indices(key, 0, 30, 30)) for key in keys}
-    assert len(orders) == len(keys)
+    assert len({tuple(prompt_indices(key, 0, 30, 30)) for key in RUNS}) == len(RUNS)
+
+
+def test_two_runs_draw_different_tokens_even_on_the_same_prompts():
+    numbers = torch.stack([token_uniforms(key, 0, 4, 6) for key in RUNS])
+    assert len(numbers.unique()) == numbers.numel()
 
 
 def test_no_two_uses_share_a_stream():
