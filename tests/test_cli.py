@@ -104,6 +104,7 @@ def test_resume_of_a_finished_folder_draws_its_front_again(here, capsys, monkeyp
     first, before = capsys.readouterr().out, files(here / "out")
     (here / "out" / "front.png").unlink()
     monkeypatch.setitem(sys.modules["warp_lite.warp"].EXECUTORS, "batched", lambda *a: pytest.fail("it trained again"))
+    monkeypatch.setattr("warp_lite.front.measure_front", lambda *a: pytest.fail("it measured again"))
     assert main(own("--resume", "--out", "out")) == 0
     assert capsys.readouterr().out == first and files(here / "out") == before
 

@@ -76,6 +76,22 @@ def test_every_prompt_is_the_opening_of_reviews(tokenizer, texts):
     assert {len(row) for row in tokenizer(prompt_texts())["input_ids"]} == {PROMPT_LENGTH}
 
 
+def test_the_sentiment_persists_through_a_review_and_but_turns_it(texts):
+    sign = {word: 1 for word in WORDS["adjective+"].split() + WORDS["verb+"].split()}
+    sign |= {word: -1 for word in WORDS["adjective-"].split() + WORDS["verb-"].split()}
+    products = {False: [], True: []}                    # of neighbouring signs: kept, turned by "but"
+    for text in texts:
+        last, turned = None, False
+        for word in text.split():
+            turned |= word == "but"
+            if word in sign:
+                products[turned] += [last * sign[word]] if last else []
+                last, turned = sign[word], False
+    # 0.85² + 0.15² of the pairs agree (or, turned, differ): a mean product of 0.49
+    assert np.mean(products[False]) == pytest.approx(0.49, abs=0.05)
+    assert np.mean(products[True]) == pytest.approx(-0.49, abs=0.1)
+
+
 def test_the_same_seed_writes_the_same_reviews(texts):
     assert reviews(generator(0, 9, WORLD), 50) == texts[:50] != reviews(generator(1, 9, WORLD), 50)
 

@@ -399,6 +399,8 @@ def test_a_crash_between_two_runs_being_finished_keeps_the_bytes(
             short_run(policy, tokenizer, out=tmp_path / "run")
     done = [(tmp_path / f"run/iteration-1/run-{m}/DONE").is_file() for m in (1, 2)]
     assert done == [True, False]
+    # Run 2 goes on from its end: from an earlier step it would train alone, and might round otherwise.
+    assert [path.name for path in (tmp_path / "run/iteration-1/run-2").glob("state-*")] == ["state-4.safetensors"]
     short_run(policy, tokenizer, out=tmp_path / "run", resume=True)
     assert files(tmp_path / "run") == uninterrupted["batched"]
 
