@@ -129,38 +129,32 @@ def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temp
     it. Ends early once every completion has emitted EOS.
     """
     E, B, P = prompts.ids.shape
-    T = uniforms.shape[-1]
-    eos, fill = tokenizer.eos_token_id, pad_id(tokenizer)
-    padded = bool((prompts.mask == 0).any())
-    mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1) if padded else None
-    ids = prompts.ids.new_full((E, B, T), fill)
-    logprobs = torch.zeros(E, B, T, device=ids.device, dtype=torch.float32)
-    alive = torch.ones(E, B, dtype=torch.bool, device=ids.device)
-    ended = torch.zeros(E, B, T, dtype=torch.bool, device=ids.device)
-    cache = None
-    tokens = prompts.ids
+    T, eos, like = uniforms.shape[-1], tokenizer.eos_token_id, _any_tensor(weights)
+    mask = None
+    if (prompts.mask == 0).any():
+        mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    below_one = 1 - torch.finfo(dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
+    u = uniforms.to(dtype).clamp(max=below_one).permute(2, 0, 1).unsqueeze(-1)           # (T, E, B, 1)
+    cache = forward.new_cache(E, B, P + T - 1, like)
+    alive = torch.ones(E, B, 1, dtype=torch.bool, device=prompts.ids.device)
+    tokens, drawn, chosen = prompts.ids, [], []
     for t in range(T):
-        if cache is None:
-            cache = forward.new_cache(E, B, P + T - 1, _any_tensor(weights))
         seen = None if mask is None else mask[..., :P + t]
         logits = forward(weights, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
-        logp = log_softmax(logits, temperature)                                 # (E, B, V)
-        if t == 0:
-            logprobs = logprobs.to(logp.dtype)
+        logp = log_softmax(logits, temperature)                                          # (E, B, V)
         cdf = logp.exp().cumsum(-1)
-        below_one = 1 - torch.finfo(cdf.dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
-        u = uniforms[..., t:t + 1].to(cdf).clamp(max=below_one) * cdf[..., -1:]
-        token = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[-1] - 1)
-        ended[..., t] = ~alive
-        logprobs[..., t] = logp.gather(-1, token)[..., 0].masked_fill(~alive, 0)
-        token = token[..., 0].masked_fill(~alive, fill)
-        ids[..., t] = token
-        alive = alive & (token != eos)
-        tokens = token.unsqueeze(-1)
+        tokens = torch.searchsorted(cdf, u[t] * cdf[..., -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
+        drawn.append(tokens)                                                             # (E, B, 1) each
+        chosen.append(logp.gather(-1, tokens))
+        alive &= tokens != eos
         if not alive.any():
             break
-    length = t + 1
-    return Rollout(prompts, ids[..., :length], (~ended[..., :length]).long(), logprobs[..., :length])
+    ids = torch.cat(drawn, -1)                                                           # (E, B, T)
+    ends = ids == eos
+    after = ends.cumsum(-1) - ends.long() > 0  # what a completion was given after its EOS is forgotten
+    return Rollout(prompts, ids.masked_fill(after, pad_id(tokenizer)), (~after).long(),
+                   torch.cat(chosen, -1).masked_fill(after, 0))
 
 
 def completion_logits(forward, weights, rollout: Rollout) -> Tensor:

@@ -270,15 +270,22 @@ def bench_steps(world, rounds: int, scratch: Path) -> list[dict]:
     return rows
 
 
-def bench_sampling(world, rounds: int) -> list[dict]:
+def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
     """Sampling against the library's generate(), dynamic and static cache."""
     rows = []
     torch.manual_seed(0)
     big = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=50256, pad_token_id=50256)).eval()
+    gpt2 = published(world, scratch / "published-sampling")
     tiny = encode_prompts(world.tokenizer, world.train_prompts[:64])
     ids = torch.randint(0, 50000, (16, 8))
     for name, model, prompts, length, target in (
-        ("64 × 24 tokens, tiny model", world.model, Prompts(tiny.texts, tiny.ids[None], tiny.mask[None]), LENGTH, 4),
+        (
+            "64 × 24 tokens, tiny GPT-2 as published",
+            gpt2,
+            Prompts(tiny.texts, tiny.ids[None], tiny.mask[None]),
+            LENGTH,
+            4,
+        ),
         ("16 × 32 tokens, GPT-2 of 124M", big, Prompts([""] * 16, ids[None], torch.ones_like(ids)[None]), 32, 1),
     ):
         forward, weights = (
@@ -547,12 +554,13 @@ def main() -> None:
         scratch = Path(scratch)
         parts = {
             "steps": lambda: bench_steps(world, arguments.rounds, scratch),
-            "sampling": lambda: bench_sampling(world, arguments.rounds),
+            "sampling": lambda: bench_sampling(world, arguments.rounds, scratch),
             "experiment": lambda: bench_experiment(world),
             "merge": lambda: bench_merge(arguments.rounds, scratch),
         }
         for name in tqdm([c for c in chosen if c != "growth"], desc="benchmarks", disable=None):
             rows += parts[name]()
+            print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
         if "growth" in chosen:
             growth = bench_growth(world, scratch)
             draw_growth(growth).savefig(arguments.out / "growth.png", dpi=130)
