@@ -6,10 +6,15 @@ over seeds; where there is one seed there is no band.
 
 from __future__ import annotations
 
+import contextlib
+import html
+import io
 import json
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
 
@@ -115,3 +120,35 @@ def keep(folder, name: str, **measured) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / f"{name}.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
     print(f"written: {name}.json")
+
+
+def sliders(draw: Callable, **controls):
+    """A widget that draws anew when a control moves: `draw(**values)` returns a figure, and may print.
+
+    Like `interact` of ipywidgets, but into an Image and a text: for an Output widget, which interact uses,
+    a program that executes notebooks writes to the kernel while it listens to it, and now and then both
+    wait for ever. What `draw` raises is shown below the picture, and raised.
+    """
+    import ipywidgets as w
+
+    picture, text = w.Image(format="png"), w.HTML()
+
+    def redraw(change=None) -> None:
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                figure = draw(**{name: control.value for name, control in controls.items()})
+            page = io.BytesIO()
+            figure.savefig(page, format="png")
+            plt.close(figure)  # or the notebook would show it a second time
+            picture.value = page.getvalue()
+        except Exception:
+            printed.write(traceback.format_exc())
+            raise
+        finally:
+            text.value = f"<pre>{html.escape(printed.getvalue())}</pre>"
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    redraw()
+    return w.VBox([*controls.values(), picture, text])
