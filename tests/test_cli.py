@@ -143,6 +143,14 @@ def test_a_preset_runs_on_the_tiny_world(world, tmp_path, capsys, monkeypatch):
     assert main(["front", str(tmp_path / "run"), "--etas", "0,1"]) == 0
 
 
+def test_run_takes_a_folder_of_a_reward_model(here, world, capsys):
+    (here / "openings.txt").write_text("\n".join(world.train_prompts[:40]))
+    arguments = own("--policy", str(world.folder / "sft"), "--reward", str(world.folder / "reward"),
+                    "--prompts", "openings.txt", "--set=iterations=1", "--out", "out")
+    assert main(arguments) == 0 and "rewards in standard deviations of SFT samples" in capsys.readouterr().out
+    assert main(["front", "out", "--etas", "0,1"]) == 0
+
+
 # --- bad input ------------------------------------------------------------------------------
 
 RUN_ERRORS = {

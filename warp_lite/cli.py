@@ -45,6 +45,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 bad input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # where η cannot be printed, a ? stands for it
+            stream.reconfigure(errors="replace")
     try:
         arguments = parser().parse_args(argv)
         return arguments.command(arguments)

@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from . import __version__
 from .evaluation.limit import best_of_n_front, optimal_front, reference_rewards
 from .plots import draw_front
+from .policies import parameters
 from .result import ETAS, EVALUATION_SAMPLES, WarpResult
+from .rewards import BradleyTerry, ClassifierReward
 from .runs import json_hash, pinned_threads, read_config, read_json, save_tensors, weights_hash, write_json
 from .tasks.reviews import cache_folder
 
@@ -35,7 +37,7 @@ def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETA
         key = fingerprint(result, etas)
         front = None if again else measured_before(folder / "front.json", key)
         if front is None:
-            front = measure_front(result, folder, etas) | {"fingerprint": key}
+            front = measure_front(result, etas) | {"fingerprint": key}
             write_json(folder / "front.json", front)
         completions = completions_table(result)
     figure = draw_front(front["points"], front["limit"], front["trajectories"], front["best_of_n"], front["unit"])
@@ -46,10 +48,10 @@ def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETA
     return front
 
 
-def measure_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETAS) -> dict:
+def measure_front(result: WarpResult, etas: Sequence[float] = ETAS) -> dict:
     """Points, limit, best-of-n and trajectories, as front.json holds them."""
     points = result.front(etas)
-    rewards, gold = limit_rewards(result, folder)
+    rewards, gold = limit_rewards(result)
     return {
         "points": points,
         "limit": optimal_front(rewards=rewards, gold=gold),
@@ -81,25 +83,23 @@ def measured_before(path: Path, key: str) -> dict | None:
         return None
 
 
-def limit_rewards(result: WarpResult, folder: Path, samples: int | None = None) -> tuple[Tensor, Tensor | None]:
+def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Rewards, and gold rewards where there are any, (prompts, samples) of the SFT policy on held-out prompts.
 
-    They cost more than a front, so they are kept: in the cache, by the hash of the policy that
-    was sampled, the prompts and the settings; for a reward without weights, in the run folder.
+    They cost more than a front, so those of a reward model are kept in the cache, by the hash of
+    all that they depend on. A reward function has no hash and is asked again.
     """
     if samples is None:
         size = sum(tensor.numel() for tensor in result.sft.values())
         samples = LIMIT_SAMPLES if size < LARGE else LIMIT_SAMPLES_LARGE
     prompts = result.held_out.batch(np.arange(min(LIMIT_PROMPTS, len(result.eval_prompts))))
     config, judge, gold = result.config, result.judge, result.gold
-    parts = [prompts.texts, samples, config.max_new_tokens, config.temperature, gold is not None]
-    parts.append(weights_hash(result.sft))
-    trained = getattr(judge, "head", None)
-    if trained is not None:
-        parts += [weights_hash({"head": trained}), judge.mean, judge.std]
-    home = folder if trained is None else cache_folder()
-    path = home / f"limit-{json_hash(parts)[:12]}.safetensors"
-    if path.is_file():
+    path = None
+    if isinstance(judge, (BradleyTerry, ClassifierReward)):
+        key = json_hash([prompts.texts, samples, config.max_new_tokens, config.temperature, gold is not None,
+                         weights_hash(result.sft), reward_hash(judge)])
+        path = cache_folder() / f"limit-{key[:12]}.safetensors"
+    if path is not None and path.is_file():
         try:
             kept = load_file(path)
             return kept["reward"], kept.get("gold")
@@ -110,8 +110,19 @@ def limit_rewards(result: WarpResult, folder: Path, samples: int | None = None) 
         values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, progress=bar,
                                    temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     kept = dict(zip(("reward", "gold"), values))
-    save_tensors(kept, path)
+    if path is not None:
+        save_tensors(kept, path)
     return kept["reward"], kept.get("gold")
+
+
+def reward_hash(reward: BradleyTerry | ClassifierReward) -> str:
+    """A hash of a reward model: its weights and its plain settings."""
+    settings = {name: value for name, value in vars(reward).items() if isinstance(value, (bool, int, float, str))}
+    if isinstance(reward, BradleyTerry):
+        weights = {**parameters(reward.trunk), "head": reward.head}
+    else:
+        weights = parameters(reward.model)
+    return json_hash([type(reward).__name__, settings, weights_hash(weights)])
 
 
 def front_table(front: dict) -> str:
