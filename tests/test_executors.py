@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, naive_completion
+from tiny import ARCHITECTURES, naive_completion
 
 from warp_lite import WarpConfig
 from warp_lite.policies import encode_prompts, parameters

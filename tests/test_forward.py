@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, POSITIONS, make_policy
+from tiny import ARCHITECTURES, POSITIONS, make_policy
 from transformers import (
     FalconConfig,
     FalconForCausalLM,

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy, make_tokenizer
 from enumeration import completions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_policy, make_tokenizer
 
 from warp_lite import WarpConfig, best_of_n_front, optimal_front, reward_at_kl, run_warp
 from warp_lite.evaluation.limit import BETAS, MIN_ESS, reference_rewards

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy, make_tokenizer
 from enumeration import completions, exact_kl
+from tiny import make_policy, make_tokenizer
 
 from warp_lite import evaluate
 from warp_lite.evaluation import metrics as metrics_module

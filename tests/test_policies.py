@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer, naive_completion
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
+from tiny import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer, naive_completion
 
 from warp_lite import load_policy, save_policy
 from warp_lite.forward import ModuleForward, make_forward

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_policy, make_tokenizer
+from tiny import make_policy, make_tokenizer
 
 from warp_lite import WarpConfig
 from warp_lite.forward import ModuleForward, make_forward

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy, make_tokenizer
+from tiny import make_policy, make_tokenizer
 from transformers import (
     AutoModel,
     DistilBertConfig,
