@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
-from warp_lite.explorer_grid import View, changed_words, line_at, merged_weights, point_at
+from warp_lite.explorer_grid import View, changed_words, line_at, merged_weights, point_at, reach
+from warp_lite.explorer_picture import draw, spread
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this plot", "the film was", "that film", "dull and", "it was"]
 
@@ -285,3 +286,16 @@ def test_a_single_held_out_prompt_has_no_standard_errors_and_nothing_fails(resul
     lone.figure()
     assert "± nan" in lone.table() and "± nan" in lone.outputs["numbers"].value
     lone.to_html(tmp_path / "page.html")
+
+
+def test_a_point_far_beyond_the_merges_stays_visible_at_the_edge(explorer):
+    far = {"kl": 10 * reach(explorer.grid, True), "kl_se": 0.1}
+    figure = draw(explorer.grid, explorer.view, {**explorer.point(), **far})
+    axes = figure.axes[0]
+    marker = axes.lines[-1]
+    assert marker.get_marker() == ">" and marker.get_xdata()[0] == axes.get_xlim()[1]
+
+
+def test_labels_are_spread_apart_and_keep_their_order():
+    assert spread([0.0, 1.0, 50.0], 12) == [0.0, 12.0, 50.0]
+    assert spread([5.0, 0.0], 12) == [12.0, 0.0]

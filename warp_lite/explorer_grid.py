@@ -184,6 +184,14 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float))
 
 
+def reach(grid: dict, limit: bool) -> float:
+    """The KL to which a picture goes: that of all lines, but not far past the merges of all runs."""
+    whole = [p["kl"] for line in grid["lines"] if line["runs"] == grid["runs"][-1] for p in line["points"]]
+    whole += [p["kl"] for p in grid["limit"]] if limit else []
+    every = [p["kl"] for line in grid["lines"] for p in line["points"]]
+    return 1.1 * min(max(whole + every), 1.5 * max(whole)) or 1.0
+
+
 def changed_words(before: str, after: str) -> list[tuple[str, bool]]:
     """The words of `after`, each with whether it is new against `before` (by the longest common runs of words)."""
     old, new = before.split(), after.split()

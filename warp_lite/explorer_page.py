@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .explorer_grid import View, changed_words
+from .explorer_grid import View, changed_words, reach
 from .explorer_picture import ROOT_LABEL, reward_name
 from .plots import COLOURS, KL_LABEL, iteration_colour
 
@@ -48,6 +48,7 @@ def page_data(grid: dict, view: View) -> dict:
         "lines": lines, "view": dataclasses.asdict(view), "trajectories": list(runs.values()),
         "limit": [_numbers(p, names[1:4]) for p in grid["limit"]],
         **{name: grid[name] for name in ("etas", "lambdas", "iterations", "runs", "unit", "prompts", "samples")},
+        "reach": [reach(grid, limit) for limit in (False, True)],
         "rewards": {name: reward_name(grid, name) for name in rewards}, "axis": [KL_LABEL, ROOT_LABEL],
         "colours": {**COLOURS, **{f"iteration {i}": iteration_colour(i) for i in grid["iterations"]}}}
 

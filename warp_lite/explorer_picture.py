@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .explorer_grid import View, line_at
+from .explorer_grid import View, line_at, reach
 from .plots import COLOURS, KL_LABEL, column, iteration_colour, style
 
 ROOT_LABEL = "√(KL to the SFT policy, in nats per sequence)"
@@ -83,8 +83,8 @@ def draw_ground(axes: Axes, grid: dict, view: View) -> None:
     name = view.reward
     fronts = [p for line in grid["lines"] for p in line["points"]]
     shown = fronts + (grid["limit"] if view.limit else [])
-    widest, values = 1.06 * max(column(shown, "kl")), column(fronts, name)
-    low, high = values.min(), max(column(shown, name))
+    widest = reach(grid, view.limit)
+    low, high = min(column(fronts, name)), max(column(shown, name))
     if view.trajectories:
         rows = grid["trajectories"]
         for i, m in sorted({(row["iteration"], row["run"]) for row in rows}):
@@ -96,31 +96,47 @@ def draw_ground(axes: Axes, grid: dict, view: View) -> None:
         words = "limit" if name == "reward" else "optimum of the proxy"
         axes.annotate(words, (kl[-1], value[-1]), xytext=(5, 4), textcoords="offset points", fontsize=9)
     margin = 0.08 * (high - low) or 1.0
-    axes.set(xlim=across(np.array([0.0, widest]), view) * [1, 1.1], ylim=(low - margin, high + margin),
+    axes.set(xlim=across(np.array([0.0, widest]), view), ylim=(low - margin, high + margin),
              xlabel=ROOT_LABEL if view.root else KL_LABEL,
              ylabel=f"{reward_name(grid, name)} ({grid['unit']})")
 
 
 def draw_view(axes: Axes, grid: dict, view: View, point: dict) -> list[Artist]:
-    """The fronts of all iterations, the viewed one bold, and the point with its errors (a diamond where it
-    was measured live); returns what was drawn."""
-    name, artists = view.reward, []
+    """The fronts of all iterations, the viewed one bold, and the point with its errors; returns what was drawn.
+
+    The point is a diamond where it was measured live, and an arrow at the edge where it lies beyond it.
+    """
+    name, artists, ends = view.reward, [], {}
     for i in grid["iterations"]:
         points = line_at(grid, dataclasses.replace(view, iteration=i))
         chosen, colour = i == view.iteration, iteration_colour(i)
         kl, value = across(column(points, "kl"), view), column(points, name)
         artists += axes.plot(kl, value, color=colour, marker="o", ms=4 if chosen else 2.5, lw=2 if chosen else 1,
                              alpha=1 if chosen else 0.45)
-        artists.append(axes.annotate(f"iteration {i}", (kl[-1], value[-1]), xytext=(6, 0), va="center", fontsize=9,
-                                     textcoords="offset points", color=colour, alpha=1 if chosen else 0.6))
+        ends[i] = min(kl[-1], axes.get_xlim()[1]), value[-1]
+    for i, height in zip(ends, spread([axes.transData.transform(end)[1] for end in ends.values()], 12 * DPI / 72)):
+        away = (height - axes.transData.transform(ends[i])[1]) * 72 / DPI
+        artists.append(axes.annotate(f"iteration {i}", ends[i], xytext=(7, away), va="center", fontsize=9,
+                                     textcoords="offset points", color=iteration_colour(i), annotation_clip=False,
+                                     alpha=1 if i == view.iteration else 0.6))
     kl, value, error, height = (point[key] for key in ("kl", name, "kl_se", f"{name}_se"))
     ends = across(np.array([kl - error, kl, kl + error]), view)
     artists += axes.plot(ends, [value] * 3, color="black", lw=1.2)
     artists += axes.plot([ends[1]] * 2, [value - height, value + height], color="black", lw=1.2)
-    artists += axes.plot(ends[1], value, marker="D" if "live" in point else "o", ms=10, mec="black", mew=1.4,
+    edge = axes.get_xlim()[1]
+    marker = ">" if ends[1] > edge else "D" if "live" in point else "o"
+    artists += axes.plot(min(ends[1], edge), value, marker=marker, ms=10, mec="black", mew=1.4, clip_on=False,
                          mfc=iteration_colour(view.iteration))
     artists.append(axes.text(0, 1.03, heading(view, point), transform=axes.transAxes, fontsize=11, va="bottom"))
     return artists
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """The same heights, in their order, moved up until they are `gap` apart."""
+    moved, below = list(heights), -np.inf
+    for n in sorted(range(len(heights)), key=lambda n: heights[n]):
+        below = moved[n] = max(heights[n], below + gap)
+    return moved
 
 
 def heading(view: View, point: dict) -> str:
