@@ -179,7 +179,8 @@ def test_no_front_of_a_trained_run_lies_above_the_limit(world):
         error = math.hypot(point["reward_se"], nearest["reward_se"], slope * point["kl_se"])
         return (point["reward"] - bound) / error
 
-    points = [p for p in result.front(etas=(0.1, 0.2, 0.3, 0.4, 0.5, 1.0), samples=8) if p["kl"] <= limit[-1]["kl"]]
+    etas = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 1.0)
+    points = [p for p in result.front(etas, samples=8) if p["kl"] <= limit[-1]["kl"]]
     assert len(points) >= 4 and points[-1]["reward"] > 0.5
     assert all(excess(p, p["kl"]) < 3 for p in points)
     assert any(excess(p, p["kl"] / 8) > 3 for p in points), "a KL that is far too small would be noticed"
