@@ -176,7 +176,7 @@ def test_no_front_of_a_trained_run_lies_above_the_limit(world):
         bound = reward_at_kl(limit, kl)
         nearest = min(limit, key=lambda p: abs(p["kl"] - kl))
         slope = nearest["beta"]  # dR/dKL along the limit is β
-        error = math.hypot(point["reward_se"], nearest["reward_se"], slope * point["kl_se"])
+        error = math.hypot(point["reward_se"], nearest["reward_se"], slope * point["kl_se"] * kl / point["kl"])
         return (point["reward"] - bound) / error
 
     etas = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 1.0)
