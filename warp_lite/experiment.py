@@ -18,6 +18,7 @@ from .liti import liti
 from .policies import Weights, encode_prompts, parameters, room_for_prompts, stack
 from .reinforce import Run, train_batched
 from .result import ETAS, Iteration, WarpResult
+from .slerp import lerp
 from .warp import merge
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
@@ -65,24 +66,30 @@ class Experiment:
 
 @dataclass
 class _Job:
-    """One setting with one seed, and where it stands."""
+    """One setting with one seed, and where each of its runs starts next."""
 
+    name: str
     config: WarpConfig
     rewards: list[Callable]
     result: WarpResult
-    init: Weights
+    inits: list[Weights]
 
 
 def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, WarpConfig], seeds: Sequence[int], *,
                    eval_prompts: Sequence[str], gold=None, texts=None, rewards: Mapping[str, object] | None = None,
+                   starts: Mapping[str, Callable[[WarpResult, int], Weights]] | None = None,
+                   checkpoints: Callable[[str, int, int, int, int, Weights], None] | None = None,
                    trajectory_samples: int = 1, progress: bool = True) -> Experiment:
     """Algorithm 1 for every setting and seed, whatever can share a program in one.
 
     `configs` by name; each is run with every seed in place of its own. `rewards` gives some of
     them another reward, or a list with one for each run; the fronts of all are measured by
-    `reward`. Trajectories are measured every `eval_every` steps with `trajectory_samples`
-    completions a held-out prompt. The policies equal those of `run_warp` with the same settings.
-    Raises what `run_warp` does.
+    `reward`. `starts` gives some of them another outer step: where run m of the next iteration
+    starts, as a function of the result so far and m, in place of LITI; runs that start apart are
+    merged around the mean of their starts. Trajectories are measured every `eval_every` steps with
+    `trajectory_samples` completions a held-out prompt, and `checkpoints`, where given, is called
+    with what is measured: name, seed, iteration, run, step, weights. The policies equal those of
+    `run_warp` with the same settings. Raises what `run_warp` does.
     """
     seeds = tuple(seeds)
     if not configs or not seeds:
@@ -97,29 +104,33 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
         own = list(own) if isinstance(own, (list, tuple)) else [own] * config.runs
         if len(own) != config.runs:
             raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
-        jobs[name] = [_Job(config.replace(seed=seed), own, WarpResult(
+        jobs[name] = [_Job(name, config.replace(seed=seed), own, WarpResult(
             config.replace(seed=seed), policy, tokenizer, reward, held_out.texts, sft, gold=gold, texts=texts,
-            train_prompts=encoded.texts), sft) for seed in seeds]
+            train_prompts=encoded.texts), [sft] * config.runs) for seed in seeds]
     flat = [job for some in jobs.values() for job in some]
     total = sum(job.config.iterations * job.config.runs * job.config.steps for job in flat)
     with tqdm(total=total, desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):
             active = [job for job in flat if i <= job.config.iterations]
-            runs = [(job, Run(job.config, i, m, job.init, sft, job.rewards[m - 1]))
-                    for job in active for m in range(1, job.config.runs + 1)]
+            runs = [(job, Run(job.config, i, m, init, sft, reward))
+                    for job in active for m, (init, reward) in enumerate(zip(job.inits, job.rewards), 1)]
             trained = {}
             for group in _groups(runs):
-                on_step = _measure_trajectories(group, held_out, trajectory_samples, bar)
+                on_step = _measure_trajectories(group, held_out, trajectory_samples, checkpoints, bar)
                 states = train_batched(policy, tokenizer, encoded, [run for _, run in group], on_step)
                 trained |= {(id(job), run.number): state for (job, run), state in zip(group, states)}
             for job in active:
                 states = [trained[id(job), m] for m in range(1, job.config.runs + 1)]
                 policies = [state.policy for state in states]
-                merged = merge(job.init, policies, job.config.merge)
-                next_init = liti(job.init, merged, job.config.eta)
+                init = _mean(job.inits)
+                merged = merge(init, policies, job.config.merge)
+                next_init = liti(init, merged, job.config.eta)
                 job.result.iterations.append(
-                    Iteration(job.init, policies, [state.anchor for state in states], merged, next_init))
-                job.init = next_init
+                    Iteration(init, policies, [state.anchor for state in states], merged, next_init))
+                job.inits = [next_init] * job.config.runs
+                if job.name in (starts or {}):
+                    job.inits = [starts[job.name](job.result, m) for m in range(1, job.config.runs + 1)]
+                    job.result.iterations[-1].next_init = _mean(job.inits)
     for job in flat:
         job.result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
     return Experiment({name: [job.result for job in some] for name, some in jobs.items()}, seeds)
@@ -138,12 +149,16 @@ def _groups(runs: list[tuple[_Job, Run]]) -> list[list[tuple[_Job, Run]]]:
     return groups
 
 
+def _mean(inits: list[Weights]) -> Weights:
+    return inits[0] if all(init is inits[0] for init in inits) else lerp(inits[0], inits)
+
+
 def _split(items: list, parts: int) -> list[list]:
     edges = np.linspace(0, len(items), parts + 1).round().astype(int)
     return [items[a:b] for a, b in zip(edges, edges[1:])]
 
 
-def _measure_trajectories(group, held_out, samples: int, bar):
+def _measure_trajectories(group, held_out, samples: int, checkpoints, bar):
     """The callback that measures a group's policies as they train, those whose turn it is."""
 
     def on_step(runs, step, states, metrics):
@@ -163,6 +178,8 @@ def _measure_trajectories(group, held_out, samples: int, bar):
             job, run = group[e]
             row = {"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()}
             job.result.trajectories.append(row)
+            if checkpoints is not None:
+                checkpoints(job.name, job.config.seed, run.iteration, run.number, step, now[e].policy)
 
     return on_step
 

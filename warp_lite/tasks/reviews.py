@@ -72,13 +72,19 @@ FOLLOWS = {
 NOUN_LOGIT = {"sequel": -0.8, "remake": -0.8, "musical": 0.5, "documentary": 0.5, "western": -0.4, "drama": 0.3}
 KIND_LOGIT = {"long": -0.5, "loud": -0.4, "quiet": 0.4, "short": 0.3}
 EMPHASIS = {"very": 1.5, "really": 1.5, "so": 1.3, "quite": 1.0, "rather": 0.7}
+HEDGES = {"quite": 0.5, "rather": 0.5, "very": -0.5, "really": -0.5, "so": -0.5}
+TASTES = ("sentiment", "detail")  # what the gold reward pays for
 PROMPT_LENGTH = 5  # <bos> determiner kind noun was
 MAX_COMPLETION = 24
 
 
 @dataclass(frozen=True)
 class ReviewsSettings:
-    """What the artefacts of the tiny world depend on; their hash names the cached folder."""
+    """What the artefacts of the tiny world depend on; their hash names the cached folder.
+
+    `taste` is what the gold reward pays for. `reward_seed` gives another reward model, of other
+    samples and other noise in the preferences, to the same SFT policy.
+    """
 
     architecture: str = "gpt2"
     seed: int = 0
@@ -93,11 +99,15 @@ class ReviewsSettings:
     reward_lr: float = 1e-3
     label_noise: float = 1.0
     eval_prompts: int = 64
+    taste: str = "sentiment"
+    reward_seed: int = 0
     version: int = 1
 
     def __post_init__(self):
         if self.architecture not in ("gpt2", "gemma3"):
             raise ValueError(f"architecture must be gpt2 or gemma3, not {self.architecture!r}")
+        if self.taste not in TASTES:
+            raise ValueError(f"taste must be one of {', '.join(TASTES)}, not {self.taste!r}")
 
 
 @dataclass
@@ -130,7 +140,7 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     facts = json.loads((folder / "world.json").read_text())
     train, held_out = split_prompts(settings)
     texts = reviews(generator(settings.seed, 2, WORLD), 512)
-    gold = GoldReward(tokenizer, facts["gold_mean"], facts["gold_std"])
+    gold = GoldReward(tokenizer, facts["gold_mean"], facts["gold_std"], settings.taste)
     reward = BradleyTerry.load(folder / "reward")
     return World(model, tokenizer, reward, gold, train, held_out, texts, folder, facts)
 
@@ -221,17 +231,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class GoldReward:
-    """The truth: sentiment of the words, clamped to ±5, less one for each impossible pair of words,
-    less one for a review that never ends; standardised by `mean` and `std` of SFT samples.
+    """The truth: a taste, less one for each impossible pair of words, less one for a review that
+    never ends; standardised by `mean` and `std` of SFT samples.
 
-    An adverb scales the adjective that follows it.
+    The taste "sentiment" pays for the sentiment of the words, clamped to ±5; an adverb scales the
+    adjective that follows it. "detail" pays one for each aspect of the film that is named, takes one
+    back where it is named again, and pays for adverbs that hedge and against those that shout.
     """
 
-    def __init__(self, tokenizer, mean: float = 0.0, std: float = 1.0):
-        self.tokenizer, self.mean, self.std = tokenizer, mean, std
+    def __init__(self, tokenizer, mean: float = 0.0, std: float = 1.0, taste: str = "sentiment"):
+        self.tokenizer, self.mean, self.std, self.taste = tokenizer, mean, std, taste
         vocabulary = tokenizer.get_vocab()
         size = len(vocabulary)
-        self.sentiment, self.emphasis = torch.zeros(size), torch.ones(size)
+        self.sentiment, self.emphasis, self.hedge = torch.zeros(size), torch.ones(size), torch.zeros(size)
         self.possible = torch.zeros(size, size, dtype=torch.bool)
         by_state = {state: [vocabulary[word] for word in words.split()] for state, words in WORDS.items()}
         for state, ids in by_state.items():
@@ -243,14 +255,20 @@ class GoldReward:
                         self.possible[torch.tensor(ids)[:, None], torch.tensor(others)] = True
         for word, factor in EMPHASIS.items():
             self.emphasis[vocabulary[word]] = factor
+            self.hedge[vocabulary[word]] = HEDGES[word]
+        self.aspects = torch.tensor(by_state["aspect"])
 
     def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> Tensor:
         """Gold rewards (…) of completions ids (…, T) of prompts (…, P)."""
         before = torch.cat([prompts.ids[..., -1:], ids[..., :-1]], -1)
-        sentiment = (self.sentiment[ids] * self.emphasis[before] * mask).sum(-1).clamp(-5, 5)
+        if self.taste == "sentiment":
+            paid = (self.sentiment[ids] * self.emphasis[before] * mask).sum(-1).clamp(-5, 5)
+        else:
+            named = ((ids.unsqueeze(-1) == self.aspects) & mask.bool().unsqueeze(-1)).sum(-2)       # (…, aspects)
+            paid = (2 * named.clamp(max=1) - named).sum(-1) + (self.hedge[ids] * mask).sum(-1)
         broken = (~self.possible[before, ids] & mask.bool()).sum(-1)
         endless = ((ids == self.tokenizer.eos_token_id) & mask.bool()).sum(-1) == 0
-        return (sentiment - broken - endless.float() - self.mean) / self.std
+        return (paid - broken - endless.float() - self.mean) / self.std
 
     def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
         """Gold rewards of texts; without `completion_ids` every text counts as ended."""
@@ -320,6 +338,11 @@ def sft_samples(model, tokenizer, prompts: list[str], count: int, key: tuple[int
     return encoded, ids, mask
 
 
+def stream(settings: ReviewsSettings, use: int) -> tuple[int, ...]:
+    """The key of the random numbers that the reward model depends on."""
+    return (settings.seed, use + 10 * settings.reward_seed, WORLD)
+
+
 def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> None:
     """Train the SFT policy and the reward model and write them to `folder`, whole or not at all."""
     tokenizer = make_tokenizer()
@@ -332,13 +355,13 @@ def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> Non
         model.config.pad_token_id = tokenizer.pad_token_id
         bar.set_description("reward model")
         train_prompts, _ = split_prompts(settings)
-        prompts, ids, mask = sft_samples(model, tokenizer, train_prompts, 2 * settings.pairs, (settings.seed, 3, WORLD))
-        gold = GoldReward(tokenizer).from_ids(prompts, ids, mask)
+        prompts, ids, mask = sft_samples(model, tokenizer, train_prompts, 2 * settings.pairs, stream(settings, 3))
+        gold = GoldReward(tokenizer, taste=settings.taste).from_ids(prompts, ids, mask)
         full, full_mask = torch.cat([prompts.ids, ids], -1), torch.cat([prompts.mask, mask], -1)
         trunk = AutoModel.from_config(model.config)
         trunk.load_state_dict(model.base_model.state_dict())
         reward = BradleyTerry(trunk, tokenizer)
-        rng = generator(settings.seed, 4, WORLD)
+        rng = generator(*stream(settings, 4))
         half = settings.pairs
         better = (gold[:half] - gold[half:]).numpy() + rng.logistic(scale=settings.label_noise, size=half) > 0
         first, second = np.arange(half), np.arange(half, 2 * half)
@@ -347,7 +370,8 @@ def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> Non
             reward, (full[chosen], full_mask[chosen]), (full[rejected], full_mask[rejected]),
             epochs=settings.reward_epochs, lr=settings.reward_lr, seed=settings.seed, progress=bar)
     prompts, ids, mask = sft_samples(model, tokenizer, train_prompts, 4000, (settings.seed, 5, WORLD))
-    gold, proxy = GoldReward(tokenizer).from_ids(prompts, ids, mask), reward.from_ids(prompts, ids, mask)
+    gold = GoldReward(tokenizer, taste=settings.taste).from_ids(prompts, ids, mask)
+    proxy = reward.from_ids(prompts, ids, mask)
     reward.mean, reward.std = proxy.mean().item(), proxy.std().item()
     gold_gap, proxy_gap = gold[:2000] - gold[2000:], proxy[:2000] - proxy[2000:]
     decided = gold_gap != 0
