@@ -6,6 +6,7 @@ import torch
 from warp_lite import warp
 from warp_lite.config import WarpConfig
 from warp_lite.experiment import run_experiment
+from warp_lite.liti import liti
 from warp_lite.warp import run_warp
 
 PROMPTS = ["this film was", "that plot was", "this plot is", "but that film is"]
@@ -69,6 +70,51 @@ def test_a_setting_can_have_rewards_of_its_own(policy):
     assert same == [True, False]
     with pytest.raises(ValueError, match="1 rewards for the 2 runs of 'mixed'"):
         experiment(policy, configs, (0,), rewards={"mixed": [length_reward]})
+
+
+def test_a_run_that_settings_share_trains_once_and_each_gets_all_of_it(policy):
+    scored = []
+
+    def counting(prompts, completions, completion_ids, **kwargs):
+        scored.append(len(completions))
+        return length_reward(prompts, completions, completion_ids)
+
+    config = CONFIG.replace(iterations=1, lr=1e-3)
+    configs = {"four": config.replace(runs=4), "two": config, "lerp": config.replace(merge="lerp", eta=0.1)}
+    kept = []
+    together = run_experiment(*policy, counting, PROMPTS, configs, (0,), eval_prompts=PROMPTS[:2], progress=False,
+                              checkpoints=lambda *place: kept.append(place))
+    measured = 4 * 2 * 2  # runs, times measured, prompts
+    assert sum(scored) == 4 * config.steps * config.batch_size + measured
+    alone = experiment(policy, {"lerp": configs["lerp"]}, (0,))
+    ours, theirs = (some.results["lerp"][0].weights() for some in (together, alone))
+    for tensor, other in zip(ours.values(), theirs.values()):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=1e-9)
+    assert [len(together.results[name][0].trajectories) for name in configs] == [8, 4, 4]
+    assert len(kept) == 16 and {place[:2] for place in kept} == {(name, 0) for name in configs}
+    last = next(weights for name, _, _, run, step, weights in kept if (name, run, step) == ("two", 2, 3))
+    for name, tensor in together.results["two"][0].iterations[0].policies[1].items():
+        assert torch.equal(tensor, last[name])
+
+
+def test_the_outer_step_can_be_another_and_runs_may_start_apart(policy):
+    config = CONFIG.replace(lr=1e-3, eta=0.5)
+
+    def plain(result, run):
+        return liti(result.iterations[-1].init, result.iterations[-1].merged, 0.5)
+
+    def apart(result, run):
+        return liti(result.iterations[-1].init, result.iterations[-1].merged, (0.2, 0.6)[run - 1])
+
+    found = experiment(policy, {"own": config, "plain": config, "apart": config}, (0,),
+                       starts={"plain": plain, "apart": apart}).results
+    own, plain_, apart_ = (found[name][0] for name in ("own", "plain", "apart"))
+    for name, tensor in own.weights().items():
+        torch.testing.assert_close(tensor, plain_.weights()[name], rtol=0, atol=1e-9)
+    middle = liti(own.sft, own.iterations[0].merged, 0.4)  # the mean of 0.2 and 0.6
+    for name, tensor in apart_.iterations[1].init.items():
+        torch.testing.assert_close(tensor, middle[name], rtol=0, atol=1e-6)
+        assert torch.equal(tensor, apart_.iterations[0].next_init[name])
 
 
 def test_an_experiment_needs_settings_and_seeds(policy):

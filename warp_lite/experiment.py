@@ -22,6 +22,7 @@ from .slerp import lerp
 from .warp import merge
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
+NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
 SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps",
           "adam_beta1", "adam_beta2", "adam_eps")  # what `train_batched` wants equal
 
@@ -80,7 +81,8 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
                    starts: Mapping[str, Callable[[WarpResult, int], Weights]] | None = None,
                    checkpoints: Callable[[str, int, int, int, int, Weights], None] | None = None,
                    trajectory_samples: int = 1, progress: bool = True) -> Experiment:
-    """Algorithm 1 for every setting and seed, whatever can share a program in one.
+    """Algorithm 1 for every setting and seed, whatever can share a program in one, and a run that
+    several settings have in common once.
 
     `configs` by name; each is run with every seed in place of its own. `rewards` gives some of
     them another reward, or a list with one for each run; the fronts of all are measured by
@@ -108,17 +110,21 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
             config.replace(seed=seed), policy, tokenizer, reward, held_out.texts, sft, gold=gold, texts=texts,
             train_prompts=encoded.texts), [sft] * config.runs) for seed in seeds]
     flat = [job for some in jobs.values() for job in some]
-    total = sum(job.config.iterations * job.config.runs * job.config.steps for job in flat)
-    with tqdm(total=total, desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
+    with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):
             active = [job for job in flat if i <= job.config.iterations]
-            runs = [(job, Run(job.config, i, m, init, sft, reward))
-                    for job in active for m, (init, reward) in enumerate(zip(job.inits, job.rewards), 1)]
+            shared: dict[tuple, tuple[list[_Job], Run]] = {}  # a run that several settings have in common trains once
+            for job in active:
+                for m, (init, reward_) in enumerate(zip(job.inits, job.rewards), 1):
+                    key = (job.config.replace(**NOT_OF_A_RUN), m, id(init), id(reward_))
+                    shared.setdefault(key, ([], Run(job.config, i, m, init, sft, reward_)))[0].append(job)
             trained = {}
-            for group in _groups(runs):
+            bar.set_description(f"training, iteration {i}")
+            bar.reset(total=sum(run.config.steps for _, run in shared.values()))
+            for group in _groups(list(shared.values())):
                 on_step = _measure_trajectories(group, held_out, trajectory_samples, checkpoints, bar)
                 states = train_batched(policy, tokenizer, encoded, [run for _, run in group], on_step)
-                trained |= {(id(job), run.number): state for (job, run), state in zip(group, states)}
+                trained |= {(id(job), run.number): state for (some, run), state in zip(group, states) for job in some}
             for job in active:
                 states = [trained[id(job), m] for m in range(1, job.config.runs + 1)]
                 policies = [state.policy for state in states]
@@ -136,11 +142,12 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     return Experiment({name: [job.result for job in some] for name, some in jobs.items()}, seeds)
 
 
-def _groups(runs: list[tuple[_Job, Run]]) -> list[list[tuple[_Job, Run]]]:
-    """Runs that can share a program, split where there are too many; equal learning rates side by side."""
+def _groups(runs: list[tuple[list[_Job], Run]]) -> list[list[tuple[list[_Job], Run]]]:
+    """Runs with the jobs they are of, in groups that can share a program and are not too large; equal
+    learning rates side by side."""
     by_shape: dict[tuple, list] = {}
-    for job, run in runs:
-        by_shape.setdefault(tuple(getattr(run.config, name) for name in SHARED), []).append((job, run))
+    for some, run in runs:
+        by_shape.setdefault(tuple(getattr(run.config, name) for name in SHARED), []).append((some, run))
     groups = []
     for some in by_shape.values():
         some.sort(key=lambda pair: pair[1].config.lr)
@@ -167,7 +174,7 @@ def _measure_trajectories(group, held_out, samples: int, checkpoints, bar):
                if run.config.eval_every and (step % run.config.eval_every == 0 or step == run.config.steps)]
         if not due:
             return
-        job = group[0][0]
+        job = group[0][0][0]
         now = states()
         config = runs[0].config
         measured = evaluate_many(
@@ -175,11 +182,12 @@ def _measure_trajectories(group, held_out, samples: int, checkpoints, bar):
             job.result.tokenizer, gold=job.result.gold, samples=samples, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature)
         for e, point in zip(due, measured):
-            job, run = group[e]
+            sharing, run = group[e]
             row = {"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()}
-            job.result.trajectories.append(row)
-            if checkpoints is not None:
-                checkpoints(job.name, job.config.seed, run.iteration, run.number, step, now[e].policy)
+            for job in sharing:
+                job.result.trajectories.append(row)
+                if checkpoints is not None:
+                    checkpoints(job.name, job.config.seed, run.iteration, run.number, step, now[e].policy)
 
     return on_step
 

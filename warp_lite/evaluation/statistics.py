@@ -48,6 +48,37 @@ def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 4000, s
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
+def hierarchical_bootstrap(values: Sequence[float], groups: Sequence, level: float = 0.95, draws: int = 4000,
+                           seed: int = 0) -> Interval:
+    """The mean of values (seeds,) with an interval that allows for the draw of the world they share.
+
+    Groups (the draws of SFT policy and reward model) are resampled with replacement, then the seeds
+    within each of those drawn, and the mean is that of the groups' means: a draw counts as one,
+    however many seeds it has. The mean itself is the mean of the groups' means too. NaN values are
+    left out. With fewer than two groups the interval is (nan, nan); with few groups it is rough
+    (Davison and Hinkley 1997, section 3.8). Raises ValueError if the lengths differ.
+    """
+    values, groups = np.asarray(values, dtype=float), list(groups)
+    if len(values) != len(groups):
+        raise ValueError(f"there are {len(values)} values and {len(groups)} groups; give each value its group")
+    parts = [values[[g == group for g in groups]] for group in dict.fromkeys(groups)]
+    parts = [part[np.isfinite(part)] for part in parts]
+    parts = [part for part in parts if len(part)]
+    count = sum(map(len, parts))
+    if not parts:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = float(np.mean([part.mean() for part in parts]))
+    if len(parts) == 1:
+        return Interval(mean, math.nan, math.nan, count)
+    rng = generator(seed)
+    # each group's resampled means once a draw and place, of which the drawn group's is taken
+    means = np.stack([part[rng.integers(len(part), size=(draws, len(parts), len(part)))].mean(-1) for part in parts])
+    chosen = rng.integers(len(parts), size=(draws, len(parts)))
+    picked = np.take_along_axis(means, chosen[None], 0)[0]                                # (draws, groups)
+    low, high = np.quantile(picked.mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high), count)
+
+
 def verdict(low: float, high: float, rule: str, null: float = 0.0, margin: float = 0.0) -> str:
     """"holds", "fails" or "unclear", from an interval alone.
 

@@ -1,0 +1,136 @@
+"""A draw of a world and the RL seeds that are run in it: what every study trains and measures with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..config import WarpConfig
+from ..evaluation.metrics import evaluate_many
+from ..experiment import Experiment, run_experiment
+from ..forward import make_forward
+from ..front import limit_rewards
+from ..liti import liti
+from ..policies import Weights, encode_prompts, logprobs, parameters, room_for_prompts, sample, stack
+from ..randomness import prompt_indices, token_uniforms
+from ..reinforce import advantages, regularised_rewards, reinforce_loss
+from ..result import WarpResult
+from ..rewards import rollout_rewards
+from ..tasks.reviews import World, reviews_world
+
+WORLDS = {"sentiment": "film reviews that should praise", "detail": "film reviews that should go into detail"}
+DRAWS = 4  # draws of SFT policy and reward model among which seeds are shared out
+TUNING_SEEDS = (9000, 9001, 9002, 9003)  # on which settings are chosen, never reported
+TUNING_DRAWS = 2  # 101 and 102, which no reported seed has
+LIMIT_SAMPLES = 6144  # completions a prompt, with which the limit is known to 4 nats
+SAMPLES = 1  # completions a held-out prompt and point of a front: seeds are the error bars
+
+
+def draw_of(seed: int) -> int:
+    """The draw of SFT policy and reward model that an RL seed belongs to: four a block of sixteen seeds,
+    and two of their own for the seeds on which settings are chosen."""
+    if seed in TUNING_SEEDS:
+        return 101 + seed % TUNING_DRAWS
+    return 1 + seed % DRAWS + DRAWS * (seed // 16)
+
+
+@dataclass
+class Bench:
+    """One draw of a world, and some RL seeds.
+
+    Rows are dicts: what they are of (`line`, `seed`, and `run`, `iteration` or `step` where there are
+    several), `eta`, and the numbers of `PolicyMetrics`.
+    """
+
+    taste: str
+    draw: int
+    seeds: tuple[int, ...]
+    world: World
+
+    @classmethod
+    def of(cls, taste: str, draw: int, seeds: Sequence[int]) -> Bench:
+        """The bench of a draw; its policy and reward model are trained if they are not in the cache."""
+        return cls(taste, draw, tuple(seeds), reviews_world(seed=draw, taste=taste, progress=False))
+
+    @property
+    def sft(self) -> Weights:
+        """θ_sft."""
+        return parameters(self.world.model)
+
+    def train(self, configs: Mapping[str, WarpConfig], **options) -> Experiment:
+        """`run_experiment` of the settings, by name, for every seed."""
+        w = self.world
+        return run_experiment(w.model, w.tokenizer, w.reward, w.train_prompts, configs, self.seeds,
+                              eval_prompts=w.eval_prompts, gold=w.gold, progress=False, **options)
+
+    def measure(self, states: Sequence[Weights], samples: int = SAMPLES, texts: bool = False) -> list[dict]:
+        """Metrics of any weights on the held-out prompts, a dict each; with the perplexity of held-out texts or not."""
+        w, rows = self.world, []
+        held_out = encode_prompts(w.tokenizer, w.eval_prompts, room_for_prompts(w.model, 24))
+        for start in range(0, len(states), 512):  # what is stacked is a copy
+            metrics = evaluate_many(w.model, stack(states[start:start + 512]), self.sft, w.reward, held_out,
+                                    w.tokenizer, gold=w.gold, texts=w.texts if texts else None, samples=samples)
+            rows += [{name: round(value, 5) for name, value in m.as_dict().items() if value is not None}
+                     for m in metrics]
+        return rows
+
+    def fronts(self, lines: Sequence[tuple[dict, Weights]], etas: Sequence[float], texts: bool = False) -> list[dict]:
+        """The LITI fronts from θ_sft to each of the weights: a row a point, that of η = 0 included."""
+        places = [(label, weights, float(eta)) for label, weights in lines for eta in etas]
+        states = [self.sft, *(liti(self.sft, weights, eta) for _, weights, eta in places)]
+        start, *rest = self.measure(states, texts=texts)
+        return [{**label, "eta": 0.0, **start} for label, _ in lines] + [
+            {**label, "eta": eta, **row} for (label, _, eta), row in zip(places, rest)]
+
+    def trajectories(self, experiment: Experiment, name: str, line: str) -> list[dict]:
+        """What was measured of the first iteration's runs while they trained, from θ_sft on."""
+        (start,) = self.measure([self.sft])
+        rows = [{"line": line, "seed": row["seed"], "run": row["run"], "step": row["step"],
+                 **{key: round(value, 5) for key, value in row.items() if isinstance(value, float)}}
+                for row in experiment.trajectory_rows([name]) if row["iteration"] == 1]
+        runs = sorted({(row["seed"], row["run"]) for row in rows})
+        return [{"line": line, "seed": seed, "run": run, "step": 0, **start} for seed, run in runs] + rows
+
+    def limit_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards and gold rewards (prompts, samples) of θ_sft on the held-out prompts, from the cache or sampled."""
+        w = self.world
+        result = WarpResult(WarpConfig(), w.model, w.tokenizer, w.reward, w.eval_prompts, self.sft, gold=w.gold)
+        return limit_rewards(result, LIMIT_SAMPLES)
+
+    def noise_scale(self, policy: Weights, anchor: Weights, beta: float, key: tuple[int, ...],
+                    batches: int = 16, batch: int = 32) -> float:
+        """The gradient noise scale tr(Σ) / |G|² of the policy gradient, in completions, from `batches` batches.
+
+        A batch of so many completions has as much noise as signal (McCandlish et al. 2018, arXiv
+        1812.06162). Both parts are estimated without bias; inf where the signal is not above 0.
+        """
+        w = self.world
+        prompts = encode_prompts(w.tokenizer, w.train_prompts)
+        index = np.stack([prompt_indices((*key, b), 0, batch, len(prompts)) for b in range(batches)])
+        uniforms = torch.stack([token_uniforms((*key, b), 0, batch, 24) for b in range(batches)])
+        forward = make_forward(w.model)
+        leaves = {name: tensor.detach().expand(batches, *tensor.shape).clone().requires_grad_()
+                  for name, tensor in policy.items()}
+        with torch.no_grad():
+            rollout = sample(forward, forward.prepare(leaves), prompts.batch(index), uniforms, w.tokenizer)
+            frozen = forward.prepare({name: tensor.expand(batches, *tensor.shape) for name, tensor in anchor.items()})
+            anchor_logp = logprobs(forward, frozen, rollout).sum(-1)
+        rewards = rollout_rewards([w.reward] * batches, rollout, w.tokenizer)
+        logp = logprobs(forward, forward.prepare(leaves), rollout).sum(-1)
+        advantage = advantages(regularised_rewards(rewards, logp, anchor_logp, beta))
+        grads = torch.autograd.grad(reinforce_loss(logp, advantage, 24).sum(), list(leaves.values()))
+        return noise_scale(torch.cat([grad.flatten(1) for grad in grads], 1), batch)
+
+
+def noise_scale(gradients: torch.Tensor, batch: int) -> float:
+    """tr(Σ) / |G|² in samples, from gradients (batches, P) that each are the mean over `batch` samples."""
+    gradients = gradients.double()
+    trace = gradients.var(0, unbiased=True).sum()                # of the mean over one batch
+    signal = gradients.mean(0).square().sum() - trace / len(gradients)
+    return float(batch * trace / signal) if signal > 0 else float("inf")
+
+
+Study = Callable[[Bench], list[dict]]

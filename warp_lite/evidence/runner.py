@@ -1,0 +1,112 @@
+"""Studies as units, one a world and draw: run by processes of one thread each, kept, and not run again."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..runs import json_hash, provenance, read_json, write_json
+from . import settings
+from .bench import Bench, draw_of
+from .tuning import tuned_configs
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A study on one draw of a world, with those of the seeds that belong to it."""
+
+    study: str
+    world: str
+    draw: int
+    seeds: tuple[int, ...]
+
+    def file(self, folder: Path) -> Path:
+        """Where its rows are kept; the name has the hash of all that they depend on."""
+        return folder / "units" / f"{self.study}-{self.world}-{self.draw}-{self.fingerprint()[:12]}.json"
+
+    def fingerprint(self) -> str:
+        """A hash of the study's code, the settings there are, those chosen if it uses them, the world and the seeds."""
+        source = inspect.getsource(studies()[self.study])
+        constants = {name: repr(value) for name, value in vars(settings).items() if name.isupper()}
+        chosen = tuned_configs(self.world) if "tuned(" in source else None
+        seeds = () if self.study == "limit" else self.seeds
+        return json_hash([source, constants, chosen, self.world, self.draw, list(seeds)])
+
+
+def studies() -> dict[str, Callable[[Bench], list[dict]]]:
+    """Every study by name."""
+    from .noise import noise
+    from .studies import STUDIES
+    from .tuning import tuning
+
+    return STUDIES | {"tuning": tuning, "noise": noise}
+
+
+def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int]) -> list[Unit]:
+    """A unit for every study, world and draw that has seeds."""
+    by_draw: dict[int, list[int]] = {}
+    for seed in seeds:
+        by_draw.setdefault(draw_of(seed), []).append(seed)
+    return [Unit(name, world, draw, tuple(some)) for name in names for world in worlds
+            for draw, some in by_draw.items()]
+
+
+def run_unit(unit: Unit, folder: Path) -> Path:
+    """Run one unit on one thread and write its rows."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    rows = studies()[unit.study](Bench.of(unit.world, unit.draw, unit.seeds))
+    path = unit.file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"study": unit.study, "world": unit.world, "draw": unit.draw, "seeds": list(unit.seeds),
+                      "seconds": round(time.perf_counter() - started, 1), "provenance": provenance(), "rows": rows})
+    return path
+
+
+def run_units(units: Sequence[Unit], folder: Path, workers: int | None = None, progress: bool = True) -> list[dict]:
+    """What each unit holds, in order; those that are not in the folder are run first, `workers` at a time.
+
+    Ctrl-C keeps those that are finished. A file that is damaged is run again.
+    """
+    folder = Path(folder)
+    found = {unit: _read(unit.file(folder)) for unit in units}
+    missing = [unit for unit in units if found[unit] is None]
+    with tqdm(total=len(units), initial=len(units) - len(missing), unit="study", desc="evidence",
+              disable=None if progress else True) as bar:
+        if len(missing) == 1 or workers == 1:
+            for unit in missing:
+                bar.set_postfix_str(f"{unit.study}, {unit.world}, draw {unit.draw}")
+                found[unit] = read_json(run_unit(unit, folder))
+                bar.update()
+        elif missing:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=spawn) as pool:
+                waiting = {pool.submit(run_unit, unit, folder): unit for unit in missing}
+                try:
+                    for future in as_completed(waiting):
+                        unit = waiting[future]
+                        found[unit] = read_json(future.result())
+                        bar.set_postfix_str(f"{unit.study}, {unit.world}, draw {unit.draw}")
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [found[unit] for unit in units]
+
+
+def _read(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return read_json(path)
+    except ValueError:
+        return None

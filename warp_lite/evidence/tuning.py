@@ -1,0 +1,112 @@
+"""Settings chosen on seeds and draws of their own, which no reported verdict uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ..config import WarpConfig
+from ..runs import read_json
+from .bench import TUNING_SEEDS, Bench
+from .settings import ANCHORS, EQUAL, ETAS, SFT_BETAS, WEAK, WEAK_ETAS, WIDE, area
+
+EVIDENCE = Path(__file__).parent
+TUNED = EVIDENCE / "tuned.json"
+WEAK_PURPOSES = [f"{name}, β = {beta:g}" for beta in (0.0, 0.01) for name in ("merged", "batch of 32")]
+
+
+def grids() -> dict[str, dict[str, WarpConfig]]:
+    """The settings that are tried, by what they are for and by name."""
+    found: dict[str, dict[str, WarpConfig]] = {
+        "EMA anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta) for beta in (0.1, 0.3, 0.5)},
+        "SFT anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor="sft") for beta in SFT_BETAS},
+    }
+    for name, config in EQUAL.items():
+        found[name] = {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
+                       for lr in (3e-4, 6e-4, 1.2e-3, 2.4e-3) for beta in (0.1, 0.3)}
+    for beta in (0.0, 0.01):
+        for name, config in (("merged", WEAK), ("batch of 32", WIDE)):
+            found[f"{name}, β = {beta:g}"] = {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
+                                              for lr in (1.5e-4, 3e-4, 7e-4, 1.5e-3)}
+    large = WarpConfig(runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
+    found["best WARP"] = {f"I={count}, β={beta:g}": large.replace(iterations=count, beta=beta)
+                          for count in (1, 2) for beta in (0.2, 0.35, 0.6)}
+    return found
+
+
+def tuning(bench: Bench) -> list[dict]:
+    """As a study: a row for each purpose and setting, with its score for each seed of this draw.
+
+    The score is the area of the front up to 4 nats; for an anchor that of the trajectory; under weak
+    regularisation how much gold reward is left. None where a front does not get as far as is asked.
+    """
+    tried = grids()
+    configs = {(purpose, name): config for purpose, some in tried.items() for name, config in some.items()}
+    experiment = bench.train(configs, trajectory_samples=2)
+    rows = []
+    for (purpose, name), results in experiment.results.items():
+        if purpose.endswith("anchor"):
+            found = bench.trajectories(experiment, (purpose, name), name)
+        else:
+            found = bench.fronts([({"seed": seed}, result.iterations[-1].merged)
+                                  for seed, result in zip(bench.seeds, results)],
+                                 WEAK_ETAS if purpose in WEAK_PURPOSES else ETAS)
+        measure = gold_kept if purpose in WEAK_PURPOSES else area
+        fronts = [[row for row in found if row["seed"] == seed] for seed in bench.seeds]
+        rows.append({"purpose": purpose, "name": name, "scores": [measure(front) for front in fronts]})
+    return rows
+
+
+def gold_kept(front: list[dict], upto: float = 1.6) -> float | None:
+    """The mean gold reward while the proxy reward of a front rises to `upto`; None where it does not get there."""
+    proxy, gold = (np.array([row[kind] for row in front]) for kind in ("reward", "gold"))
+    reached = np.maximum.accumulate(proxy)
+    if reached[-1] < upto:
+        return None
+    return float(np.interp(np.linspace(max(proxy[0], 0), upto, 33), reached, gold).mean())
+
+
+def choose(scores: Mapping[str, list[float | None]]) -> str:
+    """The name with the highest mean score, among those that have one for every seed."""
+    whole = {name: float(np.mean(some)) for name, some in scores.items() if None not in some}
+    if not whole:
+        raise ValueError(f"none of {', '.join(scores)} has a score for every seed; widen the grid")
+    return max(whole, key=whole.get)
+
+
+def chosen_settings(rows: list[dict]) -> dict[str, dict]:
+    """What tuned.json holds of a world: the setting chosen for each purpose, and every score."""
+    found = {}
+    for purpose, configs in grids().items():
+        scores: dict[str, list[float | None]] = {}
+        for row in rows:
+            if row["purpose"] == purpose:
+                scores.setdefault(row["name"], []).extend(row["scores"])
+        name = choose(scores)
+        found[purpose] = {"chosen": name, "config": dataclasses.asdict(configs[name]), "seeds": list(TUNING_SEEDS),
+                          "scores": {n: None if None in s else round(float(np.mean(s)), 4) for n, s in scores.items()}}
+    return found
+
+
+@lru_cache(maxsize=1)
+def _tuned() -> dict:
+    if not TUNED.is_file():
+        raise ValueError(f"{TUNED} is missing; make it with `warp-lite claims --tune --out DIR`")
+    return read_json(TUNED)
+
+
+def tuned_configs(world: str) -> dict[str, dict]:
+    """The settings that were chosen for a world, by purpose, without their scores."""
+    return {purpose: found["config"] for purpose, found in _tuned()["worlds"].get(world, {}).items()}
+
+
+def tuned(world: str, purpose: str) -> WarpConfig:
+    """The setting that was chosen for a purpose. Raises ValueError where none was."""
+    found = _tuned()["worlds"].get(world, {})
+    if purpose not in found:
+        raise ValueError(f"no setting was chosen for {purpose!r} in the world {world!r}; run `warp-lite claims --tune`")
+    return WarpConfig(**found[purpose]["config"])
