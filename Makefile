@@ -9,7 +9,7 @@ READY := .venv/.setup-done
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 UV := build/uv/bin/uv
 
-.PHONY: help setup demo bench test test-fast test-all notebooks lint lab lock clean
+.PHONY: help setup demo test test-fast test-all notebooks claims bench lint lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -41,6 +41,9 @@ test-all: lint  ## and the combinations that `make test` leaves out
 notebooks: setup  ## every notebook in full mode, outputs written back; NAMES="00 03" for some of them
 	$(BIN)/python -m warp_lite.notebooks link $(NAMES)
 	$(BIN)/python -m warp_lite.notebooks run $(NAMES)
+
+claims: setup  ## every claim of the paper with error bars, in runs/claims; continues where it was stopped
+	$(BIN)/warp-lite claims --out runs/claims
 
 bench: setup  ## benchmarks against TRL, generate() and mergekit, as ratios: tests/benchmarks/results.md
 	$(BIN)/python tests/benchmarks/bench.py

@@ -1,4 +1,4 @@
-"""The command line: `warp-lite run`, `merge`, `front`."""
+"""The command line: `warp-lite run`, `merge`, `front`, `claims`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,25 @@ def parser() -> argparse.ArgumentParser:
     front.add_argument("--prompts", type=int, metavar="N",
                        help="how many of the held-out prompts to use (default: all)")
     front.set_defaults(command=front_command)
+
+    claims = commands.add_parser(
+        "claims", help="decide the paper's claims with error bars",
+        description="Train what the claims need, for many seeds and draws of two tiny worlds, and write claims.json, "
+                    "a table and a figure for each. What is finished in DIR is not run again.")
+    claims.add_argument("--seeds", type=int, default=16, metavar="N", help="how many RL seeds (default: 16)")
+    claims.add_argument("--seed-offset", type=int, default=0, metavar="K",
+                        help="the first seed; each block of 16 has policies and reward models of its own (default: 0)")
+    claims.add_argument("--only", metavar="NAME", action="append", default=[],
+                        help="decide only this claim; may be repeated")
+    claims.add_argument("--world", metavar="NAME", action="append", default=[],
+                        help="sentiment or detail; may be repeated (default: both)")
+    claims.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one a core)")
+    claims.add_argument("--tune", action="store_true", help="choose the settings again; writes DIR/tuned.json")
+    claims.add_argument("--noise-map", action="store_true",
+                        help="the gain of merging over batch size and learning rate; writes DIR/noise.json")
+    claims.add_argument("--list", action="store_true", help="list the claims and stop")
+    claims.add_argument("--out", metavar="DIR", help="the folder to write; an earlier one is continued")
+    claims.set_defaults(command=claims_command)
     return top
 
 
@@ -181,6 +200,37 @@ def front_command(arguments) -> int:
             raise ValueError(f"--prompts must lie between 2 and the {there} held-out prompts, not {arguments.prompts}")
         result.keep_prompts(arguments.prompts)
     complete_front(result, Path(arguments.folder), etas or ETAS)
+    return 0
+
+
+def claims_command(arguments) -> int:
+    """`warp-lite claims`."""
+    from .evidence.claims import pick
+    from .evidence.report import run_claims, run_noise_map, run_tuning
+
+    chosen = pick(arguments.only)
+    if arguments.list:
+        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in chosen))
+        return 0
+    if arguments.out is None:
+        raise ValueError("--out is missing; name a folder for claims.json, the table and the figures")
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "units").is_dir()):
+        raise ValueError(f"{out} is there and holds no evidence; name a new folder, or an earlier one to continue")
+    seeds = range(arguments.seed_offset, arguments.seed_offset + arguments.seeds)
+    if arguments.seeds < 1 or arguments.seed_offset < 0:
+        raise ValueError(f"--seeds must be 1 or more and --seed-offset 0 or more, not {arguments.seeds} and "
+                         f"{arguments.seed_offset}")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
+    with keeping(f"every finished study is kept in {out}; the same command goes on from there"):
+        if arguments.tune:
+            text = run_tuning(out, arguments.world, arguments.workers)
+        elif arguments.noise_map:
+            text = run_noise_map(out, arguments.world, seeds, arguments.workers)
+        else:
+            text = run_claims(out, chosen, arguments.world, seeds, arguments.workers, whole=not arguments.only)
+    print(text)
     return 0
 
 

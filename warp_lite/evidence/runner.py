@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -89,7 +90,7 @@ def run_units(units: Sequence[Unit], folder: Path, workers: int | None = None, p
                 bar.update()
         elif missing:
             spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=spawn) as pool:
+            with ProcessPoolExecutor(workers or os.cpu_count(), spawn, initializer=_ignore_interrupts) as pool:
                 waiting = {pool.submit(run_unit, unit, folder): unit for unit in missing}
                 try:
                     for future in as_completed(waiting):
@@ -101,6 +102,11 @@ def run_units(units: Sequence[Unit], folder: Path, workers: int | None = None, p
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
     return [found[unit] for unit in units]
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; the one that waits for the others answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read(path: Path) -> dict | None:

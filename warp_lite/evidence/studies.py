@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from ..evaluation.limit import best_of_n_front, optimal_front
@@ -38,12 +39,13 @@ def merging(bench: Bench) -> list[dict]:
     `angle` in degrees and `norm` of SLERP and of LERP as a share of the mean norm, M = 2, as values.
     """
     kept: dict[tuple, list[Weights]] = {}
+    config = NOISY.replace(runs=5, eval_every=10)
 
     def keep(name, seed, iteration, run, step, weights):
-        if run <= 2 and step >= 50:
+        if run <= 2 and 2 * step >= config.steps:
             kept.setdefault((seed, run), []).append(weights)
 
-    experiment = bench.train({"runs": NOISY.replace(runs=5, eval_every=10)}, checkpoints=keep)
+    experiment = bench.train({"runs": config}, checkpoints=keep)
     rows = bench.trajectories(experiment, "runs", "trajectory")
     lines: list[tuple[dict, Weights]] = []
     beyond: list[tuple[dict, Weights]] = []
@@ -127,12 +129,12 @@ def equal(bench: Bench) -> list[dict]:
     (its KL is an upper bound) and `limit`; fronts with perplexity at ten points.
     """
     kept: dict[int, list[Weights]] = {}
+    configs = {name: tuned(bench.taste, name) for name in EQUAL}
 
     def keep(name, seed, iteration, run, step, weights):
-        if step >= 400:
+        if 2 * step >= configs[name].steps:
             kept.setdefault(seed, []).append(weights)
 
-    configs = {name: tuned(bench.taste, name) for name in EQUAL}
     experiment = bench.train(configs, checkpoints=keep)
     lines = [({"line": name, "seed": seed}, result.iterations[-1].merged)
              for name, results in experiment.results.items() for seed, result in zip(bench.seeds, results)]
@@ -143,9 +145,11 @@ def equal(bench: Bench) -> list[dict]:
 def limit(bench: Bench) -> list[dict]:
     """The limit and best-of-n of this draw. Lines: `limit`, `best of n` (its KL is an upper bound)."""
     rewards, gold = bench.limit_rewards()
-    rows = [{"line": "limit", "seed": None, **point} for point in optimal_front(rewards=rewards, gold=gold)]
-    return rows + [{"line": "best of n", "seed": None, "kl": point["kl_bound"], **point}
-                   for point in best_of_n_front(rewards=rewards)]
+    betas = np.geomspace(20, 0.04, 34) * rewards.std().item()
+    bound = optimal_front(rewards=rewards, gold=gold, betas=betas)
+    best_of_n = best_of_n_front(rewards=rewards)
+    return [*({"line": "limit", "seed": None, **point} for point in bound),
+            *({"line": "best of n", "seed": None, "kl": point["kl_bound"], **point} for point in best_of_n)]
 
 
 def rewards(bench: Bench) -> list[dict]:
@@ -196,9 +200,9 @@ def outer(bench: Bench) -> list[dict]:
     config = NOISY.replace(iterations=4, steps=40, merge="lerp", eta=0.5)
 
     def heavy_ball(result, m):
-        last, before = result.iterations[-1], [*[it.init for it in result.iterations], ][-2:]
+        last, before = result.iterations[-1], result.iterations[max(0, len(result.iterations) - 2)]
         step = liti(last.init, last.merged, 0.5)
-        return {name: tensor + 0.5 * (last.init[name] - before[0][name]) for name, tensor in step.items()}
+        return {name: tensor + 0.5 * (last.init[name] - before.init[name]) for name, tensor in step.items()}
 
     experiment = bench.train({"η = 0.5": config, "η = 1": config.replace(eta=1.0), "momentum": config},
                              starts={"momentum": heavy_ball})

@@ -1,0 +1,213 @@
+"""The evidence: effects on hand-made rows, verdicts by their rule, units that are kept, and what is committed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from warp_lite.cli import main
+from warp_lite.evaluation.statistics import hierarchical_bootstrap
+from warp_lite.evidence import claims, noise, report, runner, tuning
+from warp_lite.evidence.bench import TUNING_SEEDS, draw_of, noise_scale
+from warp_lite.evidence.claims import CLAIMS, Claim, Rows, decide
+
+
+def front(line, seed, kl, reward, **more):
+    """A front of those KLs and rewards, η from 0 to 1."""
+    etas = np.linspace(0, 1, len(kl))
+    return [{"line": line, "seed": seed, "eta": float(e), "kl": float(k), "reward": float(r), "gold": float(-r), **more}
+            for e, k, r in zip(etas, kl, reward)]
+
+
+def two_lines(seeds=range(8), reach=4.0):
+    """`a` is .5 above `b` at every KL; `b` ends at `reach` for seed 0."""
+    rows = []
+    for seed in seeds:
+        rows += front("a", seed, [0, 2, 4], [0.5, 1.5, 2.5])
+        end = reach if seed == 0 else 4.0
+        rows += front("b", seed, [0, end / 2, end], [0, end / 4, end / 2])
+    return Rows("sentiment", rows)
+
+
+def test_two_lines_are_compared_at_the_highest_kl_that_every_seed_reaches():
+    effect = claims.at_kl("a", "b")(two_lines(reach=2.6))
+    assert effect.level == 2.5 and effect.reached == {"4": 7, "3.5": 7, "3": 7, "2.5": 8}
+    assert effect.values == pytest.approx({seed: 0.5 for seed in range(8)})
+    nowhere = claims.at_kl("a", "b")(two_lines(reach=0.1))
+    assert nowhere.level is None and nowhere.values == {}
+
+
+def test_the_runs_of_a_seed_count_as_their_mean():
+    rows = [*front("one", 0, [0, 4], [0, 1], run=1), *front("one", 0, [0, 4], [0, 3], run=2),
+            *front("other", 0, [0, 4], [0, 0])]
+    effect = claims.at_kl("one", "other")(Rows("sentiment", rows))
+    assert effect.level == 4 and effect.values == pytest.approx({0: 2.0})
+
+
+def test_a_trajectory_counts_where_it_first_crosses_a_kl():
+    path = [{"line": "t", "seed": 0, "step": step, "kl": kl, "reward": reward}
+            for step, kl, reward in ((20, 3.0, 9.0), (0, 0.0, 0.0), (10, 2.0, 2.0), (30, 1.0, 5.0))]
+    assert claims.level_of(path, 1.0) == pytest.approx(1.0)       # on the way up, not 5 at the end
+    assert math.isnan(claims.level_of(path, 3.5))
+
+
+def test_gold_is_read_where_the_proxy_first_gets_to_a_level():
+    rows = front("a", 0, [0, 1, 2], [0, 1, 2])
+    assert claims.gold_at_proxy(rows, 1.5) == pytest.approx(-1.5)
+    assert math.isnan(claims.gold_at_proxy(rows, 2.5))
+
+
+def test_areas_shares_and_shapes_of_curves_that_are_known():
+    rows = two_lines()
+    level = claims.areas("a", "b")(rows).values                                   # an area is above its own start
+    assert level == pytest.approx({seed: 0.0 for seed in range(8)}, abs=1e-9)
+    limit = [{"kl": 0.0, "reward": 0.5}, {"kl": 4.0, "reward": 4.5}]
+    rows.limits = {draw_of(seed): limit for seed in range(8)}
+    assert claims.share("a")(rows).values == pytest.approx({s: 0.5 for s in range(8)}, rel=1e-6)
+    etas = np.linspace(0, 1, 6)
+    curved = Rows("sentiment", front("c", 0, 3 * etas**2 + etas, 2 * etas - etas**2))
+    assert claims.curvature("c", "kl")(curved).values == pytest.approx({0: 3.0})
+    assert claims.curvature("c", "reward")(curved).values == pytest.approx({0: -1.0})
+    least = min(4 * eta - (3 * eta**2 + eta) for eta in etas[1:-1])
+    assert claims.under_the_chord("c")(curved).values == pytest.approx({0: least})
+
+
+def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
+    found = decide(Claim("c", "3b", "words", "s", claims.at_kl("a", "b"), "above"), two_lines())
+    assert {"name", "world", "paper_figure", "statement", "effect", "ci_low", "ci_high", "unit", "null", "margin",
+            "rule", "seeds", "verdict"} <= set(found)
+    assert (found["verdict"], found["seeds"], found["draws"], found["level"]) == ("holds", 8, 4, 4)
+    assert decide(Claim("c", "", "", "", claims.at_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
+    missing = decide(Claim("c", "", "", "", claims.at_kl("a", "b"), "above"), two_lines(reach=0.1))
+    assert (missing["verdict"], missing["effect"], missing["seeds"]) == ("unclear", None, 0)
+    json.dumps(missing, allow_nan=False)
+
+
+def test_the_hierarchical_interval_has_the_width_of_the_closed_form():
+    rng = np.random.default_rng(0)
+    G, n = 40, 6
+    values = rng.normal(0, 1, (G, 1)) + rng.normal(0, 0.7, (G, n))
+    interval = hierarchical_bootstrap(values.ravel(), np.repeat(np.arange(G), n), draws=8000)
+    means = values.mean(1)
+    spread = math.sqrt(means.var() / G + values.var(1).mean() / n / G)
+    assert interval.mean == pytest.approx(means.mean()) and interval.count == G * n
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * spread, rel=0.06)
+
+
+def test_the_hierarchical_interval_covers_a_mean_that_draws_share():
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(200):
+        values = rng.normal(0, 1, (8, 1)) + rng.normal(0, 1, (8, 2))
+        interval = hierarchical_bootstrap(values.ravel(), np.repeat(np.arange(8), 2), draws=300)
+        covered.append(interval.low <= 0 <= interval.high)
+    assert np.mean(covered) > 0.88  # an interval that takes the 16 seeds as independent covers some 80 %
+
+
+def test_a_draw_counts_as_one_however_many_seeds_it_has_and_nan_is_left_out():
+    interval = hierarchical_bootstrap([1, 1, 1, 3, math.nan], ["a", "a", "a", "b", "b"])
+    assert interval.mean == 2 and interval.count == 4 and (interval.low, interval.high) == (1, 3)
+    assert math.isnan(hierarchical_bootstrap([1.0, 2.0], ["a", "a"]).low)
+    assert math.isnan(hierarchical_bootstrap([math.nan], ["a"]).mean)
+    with pytest.raises(ValueError, match="1 values and 2 groups"):
+        hierarchical_bootstrap([1.0], ["a", "b"])
+
+
+def test_seeds_of_verdicts_share_neither_seed_nor_draw_with_those_of_tuning():
+    reported = range(0, 400)
+    assert not set(reported) & set(TUNING_SEEDS)
+    assert not {draw_of(seed) for seed in reported} & {draw_of(seed) for seed in TUNING_SEEDS}
+    assert {draw_of(seed) for seed in range(16)} == {1, 2, 3, 4}
+    assert {draw_of(seed) for seed in range(16, 32)} == {5, 6, 7, 8}
+
+
+def test_the_noise_scale_of_gradients_whose_noise_and_signal_are_known():
+    rng = torch.Generator().manual_seed(0)
+    P, batch, batches = 4000, 8, 64
+    signal = torch.full((P,), 0.05, dtype=torch.float64)                          # |G|² = 10
+    per_sample = 0.5                                                              # tr Σ = 4000 · 0.25 = 1000
+    noise_ = torch.randn(batches, P, generator=rng, dtype=torch.float64) * per_sample / math.sqrt(batch)
+    assert noise_scale(signal + noise_, batch) == pytest.approx(1000 / 10, rel=0.1)
+    assert noise_scale(noise_ - noise_.mean(0), batch) == math.inf
+
+
+def test_what_predicts_the_gain_is_found_and_what_does_not_is_not():
+    rng = np.random.default_rng(0)
+    rows, draws = [], []
+    for seed in range(8):
+        for batch in (2, 4, 8, 16):
+            for lr in (1e-4, 1e-3):
+                rows.append({"batch": batch, "lr": lr, "seed": seed, "gain": 1 / batch + lr + rng.normal(0, 1e-3),
+                             "noise over signal": 9 / batch + lr, "angle": -9 / batch - lr,
+                             "noise scale": rng.normal()})
+                draws.append(seed % 4)
+    found = noise.correlations(rows, draws, resamples=200)
+    assert found["noise over signal"]["correlation"] > 0.95 and found["angle"]["correlation"] < -0.95
+    assert found["noise scale"]["ci_low"] < 0.6 and found["noise over signal"]["ci_low"] > 0.8
+
+
+def test_the_gain_of_a_merge_is_the_mean_over_the_kl_that_all_reach():
+    merged, low, high = (front("", 0, [0, end], [0, end * slope]) for end, slope in ((5, 1), (4, 0.5), (3, 0.7)))
+    gain, reach = noise.mean_gain(merged, [low, high])
+    assert reach == 3 and gain == pytest.approx(np.mean(np.linspace(0, 3, 41)[1:]) * 0.4)
+
+
+def test_settings_are_chosen_by_their_mean_among_those_that_get_there():
+    assert tuning.choose({"a": [1.0, 1.0], "b": [0.0, 3.0], "c": [9.0, None]}) == "b"
+    with pytest.raises(ValueError, match="none of a has a score for every seed"):
+        tuning.choose({"a": [None]})
+    rising = front("", 0, [0, 1, 2], [0, 1, 2])
+    assert tuning.gold_kept(rising) == pytest.approx(-0.8) and tuning.gold_kept(rising, upto=3) is None
+
+
+def fake_study(bench):
+    """A study that says how often it was run."""
+    fake_study.calls += 1
+    return [{"line": "x", "seed": seed, "value": float(seed)} for seed in bench]
+
+
+def test_units_are_run_once_and_again_where_their_file_is_damaged(tmp_path, monkeypatch):
+    fake_study.calls = 0
+    monkeypatch.setattr(runner, "studies", lambda: {"fake": fake_study})
+    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: seeds))
+    units = runner.units_of(["fake"], ["sentiment"], range(8))
+    assert [(unit.draw, unit.seeds) for unit in units] == [(1, (0, 4)), (2, (1, 5)), (3, (2, 6)), (4, (3, 7))]
+    first = runner.run_units(units, tmp_path, workers=1, progress=False)
+    assert fake_study.calls == 4 and [row["seed"] for row in first[1]["rows"]] == [1, 5]
+    assert runner.run_units(units, tmp_path, workers=1, progress=False) == first and fake_study.calls == 4
+    units[2].file(tmp_path).write_text('{"rows": [')
+    again = runner.run_units(units, tmp_path, workers=1, progress=False)
+    assert fake_study.calls == 5 and [some["rows"] for some in again] == [some["rows"] for some in first]
+    assert units[0].fingerprint() != runner.Unit("fake", "sentiment", 1, (0, 8)).fingerprint()
+
+
+def test_the_table_and_the_figure_say_what_the_json_says(tmp_path):
+    claim = Claim("c", "3b", "a is above b", "s", claims.at_kl("a", "b"), "above", lines=("a", "b"))
+    rows = two_lines(reach=2.6)
+    found = report.report([claim], {("sentiment", "s"): rows}, ["sentiment"], range(8), whole=False)
+    text = report.write_report(found, [claim], {("sentiment", "s"): rows}, tmp_path)
+    assert "| a is above b | 3b | **holds** +0.50 [+0.50, +0.50] reward, at 2.5 nats (8 reach it) |" in text
+    assert "8 seeds on 4 draws" in text and "Of 1 verdicts 1 hold, 0 fail and 0 are unclear" in text
+    assert json.loads((tmp_path / "claims.json").read_text())["claims"][0]["verdict"] == "holds"
+    assert (tmp_path / "figures" / "c.png").stat().st_size > 5000
+
+
+def test_the_command_refuses_what_it_cannot_use(tmp_path, capsys):
+    (tmp_path / "other").write_text("mine")
+    for arguments, words in ((["--only", "nonsense", "--out", "x"], "there is no claim 'nonsense'"),
+                             ([], "--out is missing"), (["--out", str(tmp_path)], "holds no evidence"),
+                             (["--out", str(tmp_path / "new"), "--seeds", "0"], "--seeds must be 1 or more"),
+                             (["--out", str(tmp_path / "new"), "--world", "mars"], "there is no world 'mars'")):
+        assert main(["claims", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "new").exists()
+    assert main(["claims", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(CLAIMS)
+
+
+def test_claims_have_names_of_their_own_and_studies_that_exist():
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    assert {claim.study for claim in CLAIMS} <= set(runner.studies())

@@ -1,0 +1,382 @@
+"""The claims: what each says, the number that decides it, and the rule by which it does.
+
+An effect is a number a seed; policies that share a seed are compared with one another. Effects are
+differences in reward where both sides have one KL, differences in the area of the front up to 4
+nats, or plain numbers. A comparison at one KL is made at the highest of `KLS` that every seed of
+both sides reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..evaluation.front import hypervolume, reward_at_kl
+from ..evaluation.statistics import hierarchical_bootstrap, verdict
+from .bench import draw_of
+from .settings import EQUAL, KL_MAX, REFRESH_BETAS, area
+from .tuning import tuned
+
+KLS = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5)  # nats at which fronts are compared, highest first
+PROXIES = (1.6, 1.2, 0.8, 0.4)  # proxy rewards at which gold is compared
+REWARD, AREA = "reward", "reward × nats"
+
+
+class Rows:
+    """The rows of a study in one world, over all its draws, with the limit and best-of-n of each draw."""
+
+    def __init__(self, world: str, rows: Sequence[dict], limits: Mapping[int, list[dict]] | None = None,
+                 best_of_n: Mapping[int, list[dict]] | None = None):
+        self.world, self.limits, self.best_of_n = world, limits or {}, best_of_n or {}
+        self.by_line: dict[str, list[dict]] = {}
+        for row in rows:
+            self.by_line.setdefault(row["line"], []).append(row)
+        self.seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+
+    def fronts(self, line: str | dict, seed: int) -> list[list[dict]]:
+        """The fronts or trajectories of a line with one seed, one for each of its runs."""
+        which = {"line": line} if isinstance(line, str) else line
+        rows = [row for row in self.by_line[which["line"]] if row["seed"] == seed
+                and all(row[name] == value for name, value in which.items())]
+        return [[row for row in rows if row.get("run") == run] for run in sorted({row.get("run") for row in rows},
+                                                                                 key=str)]
+
+    def value(self, line: str, seed: int) -> float:
+        """A line that is one number a seed."""
+        (row,) = [row for row in self.by_line[line] if row["seed"] == seed]
+        return row["value"]
+
+
+@dataclass
+class Effect:
+    """A number a seed, and at which KL or proxy reward it was taken; `reached` says for each level tried
+    how many seeds get there on both sides."""
+
+    values: dict[int, float]
+    level: float | None = None
+    reached: dict[str, int] = field(default_factory=dict)
+
+
+def crossing(path: Sequence[dict], kl: float, kind: str = "reward") -> float:
+    """The reward where a trajectory, in the order of its steps, first crosses a KL; nan where it does not."""
+    x, y = (np.array([row[name] for row in path]) for name in ("kl", kind))
+    after = int(np.argmax(x >= kl))
+    return float(np.interp(kl, x[after - 1:after + 1], y[after - 1:after + 1])) if after else math.nan
+
+
+def level_of(front: Sequence[dict], kl: float, kind: str = "reward") -> float:
+    """A front's or trajectory's reward at a KL; nan outside its range."""
+    if "step" in front[0]:
+        return crossing(sorted(front, key=lambda row: row["step"]), kl, kind)
+    return reward_at_kl([(row["kl"], row[kind]) for row in front], kl)
+
+
+def gold_at_proxy(front: Sequence[dict], proxy: float) -> float:
+    """The gold reward where the proxy reward of a front, in the order of η, first gets to a level; nan if never."""
+    ordered = sorted(front, key=lambda row: row["eta"])
+    return crossing([{"kl": row["reward"], "reward": row["gold"]} for row in ordered], proxy)
+
+
+def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dict], float], float]) -> Effect:
+    """a − b, each the mean over its runs, at the highest level that every seed of both sides reaches."""
+    reached: dict[str, int] = {}
+    for level in levels:
+        found = {seed: np.mean([value(front, level) for front in rows.fronts(a, seed)])
+                 - np.mean([value(front, level) for front in rows.fronts(b, seed)]) for seed in rows.seeds}
+        there = sum(math.isfinite(v) for v in found.values())
+        reached[f"{level:g}"] = there
+        if there == len(rows.seeds):
+            return Effect({seed: float(v) for seed, v in found.items()}, level, reached)
+    return Effect({}, None, reached)
+
+
+def at_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
+    """The difference of two lines in reward (or another number) at one KL."""
+    return lambda rows: compare(rows, named(a, rows), named(b, rows), KLS,
+                                lambda front, kl: level_of(front, kl, kind))
+
+
+def at_proxy(a, b) -> Callable[[Rows], Effect]:
+    """The difference of two lines in gold reward at one proxy reward."""
+    return lambda rows: compare(rows, a, b, PROXIES, gold_at_proxy)
+
+
+def areas(a, b) -> Callable[[Rows], Effect]:
+    """The difference of two lines in the area of their fronts up to 4 nats."""
+    def effect(rows: Rows) -> Effect:
+        return Effect({seed: float(np.mean([area(f) for f in rows.fronts(named(a, rows), seed)])
+                                   - np.mean([area(f) for f in rows.fronts(named(b, rows), seed)]))
+                       for seed in rows.seeds})
+    return effect
+
+
+def ends(a, b, kind: str) -> Callable[[Rows], Effect]:
+    """The difference of two lines in a number at η = 1; with b = None, from θ_sft."""
+    def last(front):
+        place = "step" if "step" in front[0] else "eta"
+        end = max(row[place] for row in front) if place == "step" else 1.0
+        return next(row[kind] for row in front if row[place] == end)
+
+    def first(front):
+        return min(front, key=lambda row: row.get("step", row.get("eta")))[kind]
+
+    def effect(rows: Rows) -> Effect:
+        return Effect({seed: float(np.mean([last(f) for f in rows.fronts(a, seed)])
+                                   - np.mean([last(f) for f in rows.fronts(b, seed)] if b is not None
+                                             else [first(f) for f in rows.fronts(a, seed)]))
+                       for seed in rows.seeds})
+    return effect
+
+
+def plain(line: str) -> Callable[[Rows], Effect]:
+    """A line that is one number a seed."""
+    return lambda rows: Effect({seed: rows.value(line, seed) for seed in rows.seeds})
+
+
+def curvature(line: str, kind: str) -> Callable[[Rows], Effect]:
+    """The η² coefficient of a least-squares parabola through a number along the front, η from 0 to 1."""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            (front,) = rows.fronts(line, seed)
+            points = [(row["eta"], row[kind]) for row in front if row["eta"] <= 1]
+            found[seed] = float(np.polyfit(*np.array(points).T, 2)[0])
+        return Effect(found)
+    return effect
+
+
+def under_the_chord(line: str) -> Callable[[Rows], Effect]:
+    """The smallest of η · KL(1) − KL(η) over the η between 0 and 1, in nats."""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            (front,) = rows.fronts(line, seed)
+            kl = {row["eta"]: row["kl"] for row in front}
+            found[seed] = min(eta * kl[1.0] - value for eta, value in kl.items() if 0 < eta < 1)
+        return Effect(found)
+    return effect
+
+
+def share(line: str | dict) -> Callable[[Rows], Effect]:
+    """The share of the limit's area above θ_sft, up to 4 nats, that a line's front attains. A line with
+    several iterations is one front of all of them."""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            limit = rows.limits[draw_of(seed)]
+            fronts = rows.fronts(line, seed)
+            found[seed] = float(np.mean([area(front) / limit_area(limit, front[0]["reward"]) for front in fronts]))
+        return Effect(found)
+    return effect
+
+
+def limit_area(limit: Sequence[dict], start: float) -> float:
+    """The area of the limit above the reward of θ_sft, from (0, start) on, up to 4 nats. It is held flat past
+    its last point, if that comes before."""
+    return hypervolume([(0.0, start), *((p["kl"], p["reward"]) for p in limit)], (KL_MAX, start))
+
+
+def named(line, rows: Rows):
+    """A line, or the one that a function of the world names."""
+    return line(rows.world) if callable(line) else line
+
+
+def best_sft(world: str) -> str:
+    """The line of the SFT anchor with the β that was chosen."""
+    return f"SFT, β = {tuned(world, 'SFT anchor').beta:g}"
+
+
+def it(name: str, iteration: int) -> dict:
+    """The front of one iteration."""
+    return {"line": name, "iteration": iteration}
+
+
+def of(name: str, beta: float) -> dict:
+    """A line under weak regularisation."""
+    return {"line": name, "beta": beta}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement and what decides it."""
+
+    name: str
+    figure: str  # of the paper, or the reviewers' question
+    statement: str
+    study: str
+    effect: Callable[[Rows], Effect]
+    rule: str
+    unit: str = REWARD
+    null: float = 0.0
+    margin: float = 0.0
+    lines: tuple = ()  # what its figure draws
+
+
+def _claim(name, figure, statement, study, kind, a, b, rule="above", null=0.0, margin=0.0, what="reward") -> Claim:
+    effect = {at_kl: lambda: at_kl(a, b, what), areas: lambda: areas(a, b), at_proxy: lambda: at_proxy(a, b),
+              ends: lambda: ends(a, b, what)}[kind]()
+    units = {"kl": "nats", "length": "tokens", "distinct": "share of pairs", "perplexity": "per token",
+             "gold": "gold reward"}
+    unit = AREA if kind is areas else "gold reward" if kind is at_proxy else units.get(what, REWARD)
+    return Claim(name, figure, statement, study, effect, rule, unit, null, margin, (a, b))
+
+
+CLAIMS: tuple[Claim, ...] = (
+    # stage 1
+    _claim("ema-anchor", "3b", "An EMA anchor gives more reward than an SFT anchor (each with its best β) at one KL",
+           "anchors", at_kl, "EMA", best_sft),
+    _claim("no-kl-proxy", "3b", "Without a KL penalty the proxy reward rises", "anchors", ends, "no KL", None),
+    _claim("no-kl-gold", "–", "Without a KL penalty the gold reward falls below that of the SFT policy", "anchors",
+           ends, "no KL", None, "below", what="gold"),
+    _claim("lower-mu", "15", "Half of μ gives a better front", "anchors", at_kl, "EMA, half μ", "EMA"),
+    _claim("higher-beta", "15", "Twice β gives a better front", "anchors", at_kl, "EMA, double β", "EMA"),
+    _claim("ema-weights", "14", "The EMA's weights are no worse than the policy's at one KL (to .05)", "merging", at_kl,
+           "anchor", "run", null=-0.05),
+    # stage 2
+    _claim("slerp-reward", "3c", "SLERP of two has more reward than its runs have on average", "merging", ends,
+           "slerp-2", "run"),
+    _claim("slerp-kl", "3c", "SLERP of two has less KL than its runs have on average", "merging", ends, "slerp-2",
+           "run", "below", what="kl"),
+    _claim("slerp-lerp-reward", "3c", "At η = 1 SLERP of four has more reward than LERP", "merging", ends, "slerp-4",
+           "lerp-4"),
+    _claim("slerp-lerp-kl", "3c", "At η = 1 SLERP of four has more KL than LERP", "merging", ends, "slerp-4", "lerp-4",
+           what="kl"),
+    _claim("slerp-lerp-front", "10", "At one KL SLERP of four has more reward than LERP, η past 1 included", "merging",
+           at_kl, "slerp-4", "lerp-4"),
+    Claim("angle", "11", "Task vectors of weight matrices are at right angles (to 15°)", "merging", plain("angle"),
+          "within", "degrees", 90.0, 15.0),
+    Claim("norm-slerp", "B", "SLERP of two keeps the norm of the task vectors (to 2 %)", "merging",
+          plain("norm of SLERP"), "within", "share of the mean norm", 1.0, 0.02),
+    Claim("norm-lerp", "B", "LERP of two loses norm", "merging", plain("norm of LERP"), "below",
+          "share of the mean norm", 1.0),
+    *(_claim(f"{m}-runs-against-{n}", "4b", f"LITI of {m} merged policies is above that of {n} at one KL", "merging",
+             at_kl, f"slerp-{m}", "run" if n == 1 else f"slerp-{n}")
+      for m, n in ((2, 1), (3, 2), (4, 3), (5, 4), (4, 1))),
+    # stage 3
+    _claim("liti-trajectory", "4a", "LITI of two merged policies is above the runs' trajectories at one KL", "merging",
+           at_kl, "slerp-2", "trajectory"),
+    _claim("liti-trajectory-4", "4a", "LITI of four merged policies is above the runs' trajectories at one KL",
+           "merging", at_kl, "slerp-4", "trajectory"),
+    _claim("liti-one", "13", "LITI of one run is above its own trajectory at one KL", "merging", at_kl, "run",
+           "trajectory"),
+    Claim("kl-convex", "9", "KL is convex in η", "merging", curvature("slerp-4", "kl"), "above", "nats", lines=(
+        "slerp-4",)),
+    Claim("reward-concave", "9", "Reward is concave in η", "merging", curvature("slerp-4", "reward"), "below",
+          lines=("slerp-4",)),
+    Claim("kl-chord", "B", "KL at η is at most η times the KL at 1", "merging", under_the_chord("slerp-4"), "above",
+          "nats", lines=("slerp-4",)),
+    _claim("average-one", "13", "The mean of a run's checkpoints is above the run at one KL", "merging", at_kl,
+           "average", "run"),
+    _claim("average-two", "13", "Two merged policies are above the mean of one run's checkpoints at one KL", "merging",
+           at_kl, "slerp-2", "average"),
+    # the iteration
+    *(_claim(f"iteration-{i}-front", "4c", f"Iteration {i} is above iteration {i - 1} at one KL", "iterations", at_kl,
+             it("WARP", i), it("WARP", i - 1)) for i in (2, 3)),
+    *(_claim(f"iteration-{i}-reach", "4c", f"Iteration {i} reaches a higher reward than iteration {i - 1}",
+             "iterations", ends, it("WARP", i), it("WARP", i - 1)) for i in (2, 3)),
+    _claim("toward-init", "17", "LITI toward the iteration's init and toward SFT give like fronts (to .1)",
+           "iterations", at_kl, "toward init", it("WARP", 2), "within", margin=0.1),
+    _claim("eta-low-kl", "16", "At one KL a second iteration from η = 0.5 is above one from η = 0.3", "iterations",
+           at_kl, "η = 0.5", it("WARP", 2)),
+    _claim("mixed-eta-3", "16", "Mixing η = 0.3 and 0.5 is above η = 0.3 alone at one KL", "iterations", at_kl,
+           "mixed η", it("WARP", 2)),
+    _claim("mixed-eta-5", "16", "Mixing η = 0.3 and 0.5 is above η = 0.5 alone at one KL", "iterations", at_kl,
+           "mixed η", "η = 0.5"),
+    _claim("length", "18a", "Length grows along the front", "iterations", ends, it("WARP", 3), None, what="length"),
+    _claim("diversity", "19", "Diversity falls along the front", "iterations", ends, it("WARP", 3), None, "below",
+           what="distinct"),
+    _claim("length-mix", "18c", "Merging a run with a length penalty and one without is above two without", "rewards",
+           at_kl, "one of each", "plain"),
+    _claim("length-mix-penalised", "18c", "Merging a run with a length penalty and one without is above two with it",
+           "rewards", at_kl, "one of each", "penalised"),
+    _claim("two-rewards", "–", "Merging runs of two reward models has more gold reward at one KL than two of the first",
+           "rewards", at_kl, "two rewards", "plain", what="gold"),
+    _claim("two-rewards-second", "–",
+           "Merging runs of two reward models has more gold reward at one KL than two of the second", "rewards", at_kl,
+           "two rewards", "second reward", what="gold"),
+    # the reviewers' questions
+    _claim("ablation-ema", "question 1", "WARP is better than without the EMA (SFT anchor, best β)", "iterations",
+           areas, it("WARP", 2), "without EMA"),
+    _claim("ablation-slerp", "question 1", "WARP is better than without merging (one run)", "iterations", areas,
+           it("WARP", 2), "without SLERP"),
+    _claim("ablation-liti", "question 1", "WARP is better than without the step back between iterations (η = 1)",
+           "iterations", areas, it("WARP", 2), "without LITI"),
+    _claim("ablation-iteration", "question 1", "Two iterations are better than one", "iterations", areas,
+           it("WARP", 2), it("WARP", 1)),
+    _claim("ablation-lerp", "question 1", "WARP with SLERP is better than with LERP", "iterations", areas,
+           it("WARP", 2), "LERP"),
+    Claim("beta-for-liti", "question 2", "LITI is better than tuning β with a refreshed base", "refresh",
+          lambda rows: Effect({seed: area(rows.fronts("WARP", seed)[0]) - area(
+              [point for beta in REFRESH_BETAS for point in rows.fronts(f"β = {beta:g}", seed)[0]])
+              for seed in rows.seeds}), "above", AREA),
+    _claim("tax-perplexity", "question 3", "At one KL WARP has a lower perplexity on held-out texts than one long run",
+           "equal", at_kl, "WARP", "one long run", "below", what="perplexity"),
+    _claim("tax-gold", "question 3", "At one KL WARP has more gold reward than one long run", "equal", at_kl, "WARP",
+           "one long run", what="gold"),
+    *(_claim(f"equal-{name.replace(' ', '-').lower()}", "question 4", f"At equal samples WARP is better than {words}",
+             "equal", areas, "WARP", name)
+      for name, words in (("WARP with LERP", "WARP with LERP"), ("one iteration", "one iteration of twice the steps"),
+                          ("one long run", "one run eight times as long"),
+                          ("checkpoint average", "the mean of a long run's checkpoints"),
+                          ("batch of 16", "one run with batches of 16"),
+                          ("batch of 32", "one run with batches of 32"))),
+    Claim("equal-best-of-n", "question 4", "WARP is better than best of n", "equal",
+          lambda rows: Effect({seed: area(rows.fronts("WARP", seed)[0]) - best_of_n_area(rows, seed)
+                               for seed in rows.seeds}), "above", AREA),
+    _claim("outer-momentum", "–", "Momentum in the outer step is better than none", "outer", areas, "momentum",
+           "η = 0.5"),
+    _claim("outer-momentum-1", "–", "Momentum with η = 0.5 is better than η = 1 without", "outer", areas, "momentum",
+           "η = 1"),
+    *(_claim(f"weak-{name}-{beta:g}", "–", f"With β = {beta:g} {words} at one proxy reward", "weak", at_proxy,
+             of(a, beta), of(b, beta))
+      for beta in (0.0, 0.01) for name, a, b, words in (
+          ("slerp", "slerp", "run", "SLERP of four keeps more gold reward than single runs"),
+          ("lerp", "lerp", "run", "LERP of four keeps more gold reward than single runs"),
+          ("wide", "lerp", "batch of 32", "LERP of four keeps more gold reward than one run of equal samples"))),
+    Claim("limit-90", "–", "The best WARP attains 90 % of the limit's area", "best", share("best WARP"), "above",
+          "share of the limit's area", 0.9),
+)
+
+
+def best_of_n_area(rows: Rows, seed: int) -> float:
+    """The area of best-of-n of a seed's draw; its KL is an upper bound, so the area is a lower one."""
+    start = rows.fronts("WARP", seed)[0][0]["reward"]
+    points = [(0.0, start), *((p["kl"], p["reward"]) for p in rows.best_of_n[draw_of(seed)])]
+    return hypervolume(points, (KL_MAX, start))
+
+
+def decide(claim: Claim, rows: Rows) -> dict:
+    """The claim in one world, as claims.json has it."""
+    effect = claim.effect(rows)
+    seeds = sorted(effect.values)
+    interval = hierarchical_bootstrap([effect.values[seed] for seed in seeds], [draw_of(seed) for seed in seeds])
+    found = {
+        "name": claim.name, "world": rows.world, "paper_figure": claim.figure, "statement": claim.statement,
+        "effect": interval.mean, "ci_low": interval.low, "ci_high": interval.high, "unit": claim.unit,
+        "null": claim.null, "margin": claim.margin, "rule": claim.rule, "seeds": interval.count,
+        "verdict": verdict(interval.low, interval.high, claim.rule, claim.null, claim.margin),
+        "study": claim.study, "draws": len({draw_of(seed) for seed in seeds}),
+        "values": {str(seed): round(effect.values[seed], 5) for seed in seeds}}
+    if effect.reached:
+        found |= {"level": effect.level, "reached": effect.reached}
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in found.items()}
+
+
+def pick(only: Sequence[str] | None) -> list[Claim]:
+    """The claims of those names, or all. Raises ValueError that lists the names there are."""
+    names = [claim.name for claim in CLAIMS]
+    for name in only or ():
+        if name not in names:
+            raise ValueError(f"there is no claim {name!r}; there are {', '.join(names)}")
+    return [claim for claim in CLAIMS if not only or claim.name in only]
+
+
+METHODS: Mapping[str, tuple[str, str | dict]] = {
+    # what the distance to the limit is shown of: the study and line of each
+    **{name: ("equal", name) for name in (*EQUAL, "checkpoint average")},
+    "single run, noisy setting": ("merging", "run"), "LITI of SLERP, M = 4": ("merging", "slerp-4"),
+    "EMA anchor, one run": ("anchors", "EMA"), "best WARP": ("best", "best WARP")}
