@@ -16,7 +16,7 @@ from .bench import DRAWS, TUNING_SEEDS, WORLDS, draw_of
 from .claims import METHODS, Claim, Rows, decide, level_of, named, share
 from .noise import PREDICTORS, correlations
 from .runner import run_units, units_of
-from .settings import EQUAL
+from .settings import EQUAL, KL_MAX
 from .tuning import chosen_settings, tuned
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
@@ -121,6 +121,7 @@ def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], s
         found["limit_share"] = limit_shares(evidence, worlds)
         found["equal_compute"] = equal_compute(evidence, worlds)
         found["curves"] = curves(claims, evidence, worlds)
+        found["limits"] = {world: mean_limit(evidence[world, "equal"]) for world in worlds}
     return found
 
 
@@ -173,17 +174,24 @@ def exchanges(config) -> int:
 
 
 def curves(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str]) -> list[dict]:
-    """The mean curves of the lines that claims compare, one value an η or step."""
-    found, done = [], set()
-    for claim in claims:
-        for world in worlds:
-            rows = evidence[world, claim.study]
-            for line in lines_of(claim, rows):
-                key = (world, claim.study, str(line))
-                if key not in done:
-                    done.add(key)
-                    found.append({"world": world, "study": claim.study, "line": line, "points": mean_curve(rows, line)})
-    return found
+    """The mean curves of the lines that claims compare and of the methods held against the limit."""
+    wanted = {}
+    for world in worlds:
+        pairs = [(claim.study, line) for claim in claims for line in lines_of(claim, evidence[world, claim.study])]
+        wanted |= {(world, study, str(line)): line for study, line in [*pairs, *METHODS.values()]}
+    return [{"world": world, "study": study, "line": line, "points": mean_curve(evidence[world, study], line)}
+            for (world, study, _), line in wanted.items()]
+
+
+def mean_limit(rows: Rows) -> list[dict]:
+    """The mean over draws of the limit, at KLs from 0 to 4 nats that every draw's limit reaches."""
+    starts = {draw_of(seed): rows.fronts("WARP", seed)[0][0]["reward"] for seed in rows.seeds}
+    reach = min(KL_MAX, *(limit[-1]["kl"] for limit in rows.limits.values()))
+    grid = np.linspace(0, reach, 41)
+    curves_ = [np.interp(grid, [0.0, *(p["kl"] for p in limit)], [starts[draw], *(p["reward"] for p in limit)])
+               for draw, limit in rows.limits.items()]
+    return [{"kl": round(float(kl), 4), "reward": round(float(reward), 5)}
+            for kl, reward in zip(grid, np.mean(curves_, 0))]
 
 
 def interval_of(values: Mapping[int, float]) -> dict:
@@ -325,6 +333,41 @@ def draw_effect(axes, found: dict) -> None:
     axes.set_title(found["verdict"], color=colour)
 
 
+SHOWN = {"best WARP": COLOURS["slerp"], "WARP": COLOURS["liti"], "batch of 16": COLOURS["sft"],
+         "one long run": COLOURS["single"]}  # the methods whose fronts stand beside the limit
+
+
+def limit_figure(found: dict) -> Figure:
+    """For each world the fronts of some methods under the limit, and the share of its area of every method."""
+    worlds = list(found["worlds"])
+    with style():
+        figure = Figure(figsize=(11, 3.9 * len(worlds)), layout="constrained")
+        panels = figure.subplots(len(worlds), 2, squeeze=False, width_ratios=(1.25, 1))
+        for (left, right), world in zip(panels, worlds):
+            limit = found["limits"][world]
+            left.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="black", ls="--", lw=1.4)
+            left.annotate("limit", (limit[-1]["kl"], limit[-1]["reward"]), (4, 0), textcoords="offset points")
+            for name, colour in SHOWN.items():
+                (line,) = [c["points"] for c in found["curves"] if (c["world"], c["line"]) == (world, name)
+                           and c["study"] == METHODS[name][0]]
+                left.plot([p["kl"] for p in line], [p["reward"] for p in line], color=colour, marker="o", ms=3,
+                          label=name)
+            left.set(xlim=(0, 4.4), ylim=(None, limit[-1]["reward"] + 0.15), xlabel=KL_LABEL,
+                     ylabel="reward (standard deviations of SFT samples)", title=world)
+            left.legend(loc="lower right")
+            shares = sorted((s for s in found["limit_share"] if s["world"] == world), key=lambda s: s["mean"])
+            for y, some in enumerate(shares):
+                colour = SHOWN.get(some["method"], COLOURS["single"])
+                right.barh(y, some["mean"], color=colour, alpha=0.85 if some["method"] in SHOWN else 0.4)
+                right.plot([some["ci_low"], some["ci_high"]], [y, y], color="black", lw=1.2)
+                right.annotate(f"{some['mean']:.0%}", (0.01, y), va="center", color="white", fontsize=9)
+            right.set(yticks=range(len(shares)), yticklabels=[some["method"] for some in shares], xlim=(0, 1),
+                      xlabel="share of the limit's area above SFT, 0 to 4 nats")
+            right.set_title(f"{shares[0]['seeds']} seeds; bars: 95 % intervals")
+            right.grid(axis="y", visible=False)
+    return figure
+
+
 def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folder: Path) -> str:
     """claims.json, claims.md and figures/ in a folder; returns the table."""
     folder = Path(folder)
@@ -334,9 +377,11 @@ def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folde
     made = folder / ".claims.md.part"
     made.write_text(text, encoding="utf-8")
     made.replace(folder / "claims.md")
-    for claim in claims:
-        figure = claim_figure(claim, found["claims"], evidence)
-        part = folder / "figures" / f".{claim.name}.part"
+    figures = {claim.name: claim_figure(claim, found["claims"], evidence) for claim in claims}
+    if "limits" in found:
+        figures["limit"] = limit_figure(found)
+    for name, figure in figures.items():
+        part = folder / "figures" / f".{name}.part"
         figure.savefig(part, format="png", dpi=110)
-        part.replace(folder / "figures" / f"{claim.name}.png")
+        part.replace(folder / "figures" / f"{name}.png")
     return text
