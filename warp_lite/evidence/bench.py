@@ -23,17 +23,17 @@ from ..tasks.reviews import World, reviews_world
 
 WORLDS = {"sentiment": "film reviews that should praise", "detail": "film reviews that should go into detail"}
 DRAWS = 4  # draws of SFT policy and reward model among which seeds are shared out
-TUNING_SEEDS = (9000, 9001, 9002, 9003)  # on which settings are chosen, never reported
-TUNING_DRAWS = 2  # 101 and 102, which no reported seed has
+TUNING_SEEDS = (9000, 9002)  # on which settings are chosen, never reported
+TUNING_DRAW = 101  # theirs, which no reported seed has
 LIMIT_SAMPLES = 6144  # completions a prompt, with which the limit is known to 4 nats
 SAMPLES = 1  # completions a held-out prompt and point of a front: seeds are the error bars
 
 
 def draw_of(seed: int) -> int:
     """The draw of SFT policy and reward model that an RL seed belongs to: four a block of sixteen seeds,
-    and two of their own for the seeds on which settings are chosen."""
+    and one of their own for the seeds on which settings are chosen."""
     if seed in TUNING_SEEDS:
-        return 101 + seed % TUNING_DRAWS
+        return TUNING_DRAW
     return 1 + seed % DRAWS + DRAWS * (seed // 16)
 
 

@@ -31,6 +31,7 @@ class Rows:
     def __init__(self, world: str, rows: Sequence[dict], limits: Mapping[int, list[dict]] | None = None,
                  best_of_n: Mapping[int, list[dict]] | None = None):
         self.world, self.limits, self.best_of_n = world, limits or {}, best_of_n or {}
+        self.cpu_seconds = 0.0
         self.by_line: dict[str, list[dict]] = {}
         for row in rows:
             self.by_line.setdefault(row["line"], []).append(row)

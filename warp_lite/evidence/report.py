@@ -93,13 +93,14 @@ def gather(studies: Sequence[str], worlds: Sequence[str], seeds: Sequence[int], 
     kept: dict[tuple[str, str], list[dict]] = {}
     for unit, found in zip(units, run_units(units, folder, workers, progress)):
         kept.setdefault((unit.world, unit.study), []).append(found)
-    evidence = {}
+    evidence: dict[tuple[str, str], Rows] = {}
     for world in worlds:
         bounds = [{some["draw"]: [row for row in some["rows"] if row["line"] == line]
                    for some in kept.get((world, "limit"), [])} for line in ("limit", "best of n")]
         for study in studies:
             rows = [row for some in kept[world, study] for row in some["rows"]]
             evidence[world, study] = Rows(world, rows, *bounds)
+            evidence[world, study].cpu_seconds = sum(some["cpu_seconds"] for some in kept[world, study])
     return evidence
 
 
@@ -115,7 +116,9 @@ def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], s
         "claims": [decide(claim, evidence[world, claim.study]) for claim in claims for world in worlds],
         "seeds": list(seeds), "tuning_seeds": list(TUNING_SEEDS),
         "draws": sorted({draw_of(seed) for seed in seeds}), "tuning_draws": sorted({draw_of(s) for s in TUNING_SEEDS}),
-        "worlds": {world: WORLDS[world] for world in worlds}, "level": 0.95, "provenance": provenance()}
+        "worlds": {world: WORLDS[world] for world in worlds}, "level": 0.95, "provenance": provenance(),
+        "cpu_minutes": {f"{world}, {study}": round(rows.cpu_seconds / 60, 1)
+                        for (world, study), rows in evidence.items()}}
     found["chance"] = chance(found["claims"])
     if whole:
         found["limit_share"] = limit_shares(evidence, worlds)

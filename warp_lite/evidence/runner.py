@@ -64,12 +64,12 @@ def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int]) 
 def run_unit(unit: Unit, folder: Path) -> Path:
     """Run one unit on one thread and write its rows."""
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started = time.process_time()
     rows = studies()[unit.study](Bench.of(unit.world, unit.draw, unit.seeds))
     path = unit.file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"study": unit.study, "world": unit.world, "draw": unit.draw, "seeds": list(unit.seeds),
-                      "seconds": round(time.perf_counter() - started, 1), "provenance": provenance(), "rows": rows})
+                      "cpu_seconds": round(time.process_time() - started, 1), "provenance": provenance(), "rows": rows})
     return path
 
 
