@@ -17,7 +17,7 @@ from .claims import METHODS, Claim, Rows, decide, level_of, named, share
 from .noise import PREDICTORS, correlations
 from .runner import run_units, units_of
 from .settings import EQUAL, KL_MAX
-from .tuning import chosen_settings, tuned
+from .tuning import PARTS, chosen_settings, tuned
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
 VERDICT_COLOURS = {"holds": COLOURS["liti"], "fails": COLOURS["sft"], "unclear": COLOURS["single"]}
@@ -39,7 +39,7 @@ def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds:
 def run_tuning(out: Path, worlds: Sequence[str], workers: int | None = None, progress: bool = True) -> str:
     """Choose the settings of every purpose on the tuning seeds; writes tuned.json and returns what was chosen."""
     worlds = pick_worlds(worlds)
-    units = units_of(["tuning"], worlds, TUNING_SEEDS)
+    units = units_of([f"tuning of {part}" for part in PARTS], worlds, TUNING_SEEDS)
     rows: dict[str, list[dict]] = {world: [] for world in worlds}
     for unit, found in zip(units, run_units(units, out, workers, progress)):
         rows[unit.world] += found["rows"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +19,8 @@ from tqdm.auto import tqdm
 
 from ..runs import json_hash, provenance, read_json, write_json
 from . import settings
-from .bench import Bench, draw_of
-from .tuning import tuned_configs
+from .bench import LIMIT_SAMPLES, SAMPLES, Bench, draw_of
+from .tuning import PARTS, grids, tuned_configs, tuning
 
 
 @dataclass(frozen=True)
@@ -32,24 +34,27 @@ class Unit:
 
     def file(self, folder: Path) -> Path:
         """Where its rows are kept; the name has the hash of all that they depend on."""
-        return folder / "units" / f"{self.study}-{self.world}-{self.draw}-{self.fingerprint()[:12]}.json"
+        name = self.study.replace(" ", "-")
+        return folder / "units" / f"{name}-{self.world}-{self.draw}-{self.fingerprint()[:12]}.json"
 
     def fingerprint(self) -> str:
-        """A hash of the study's code, the settings there are, those chosen if it uses them, the world and the seeds."""
-        source = inspect.getsource(studies()[self.study])
-        constants = {name: repr(value) for name, value in vars(settings).items() if name.isupper()}
+        """A hash of the study's code, the settings it names, those chosen if it uses them, the world and the seeds."""
+        part = self.study.partition(" of ")[2]
+        source = inspect.getsource(tuning if part else studies()[self.study])
+        used = {name: repr(value) for name, value in vars(settings).items()
+                if name.isupper() and re.search(rf"\b{name}\b", source)}
         chosen = tuned_configs(self.world) if "tuned(" in source else None
+        tried = repr(grids(part)) if part else None
         seeds = () if self.study == "limit" else self.seeds
-        return json_hash([source, constants, chosen, self.world, self.draw, list(seeds)])
+        return json_hash([source, used, chosen, tried, SAMPLES, LIMIT_SAMPLES, self.world, self.draw, list(seeds)])
 
 
 def studies() -> dict[str, Callable[[Bench], list[dict]]]:
     """Every study by name."""
     from .noise import noise
     from .studies import STUDIES
-    from .tuning import tuning
 
-    return STUDIES | {"tuning": tuning, "noise": noise}
+    return STUDIES | {"noise": noise} | {f"tuning of {part}": partial(tuning, part=part) for part in PARTS}
 
 
 def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int]) -> list[Unit]:

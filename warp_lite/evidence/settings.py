@@ -19,7 +19,8 @@ NOISY = WarpConfig(iterations=1, runs=4, steps=100, batch_size=4, lr=1e-3, beta=
 # Longer runs of batches of 8, on which anchors are compared.
 ANCHORS = WarpConfig(iterations=1, runs=1, steps=240, batch_size=8, lr=1e-3, beta=0.3, mu=0.01, merge="none",
                      eval_every=20)
-SFT_BETAS = (0.03, 0.1, 0.3)
+EMA_BETAS = (0.1, 0.3, 0.5, 1.0)
+SFT_BETAS = (0.1, 0.3, 0.6)
 # The noise map: batch size × learning rate.
 NOISE_GRID = tuple(NOISY.replace(batch_size=batch, lr=lr) for batch in (2, 4, 8, 16, 32) for lr in (3e-4, 1e-3, 3e-3))
 # Equal compute: 3,200 completions each, by name.
@@ -34,6 +35,8 @@ EQUAL = {
 # Weak regularisation: merged runs of batches of 8 against one run of batches of 32.
 WEAK = NOISY.replace(steps=150, batch_size=8, lr=7e-4, merge="lerp")
 WIDE = WEAK.replace(runs=1, batch_size=32, merge="none")
+# The nearest to the limit, at any compute.
+LARGE = WarpConfig(runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
 
 
 def area(points: Sequence[dict], kl_max: float = KL_MAX, kind: str = "reward") -> float:

@@ -12,40 +12,39 @@ import numpy as np
 from ..config import WarpConfig
 from ..runs import read_json
 from .bench import TUNING_SEEDS, Bench
-from .settings import ANCHORS, EQUAL, ETAS, SFT_BETAS, WEAK, WEAK_ETAS, WIDE, area
+from .settings import ANCHORS, EMA_BETAS, EQUAL, ETAS, LARGE, SFT_BETAS, WEAK, WEAK_ETAS, WIDE, area
 
 EVIDENCE = Path(__file__).parent
 TUNED = EVIDENCE / "tuned.json"
+PARTS = ("anchors", "equal", "weak", "best")  # each a study of its own
 WEAK_PURPOSES = [f"{name}, β = {beta:g}" for beta in (0.0, 0.01) for name in ("merged", "batch of 32")]
 
 
-def grids() -> dict[str, dict[str, WarpConfig]]:
-    """The settings that are tried, by what they are for and by name."""
-    found: dict[str, dict[str, WarpConfig]] = {
-        "EMA anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta) for beta in (0.1, 0.3, 0.5)},
-        "SFT anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor="sft") for beta in SFT_BETAS},
-    }
-    for name, config in EQUAL.items():
-        found[name] = {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
-                       for lr in (3e-4, 6e-4, 1.2e-3, 2.4e-3) for beta in (0.1, 0.3)}
-    for beta in (0.0, 0.01):
-        for name, config in (("merged", WEAK), ("batch of 32", WIDE)):
-            found[f"{name}, β = {beta:g}"] = {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
-                                              for lr in (1.5e-4, 3e-4, 7e-4, 1.5e-3)}
-    large = WarpConfig(runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
-    found["best WARP"] = {f"I={count}, β={beta:g}": large.replace(iterations=count, beta=beta)
-                          for count in (1, 2) for beta in (0.2, 0.35, 0.6)}
-    return found
+def grids(part: str | None = None) -> dict[str, dict[str, WarpConfig]]:
+    """The settings that are tried, by what they are for and by name; of one part of them, or of all."""
+    found: dict[str, dict[str, dict[str, WarpConfig]]] = {"anchors": {
+        "EMA anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta) for beta in EMA_BETAS},
+        "SFT anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor="sft") for beta in SFT_BETAS}}}
+    found["equal"] = {name: {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
+                             for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3) for beta in (0.3, 0.6)}
+                      for name, config in EQUAL.items()}
+    found["weak"] = {f"{name}, β = {beta:g}": {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
+                                               for lr in (1.5e-4, 3e-4, 7e-4, 1.5e-3)}
+                     for beta in (0.0, 0.01) for name, config in (("merged", WEAK), ("batch of 32", WIDE))}
+    found["best"] = {"best WARP": {f"I={count}, β={beta:g}": LARGE.replace(iterations=count, beta=beta)
+                                   for count in (1, 2, 3) for beta in (0.6, 1.0)}}
+    if part is not None:
+        return found[part]
+    return {purpose: some for purposes in found.values() for purpose, some in purposes.items()}
 
 
-def tuning(bench: Bench) -> list[dict]:
-    """As a study: a row for each purpose and setting, with its score for each seed of this draw.
+def tuning(bench: Bench, part: str) -> list[dict]:
+    """A row for each purpose and setting of a part, with its score for each seed of this draw.
 
     The score is the area of the front up to 4 nats; for an anchor that of the trajectory; under weak
     regularisation how much gold reward is left. None where a front does not get as far as is asked.
     """
-    tried = grids()
-    configs = {(purpose, name): config for purpose, some in tried.items() for name, config in some.items()}
+    configs = {(purpose, name): config for purpose, some in grids(part).items() for name, config in some.items()}
     experiment = bench.train(configs, trajectory_samples=2)
     rows = []
     for (purpose, name), results in experiment.results.items():
