@@ -26,8 +26,7 @@ DRAWS = 4  # draws of SFT policy and reward model among which seeds are shared o
 TUNING_SEEDS = (9000, 9002)  # on which settings are chosen, never reported
 TUNING_DRAW = 101  # theirs, which no reported seed has
 LIMIT_SAMPLES = 6144  # completions a prompt, with which the limit is known to 4 nats
-SAMPLES = 2  # completions a held-out prompt and point of a front: seeds are the error bars
-TUNING_SAMPLES = 1  # the same while settings are chosen
+SAMPLES = 1  # completions a held-out prompt and point of a front: seeds are the error bars
 
 
 def draw_of(seed: int) -> int:
@@ -78,12 +77,11 @@ class Bench:
                      for m in metrics]
         return rows
 
-    def fronts(self, lines: Sequence[tuple[dict, Weights]], etas: Sequence[float], texts: bool = False,
-               samples: int = SAMPLES) -> list[dict]:
+    def fronts(self, lines: Sequence[tuple[dict, Weights]], etas: Sequence[float], texts: bool = False) -> list[dict]:
         """The LITI fronts from θ_sft to each of the weights: a row a point, that of η = 0 included."""
         places = [(label, weights, float(eta)) for label, weights in lines for eta in etas]
         states = [self.sft, *(liti(self.sft, weights, eta) for _, weights, eta in places)]
-        start, *rest = self.measure(states, samples, texts)
+        start, *rest = self.measure(states, texts=texts)
         return [{**label, "eta": 0.0, **start} for label, _ in lines] + [
             {**label, "eta": eta, **row} for (label, _, eta), row in zip(places, rest)]
 

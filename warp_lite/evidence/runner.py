@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..runs import json_hash, provenance, read_json, write_json
 from . import settings
-from .bench import LIMIT_SAMPLES, SAMPLES, TUNING_SAMPLES, Bench, draw_of
+from .bench import LIMIT_SAMPLES, SAMPLES, Bench, draw_of
 from .tuning import PARTS, grids, tuned_configs, tuning
 
 
@@ -46,8 +46,7 @@ class Unit:
         chosen = tuned_configs(self.world) if "tuned(" in source else None
         tried = repr(grids(part)) if part else None
         seeds = () if self.study == "limit" else self.seeds
-        samples = [SAMPLES, TUNING_SAMPLES, LIMIT_SAMPLES]
-        return json_hash([source, used, chosen, tried, samples, self.world, self.draw, list(seeds)])
+        return json_hash([source, used, chosen, tried, SAMPLES, LIMIT_SAMPLES, self.world, self.draw, list(seeds)])
 
 
 def studies() -> dict[str, Callable[[Bench], list[dict]]]:

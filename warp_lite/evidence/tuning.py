@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import WarpConfig
 from ..runs import read_json
-from .bench import TUNING_SAMPLES, TUNING_SEEDS, Bench
+from .bench import TUNING_SEEDS, Bench
 from .settings import ANCHORS, EMA_BETAS, EQUAL, ETAS, LARGE, SFT_BETAS, WEAK, WEAK_ETAS, WIDE, area
 
 EVIDENCE = Path(__file__).parent
@@ -53,7 +53,7 @@ def tuning(bench: Bench, part: str) -> list[dict]:
         else:
             found = bench.fronts([({"seed": seed}, result.iterations[-1].merged)
                                   for seed, result in zip(bench.seeds, results)],
-                                 WEAK_ETAS if purpose in WEAK_PURPOSES else ETAS, samples=TUNING_SAMPLES)
+                                 WEAK_ETAS if purpose in WEAK_PURPOSES else ETAS)
         measure = gold_kept if purpose in WEAK_PURPOSES else area
         fronts = [[row for row in found if row["seed"] == seed] for seed in bench.seeds]
         rows.append({"purpose": purpose, "name": name, "scores": [measure(front) for front in fronts]})
