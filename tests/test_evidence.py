@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +212,51 @@ def test_the_command_refuses_what_it_cannot_use(tmp_path, capsys):
 def test_claims_have_names_of_their_own_and_studies_that_exist():
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
     assert {claim.study for claim in CLAIMS} <= set(runner.studies())
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return load("claims")
+
+
+def test_committed_verdicts_follow_from_their_values_by_their_rule(committed):
+    for claim in committed["claims"]:
+        seeds = [int(seed) for seed in claim["values"]]
+        interval = hierarchical_bootstrap(list(claim["values"].values()), [draw_of(seed) for seed in seeds])
+        assert claim["seeds"] == len(seeds) == interval.count
+        if seeds:
+            assert (claim["effect"], claim["ci_low"], claim["ci_high"]) == pytest.approx(
+                (interval.mean, interval.low, interval.high), abs=1e-4), claim["name"]
+            assert claim["verdict"] == verdict(claim["ci_low"], claim["ci_high"], claim["rule"], claim["null"],
+                                               claim["margin"]), claim["name"]
+        else:
+            assert claim["verdict"] == "unclear"
+
+
+def test_the_committed_evidence_is_of_every_claim_sixteen_seeds_and_four_draws(committed):
+    assert {claim["name"] for claim in committed["claims"]} == {claim.name for claim in CLAIMS}
+    assert len(committed["seeds"]) == 16 and len(committed["draws"]) == 4
+    assert not set(committed["seeds"]) & set(committed["tuning_seeds"])
+    assert not set(committed["draws"]) & set(committed["tuning_draws"])
+    assert committed["provenance"]["commit"] and committed["provenance"]["packages"]["torch"]
+    counts = report.chance(committed["claims"])
+    assert committed["chance"] == counts and counts["verdicts"] == len(committed["claims"])
+
+
+def test_committed_settings_are_the_best_of_those_that_were_tried():
+    for found in load("tuned")["worlds"].values():
+        assert set(found) == set(tuning.grids())
+        for purpose, chosen in found.items():
+            scores = {name: score for name, score in chosen["scores"].items() if score is not None}
+            assert chosen["chosen"] == max(scores, key=scores.get)
+            assert WarpConfig(**chosen["config"]) == tuning.grids()[purpose][chosen["chosen"]]
+
+
+def test_the_readme_says_what_the_committed_evidence_says(committed):
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert report.headlines(committed) in text
+
+
+def test_evidence_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="there is no evidence 'nonsense'; there is claims, noise, tuned"):
+        load("nonsense")

@@ -245,6 +245,31 @@ def table(found: dict) -> str:
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
+HEADLINES = ("ema-anchor", "no-kl-gold", "4-runs-against-1", "liti-trajectory", "average-two", "slerp-lerp-reward",
+             "slerp-lerp-front", "angle", "iteration-2-reach", "iteration-2-front", "length", "diversity",
+             "ablation-liti", "beta-for-liti", "equal-one-long-run", "equal-batch-of-16")
+
+
+def headlines(found: dict) -> str:
+    """The claims that the README shows, as Markdown: the verdict and the effect with its interval."""
+    worlds = list(found["worlds"])
+    lines = [f"| claim | {' | '.join(worlds)} |", "|---|" + "---|" * len(worlds)]
+    for name in HEADLINES:
+        some = {claim["world"]: claim for claim in found["claims"] if claim["name"] == name}
+        cells = [short(some[world]) if world in some else "–" for world in worlds]
+        lines.append(f"| {next(iter(some.values()))['statement']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short(claim: dict) -> str:
+    """A verdict with its effect and interval alone."""
+    if claim["effect"] is None:
+        return f"**{claim['verdict']}**"
+    digits = 1 if claim["unit"] == "degrees" else 2
+    low, high = (bound(claim[end], digits) for end in ("ci_low", "ci_high"))
+    return f"**{claim['verdict']}** {claim['effect']:+.{digits}f} [{low}, {high}]"
+
+
 def cell(claim: dict) -> str:
     """A verdict with its effect and, for a comparison at one level, that level and how many seeds reach it."""
     if claim["effect"] is None:
@@ -261,9 +286,9 @@ def cell(claim: dict) -> str:
     return text
 
 
-def bound(value: float | None) -> str:
+def bound(value: float | None, digits: int = 2) -> str:
     """An end of an interval, which one draw alone has not."""
-    return "–" if value is None else f"{value:+.2f}"
+    return "–" if value is None else f"{value:+.{digits}f}"
 
 
 # --- the figures ---
