@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from warp_lite.cli import main
-from warp_lite.evaluation.statistics import hierarchical_bootstrap
-from warp_lite.evidence import claims, noise, report, runner, tuning
+from warp_lite.config import WarpConfig
+from warp_lite.evaluation.statistics import hierarchical_bootstrap, verdict
+from warp_lite.evidence import claims, load, noise, report, runner, tuning
 from warp_lite.evidence.bench import TUNING_SEEDS, draw_of, noise_scale
 from warp_lite.evidence.claims import CLAIMS, Claim, Rows, decide
 
