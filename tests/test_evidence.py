@@ -72,8 +72,8 @@ def test_areas_shares_and_shapes_of_curves_that_are_known():
     curved = Rows("sentiment", front("c", 0, 3 * etas**2 + etas, 2 * etas - etas**2))
     assert claims.curvature("c", "kl")(curved).values == pytest.approx({0: 3.0})
     assert claims.curvature("c", "reward")(curved).values == pytest.approx({0: -1.0})
-    least = min(4 * eta - (3 * eta**2 + eta) for eta in etas[1:-1])
-    assert claims.under_the_chord("c")(curved).values == pytest.approx({0: least})
+    under = claims.under_the_chord("c", float(etas[3]))(curved).values
+    assert under == pytest.approx({0: 4 * 0.6 - (3 * 0.36 + 0.6)})
 
 
 def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
