@@ -37,6 +37,7 @@ from .policies import (
     sample,
     stack,
 )
+from .precision import compute_dtype, full_precision
 from .reinforce import Run, RunState, checked_rewards, draw, train_batched, train_serial
 from .result import Iteration, WarpResult, copy_weights, run_settings, write_iteration, write_start
 from .rewards import reward_name, rollout_rewards
@@ -54,6 +55,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
              progress: bool = True, stop: Callable[[], bool] | None = None, source: dict | None = None) -> WarpResult:
     """Algorithm 1 on any Hugging Face causal LM, whose own weights are left as they were.
 
+    Everything is computed and stored in float32 or wider; a narrower policy is widened first.
     policy: a model, or a name or folder (then its tokenizer comes with it). reward: a function of
     TRL's signature, or a list with one for each of the M runs. prompts: a list of str, or a data set
     with a `prompt` column; without `eval_prompts` a fifth of them is held out. executor: "batched"
@@ -211,9 +213,11 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, eval_pro
         held_out = encode_prompts(tokenizer, eval_prompts, room)
     if texts is not None:
         encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
+    compute_dtype(config.precision, policy.device)
+    model = full_precision(policy)
     result = WarpResult(
-        config, policy, tokenizer, reward, held_out.texts, copy_weights(parameters(policy)), gold=gold, texts=texts,
-        train_prompts=encoded.texts, eval_columns=held_out.columns, source=source)
+        config, model, tokenizer, reward, held_out.texts, copy_weights(parameters(model)), gold=gold, texts=texts,
+        train_prompts=encoded.texts, eval_columns=held_out.columns, source=source, dtype=policy.dtype)
     return result, encoded.to(policy.device), rewards
 
 
@@ -233,7 +237,7 @@ def try_rewards(result: WarpResult, prompts: Prompts, rewards: Sequence[Callable
     Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite.
     """
     forward, config, held_out = make_forward(result.model), result.config, result.held_out
-    weights = forward.prepare(stack([result.sft]))
+    weights = forward.prepare(stack([result.sft], result.model.device))
     for m, reward in enumerate(rewards, 1):
         run = Run(config, 1, m, result.sft, result.sft, reward)
         batch, uniforms = draw([run], 0, prompts)
