@@ -22,12 +22,16 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -138,10 +142,6 @@ class HalvedForward:
                   and isinstance(module, (torch.nn.Linear, Conv1D)) for own, _ in module.named_parameters()}
         return inside & {name for name, _ in self.model.named_parameters()}
 
-    def mixed(self, device):
-        """The context in which the matrix products are taken in `dtype`."""
-        return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype, cache_enabled=False)
-
 
 class ModuleForward(HalvedForward):
     """The library's own module, cache and masks, one policy after the other.
@@ -152,7 +152,12 @@ class ModuleForward(HalvedForward):
 
     def __init__(self, model, dtype: torch.dtype | None = None, checkpointing: bool = False):
         super().__init__(model, dtype)
-        self.checkpointing = checkpointing
+        self.layers = []  # those that are computed again
+        if checkpointing:
+            self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            if not self.layers:
+                raise ValueError(f"checkpointing: {type(model).__name__} has no layers that can be checkpointed; "
+                                 "leave it out")
 
     def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> list[DynamicCache]:
         """One dynamic cache a policy."""
@@ -161,8 +166,10 @@ class ModuleForward(HalvedForward):
     def run(self, module, w, ids: Tensor, mask: Tensor | None, cache, pick) -> Tensor:
         """What `pick` takes of the module's output, for each policy."""
         results = []
-        again = self.checkpointing and cache is None and torch.is_grad_enabled()
-        with self.mixed(ids.device), _checkpointed_layers(self.model) if again else nullcontext():
+        again = self.layers and cache is None and torch.is_grad_enabled()
+        with (nullcontext() if self.dtype is None else torch.autocast(
+                ids.device.type, self.dtype, cache_enabled=False),
+              _checkpointed_layers(self.layers) if again else nullcontext()):
             for e in range(ids.shape[0]):
                 options = {"use_cache": cache is not None, "past_key_values": cache[e] if cache else None}
                 if mask is not None:
@@ -174,21 +181,18 @@ class ModuleForward(HalvedForward):
 
 
 @contextmanager
-def _checkpointed_layers(model):
-    """The library's gradient checkpointing, which it heeds in layers that train: the layers alone, not
-    the dropout within them."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    before = any(layer.gradient_checkpointing for layer in layers)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _checkpointed_layers(layers: list[GradientCheckpointingLayer]):
+    """The library's gradient checkpointing, which it heeds in layers that train: it is switched on in the
+    layers themselves, so that the dropout within them stays off and no flag of the user's model changes."""
+    before = [(layer.gradient_checkpointing, getattr(layer, "_gradient_checkpointing_func", None)) for layer in layers]
     for layer in layers:
-        layer.training = True
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = False
-        if not before:
-            model.gradient_checkpointing_disable()
+        for layer, (on, function) in zip(layers, before):
+            layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func = False, on, function
 
 
 class VmapForward(HalvedForward):
@@ -256,12 +260,34 @@ class VmapForward(HalvedForward):
                 "use_cache": past is not None}))
 
         # The fused kernels have no batching rule and would be looped over.
-        with (self.mixed(ids.device), sdpa_kernel(SDPBackend.MATH),
+        with (nullcontext() if self.dtype is None else NarrowProducts(self.dtype), sdpa_kernel(SDPBackend.MATH),
               _padding_without_gradient(self.model.get_input_embeddings())):
             result = vmap(one)(w, ids, positions(mask)[..., start:], masks, cache.buffers if cache else [])
         if cache:
             cache.length += Q
         return result
+
+
+class NarrowProducts(TorchFunctionMode):
+    """What `torch.autocast` does to matrix products and attention; under vmap that reaches some of them only."""
+
+    products = {F.linear, F.scaled_dot_product_attention, torch.addmm, torch.matmul, torch.bmm, torch.baddbmm,
+                Tensor.matmul, Tensor.__matmul__}
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Call the function, its float32 tensors narrowed if it is a product."""
+        kwargs = kwargs or {}
+        if function in self.products:
+            args, kwargs = tree_map_only(Tensor, self.narrow, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def narrow(self, tensor: Tensor) -> Tensor:
+        """A float32 tensor in the dtype of the products."""
+        return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor
 
 
 @contextmanager
