@@ -82,7 +82,8 @@ def test_settings_are_read_from_text_by_the_type_of_their_field():
     ("lr", "NAME=VALUE, not 'lr'"), ("lr=fast", "lr must be of type float, not 'fast'"),
     ("runs=2.5", "runs must be of type int, not '2.5'"), ("runs=", "runs must be of type int, not ''"),
     ("rnus=2", "no setting 'rnus'; the nearest is 'runs'"), ("lr=nan", "lr must be finite"),
-    ("anchor=", "anchor must be one of"), ("offload=1", "offload must be true or false, not '1'"), ("checkpointing=", "must be true or false, not ''"),
+    ("anchor=", "anchor must be one of"),
+    ("offload=1", "offload must be true or false, not '1'"), ("checkpointing=", "must be true or false, not ''"),
     ("anchor=a=b", "anchor must be one of .*'a=b'"), ("=3", "no setting ''"),
 ])
 def test_text_that_cannot_be_used_is_refused_in_one_line(text, words):

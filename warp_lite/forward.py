@@ -40,21 +40,25 @@ from transformers.pytorch_utils import Conv1D
 from .gpt2 import GPT2Forward, attention_bias, positions
 
 
-def make_forward(model, executor: str = "batched", dtype: torch.dtype | None = None, checkpointing: bool = False):
+def make_forward(model, executor: str = "batched", dtype: torch.dtype | None = None, checkpointing: bool = False,
+                 chunked: bool = False):
     """The forward for an executor: the reference for "serial", else the fastest that serves the model.
 
-    Raises ValueError where it cannot do with `checkpointing`.
+    Raises ValueError where it cannot do with `checkpointing`, or with logits in chunks.
     """
     if executor == "serial":
-        return ModuleForward(model, dtype, checkpointing)
-    reuse_memory()
-    fastest = next((kind for kind in (GPT2Forward, VmapForward) if kind.supports(model)), ModuleForward)
-    if not checkpointing:
-        return fastest(model, dtype)
-    if fastest is not GPT2Forward:
-        raise ValueError(f"checkpointing: policies of type {type(model).__name__} cannot be checkpointed while they "
-                         "train together; use executor='serial'")
-    return fastest(model, dtype, checkpointing)
+        forward = ModuleForward(model, dtype, checkpointing)
+    else:
+        reuse_memory()
+        fastest = next((kind for kind in (GPT2Forward, VmapForward) if kind.supports(model)), ModuleForward)
+        if checkpointing and fastest is not GPT2Forward:
+            raise ValueError(f"checkpointing: policies of type {type(model).__name__} cannot be checkpointed while "
+                             "they train together; use executor='serial'")
+        forward = fastest(model, dtype, checkpointing) if checkpointing else fastest(model, dtype)
+    if chunked and not isinstance(forward, GPT2Forward) and forward.linear_head is None:
+        raise ValueError(f"logit_chunk: the logits of a {type(model).__name__} are not a linear map of its last "
+                         "hidden states; leave it at 0")
+    return forward
 
 
 @lru_cache(maxsize=1)
@@ -113,10 +117,7 @@ class HalvedForward:
         return self.run(self.model.base_model, inner, ids, mask, cache, lambda output: output.last_hidden_state)
 
     def head(self, w, x: Tensor) -> Tensor:
-        """Logits (E, N, V) of last hidden states (E, N, C). Raises ValueError where they are no linear map of them."""
-        if self.linear_head is None:
-            raise ValueError(f"logit_chunk: the logits of a {type(self.model).__name__} are not a linear map of its "
-                             "last hidden states; leave it at 0")
+        """Logits (E, N, V) of last hidden states (E, N, C), where there is a `linear_head`."""
         return self.linear_head(w, x)
 
     @cached_property
@@ -125,10 +126,11 @@ class HalvedForward:
         """The head, if it gives the module's logits (tried on a few tokens), else None."""
         ids = torch.arange(4, device=self.model.device).view(1, 1, 4) % self.model.config.vocab_size
         weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.model.named_parameters()}
-        expected = self.run(self.model, weights, ids, None, None, lambda output: output.logits)
+        mask = torch.ones_like(ids)
+        expected = self.run(self.model, weights, ids, mask, None, lambda output: output.logits)
         try:
             head = LinearHead(self.model)
-            logits = head(weights, self.hidden(weights, ids).flatten(1, 2)).view(expected.shape)
+            logits = head(weights, self.hidden(weights, ids, mask).flatten(1, 2)).view(expected.shape)
         except Exception:  # whatever a module has in place of a trunk and a head
             return None
         tolerance = 1e-4 if self.dtype is None else 0.05  # the module's own head is in `dtype`, too

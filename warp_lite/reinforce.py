@@ -119,7 +119,7 @@ def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
 def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | None) -> RunState:
     config, start, model = run.config, run.start(), full_precision(model)
     load_weights(model, start.policy)
-    forward = make_forward(model, "serial", compute_dtype(config.precision, model.device), config.checkpointing)
+    forward = forward_for(model, "serial", config)
     theta = dict(model.named_parameters())
     policy = {name: parameter.unsqueeze(0) for name, parameter in theta.items()}         # (1, …)
     kept = theta  # what the optimiser updates: with `offload` a copy on the CPU
@@ -185,7 +185,7 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
     starts = [run.start() for run in runs]
     if len({start.step for start in starts}) > 1:
         raise ValueError(f"runs of one batch must start at one step, not {[start.step for start in starts]}")
-    forward = make_forward(model, "batched", compute_dtype(config.precision, model.device), config.checkpointing)
+    forward = forward_for(model, "batched", config)
     ensemble = Ensemble(
         [start.policy for start in starts], [run.config.lr for run in runs],
         (config.adam_beta1, config.adam_beta2), config.adam_eps, [run.config.max_grad_norm for run in runs],
@@ -257,6 +257,12 @@ def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_lo
         backward(loss.sum(), start > 0)
         total, start = total + loss.detach(), rows.stop
     return logp, r_beta, total
+
+
+def forward_for(model, executor: str, config: WarpConfig):
+    """The forward that an executor trains with. Raises ValueError for settings that it cannot do with."""
+    dtype = compute_dtype(config.precision, model.device)
+    return make_forward(model, executor, dtype, config.checkpointing, config.logit_chunk > 0)
 
 
 def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Tensor]:

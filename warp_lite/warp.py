@@ -24,7 +24,7 @@ from .config import WarpConfig
 from .evaluation.metrics import encode_texts, evaluate_many
 from .forward import make_forward
 from .liti import liti
-from .memory import free_memory, training_memory
+from .memory import free_memory, settings_that_fit, training_memory
 from .policies import (
     Prompts,
     Weights,
@@ -38,7 +38,7 @@ from .policies import (
     stack,
 )
 from .precision import compute_dtype, full_precision
-from .reinforce import Run, RunState, checked_rewards, draw, train_batched, train_serial
+from .reinforce import Run, RunState, checked_rewards, draw, forward_for, train_batched, train_serial
 from .result import Iteration, WarpResult, copy_weights, run_settings, write_iteration, write_start
 from .rewards import reward_name, rollout_rewards
 from .runs import RunFolder, check_out, pinned_threads
@@ -46,7 +46,8 @@ from .slerp import lerp, slerp
 from .weights import is_finite
 
 EXECUTORS = {"batched": train_batched, "serial": train_serial}
-MEMORY_SHARE = 0.8  # of the free memory, that a batched run may take by its estimate
+MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
+WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
 
 
@@ -73,7 +74,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     result, prompts, rewards = checked_input(policy, tokenizer, reward, prompts, config or WarpConfig(), executor,
                                              eval_prompts, gold, texts, source)
     config, folder, was_training = result.config, None, policy.training
-    train = fitting_executor(executor, policy, prompts, config)
+    train = fitting_executor(executor, result.model, prompts, config, progress)
     try:
         if out is not None:
             folder = open_folder(out, resume, result, prompts, rewards)
@@ -96,15 +97,33 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     return result
 
 
-def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig):
-    """The function that trains an iteration's runs: one after the other if together they would not fit in memory."""
-    if executor == "batched":
-        needed = training_memory(policy, config.runs, config.batch_size, prompts.ids.shape[-1], config.max_new_tokens)
-        free = free_memory(policy.device)
-        if needed.total > MEMORY_SHARE * free:
-            print(f"warp-lite: together the runs would take {needed}, and {free / 2**30:.2f} GiB are free; "
-                  "they train one after the other", file=sys.stderr)
-            return train_serial
+def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True):
+    """The function that trains an iteration's runs: one after the other if together they would not fit in memory,
+    or cannot be checkpointed. Says so, and what to set where not even one fits, on stderr in one line.
+
+    Raises ValueError for settings that the policy cannot be trained with.
+    """
+    if executor == "batched" and config.checkpointing:
+        try:
+            forward_for(policy, "batched", config)
+        except ValueError as error:
+            print(f"warp-lite: {str(error).partition(';')[0]}; they train one after the other", file=sys.stderr)
+            executor = "serial"
+    if config.checkpointing or config.logit_chunk:
+        forward_for(policy, executor, config)
+    shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
+    free = free_memory(policy.device)
+    there, told = f"{free / 2**30:.2f} GiB are free", ""
+    needed = training_memory(policy, 1 if executor == "serial" else config.runs, *shape, executor == "batched")
+    if executor == "batched" and needed.total > MEMORY_SHARE * free:
+        told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
+        executor, needed = "serial", training_memory(policy, 1, *shape, together=False)
+    if executor == "serial" and needed.total > MEMORY_SHARE * free:
+        changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, together=False)
+        advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
+        told = f"warp-lite: a run would take {needed}, and {there}; {advice}"
+    if told or progress and needed.total > WORTH_SAYING:
+        print(told or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
     return EXECUTORS[executor]
 
 
