@@ -26,7 +26,7 @@ class Ensemble:
         self.grads = torch.empty_like(self.flat)
         self.shapes = {name: tensor.shape for name, tensor in states[0].items()}
         self.weights = {name: view.detach().requires_grad_() for name, view in self.views(self.live).items()}
-        self.max_norm = torch.tensor(max_norm, dtype=self.flat.dtype, device=self.flat.device)
+        self.max_norm = torch.tensor(max_norm, dtype=self.flat.dtype).to(self.flat.device)
         self.lrs, groups, start = list(lrs), [], 0
         for end in range(1, len(lrs) + 1):  # a group of the optimiser for each stretch of rows with one rate
             if end == len(lrs) or lrs[end] != lrs[start]:
@@ -76,11 +76,13 @@ class Ensemble:
         return {name: view[e].to("cpu", copy=True) for name, view in self.views(flat).items()}
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Adam's first and second moments, (E, P) each; zeros before the first step."""
+        """Adam's first and second moments, (E, P) each, to be read; zeros before the first step."""
         names = ("exp_avg", "exp_avg_sq")
         states = [self.optimizer.state.get(group["params"][0]) for group in self.optimizer.param_groups]
         if not states[0]:
             return torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        if len(states) == 1:  # no copy
+            return tuple(states[0][name] for name in names)
         return tuple(torch.cat([state[name] for state in states]) for name in names)
 
     def restore(self, moments: tuple[Sequence[Weights], Sequence[Weights]], step: int) -> None:
@@ -91,6 +93,6 @@ class Ensemble:
             rows = group["params"][0]
             end = start + len(rows)
             self.optimizer.state[rows] = {
-                "step": torch.tensor(float(step), device=rows.device),
+                "step": torch.tensor(float(step)).to(rows.device),
                 "exp_avg": first[start:end].clone(), "exp_avg_sq": second[start:end].clone()}
             start = end

@@ -80,11 +80,11 @@ class Rollout:
 
     def select(self, members: list[int]) -> Rollout:
         """The completions of some of the policies."""
-        B = self.ids.shape[1]
+        B, index = self.ids.shape[1], torch.tensor(members)
         rows = [e * B + b for e in members for b in range(B)]
-        prompts = Prompts([self.prompts.texts[i] for i in rows], self.prompts.ids[members], self.prompts.mask[members],
+        prompts = Prompts([self.prompts.texts[i] for i in rows], self.prompts.ids[index], self.prompts.mask[index],
                           {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()})
-        return Rollout(prompts, self.ids[members], self.mask[members], self.logprobs[members])
+        return Rollout(prompts, self.ids[index], self.mask[index], self.logprobs[index])
 
     def split(self, size: int) -> list[Rollout]:
         """The same in parts of at most `size` completions a policy; 0: in one."""

@@ -193,9 +193,9 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
     if starts[0].step:
         ensemble.restore(([s.exp_avg for s in starts], [s.exp_avg_sq for s in starts]), starts[0].step)
     anchor = Ensemble.flatten([start.anchor for start in starts], ensemble.flat.device)  # (E, P)
-    mu = anchor.new_tensor([run.mu for run in runs]).unsqueeze(1)
-    beta = torch.tensor([run.beta for run in runs], dtype=torch.float64, device=model.device).unsqueeze(1)  # (E, 1)
-    anchored = bool((beta > 0).any())
+    mu = torch.tensor([run.mu for run in runs], dtype=anchor.dtype).unsqueeze(1).to(anchor.device)
+    beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1).to(model.device)   # (E, 1)
+    anchored = any(run.beta > 0 for run in runs)
     first_step = starts[0].step
     del starts  # the moments of a fresh start are zeros that need not stay
 

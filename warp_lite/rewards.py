@@ -71,7 +71,7 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
         raise ValueError(f"the reward function returned {str(values)[:60]!r}, not a list of numbers") from None
     if len(values) != E * B:
         raise ValueError(f"the reward function returned {len(values)} values for {E * B} completions")
-    return torch.tensor(values, dtype=torch.float64, device=rollout.ids.device).view(E, B)
+    return torch.tensor(values, dtype=torch.float64).to(rollout.ids.device).view(E, B)
 
 
 @lru_cache(maxsize=8)
