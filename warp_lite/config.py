@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ANCHORS = ("ema", "sft", "none")
 MERGES = ("slerp", "lerp", "none")
@@ -69,12 +69,13 @@ class WarpConfig:
     adam_eps: float = 1e-8
     eval_every: int = 20
     save_every: int = 100
-    precision: str = "auto"
-    micro_batch: int = 0
-    sample_batch: int = 0
-    logit_chunk: int = 0
-    checkpointing: bool = False
-    offload: bool = False
+    # Not in the repr, which names what is computed and by which results are found again.
+    precision: str = field(default="auto", repr=False)
+    micro_batch: int = field(default=0, repr=False)
+    sample_batch: int = field(default=0, repr=False)
+    logit_chunk: int = field(default=0, repr=False)
+    checkpointing: bool = field(default=False, repr=False)
+    offload: bool = field(default=False, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

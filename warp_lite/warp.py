@@ -113,15 +113,16 @@ def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig
         forward_for(policy, executor, config)
     shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
     free = free_memory(policy.device)
-    there, told = f"{free / 2**30:.2f} GiB are free", ""
+    there, told, apart = f"{free / 2**30:.2f} GiB are free", "", ""
     needed = training_memory(policy, 1 if executor == "serial" else config.runs, *shape, executor == "batched")
     if executor == "batched" and needed.total > MEMORY_SHARE * free:
         told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
+        apart = "the runs do not fit together and they train one after the other; even "
         executor, needed = "serial", training_memory(policy, 1, *shape, together=False)
     if executor == "serial" and needed.total > MEMORY_SHARE * free:
         changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, together=False)
         advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
-        told = f"warp-lite: a run would take {needed}, and {there}; {advice}"
+        told = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
     if told or progress and needed.total > WORTH_SAYING:
         print(told or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
     return EXECUTORS[executor]
