@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ANCHORS = ("ema", "sft", "none")
 MERGES = ("slerp", "lerp", "none")
@@ -70,12 +70,12 @@ class WarpConfig:
     eval_every: int = 20
     save_every: int = 100
     # Not in the repr, which names what is computed and by which results are found again.
-    precision: str = field(default="auto", repr=False)
-    micro_batch: int = field(default=0, repr=False)
-    sample_batch: int = field(default=0, repr=False)
-    logit_chunk: int = field(default=0, repr=False)
-    checkpointing: bool = field(default=False, repr=False)
-    offload: bool = field(default=False, repr=False)
+    precision: str = dataclasses.field(default="auto", repr=False)
+    micro_batch: int = dataclasses.field(default=0, repr=False)
+    sample_batch: int = dataclasses.field(default=0, repr=False)
+    logit_chunk: int = dataclasses.field(default=0, repr=False)
+    checkpointing: bool = dataclasses.field(default=False, repr=False)
+    offload: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
