@@ -25,7 +25,8 @@ def test_the_defaults_and_every_preset_are_valid_and_frozen():
 REFUSED = [
     *((name, value, "1 or more") for name in ("iterations", "runs", "steps", "max_new_tokens", "save_every")
       for value in (0, -1)),
-    *((name, -1, "0 or more") for name in ("warmup_steps", "seed", "beta", "eval_every")),
+    *((name, -1, "0 or more") for name in ("warmup_steps", "seed", "beta", "eval_every", "micro_batch",
+                                           "sample_batch", "logit_chunk")),
     *((name, value, "above 0") for name in ("lr", "temperature", "max_grad_norm", "adam_eps") for value in (0, -0.1)),
     *((name, value, "between 0 and 1") for name in ("mu", "eta") for value in (-0.01, 1.01)),
     *((name, value, r"lie in \[0, 1\)") for name in ("adam_beta1", "adam_beta2") for value in (-0.01, 1)),
@@ -33,7 +34,7 @@ REFUSED = [
       for value in (math.nan, math.inf, -math.inf)),
     ("batch_size", 0, "1 or more"), ("batch_size", 1, "leave-one-out"),
     ("anchor", "EMA", "one of ema, sft, none"), ("merge", "mean", "one of slerp, lerp, none"),
-    ("merge", "none", "runs=1"),
+    ("merge", "none", "runs=1"), ("precision", "fp16", "one of auto, fp32, bf16"),
 ]
 
 
@@ -46,7 +47,8 @@ def test_a_value_that_cannot_be_used_is_refused_by_name(name, value, words):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_of_the_wrong_type_is_refused_by_name(name):
-    wrong = {"int": [1.5, "1", None, True, 2.0], "float": ["1", None, True, [0.1]], "str": [1, None, True]}
+    wrong = {"int": [1.5, "1", None, True, 2.0], "float": ["1", None, True, [0.1]], "str": [1, None, True],
+             "bool": [1, 0, "true", None, 1.0]}
     for value in wrong[FIELDS[name]]:
         with pytest.raises(TypeError, match=name):
             WarpConfig(**{name: value})
@@ -71,6 +73,8 @@ def test_settings_are_read_from_text_by_the_type_of_their_field():
     assert config == WarpConfig(lr=1e-4, runs=3, anchor="sft", eta=1.0, merge="lerp")
     assert isinstance(config.eta, float) and isinstance(config.runs, int)
     assert WarpConfig().with_text(["lr=1", "lr=2"]).lr == 2.0
+    saving = WarpConfig().with_text(["micro_batch=4", "offload=true", "checkpointing=False", "precision=bf16"])
+    assert saving == WarpConfig(micro_batch=4, offload=True, checkpointing=False, precision="bf16")
     assert WarpConfig().with_text([]) == WarpConfig()
 
 
@@ -78,7 +82,9 @@ def test_settings_are_read_from_text_by_the_type_of_their_field():
     ("lr", "NAME=VALUE, not 'lr'"), ("lr=fast", "lr must be of type float, not 'fast'"),
     ("runs=2.5", "runs must be of type int, not '2.5'"), ("runs=", "runs must be of type int, not ''"),
     ("rnus=2", "no setting 'rnus'; the nearest is 'runs'"), ("lr=nan", "lr must be finite"),
-    ("anchor=", "anchor must be one of"), ("anchor=a=b", "anchor must be one of .*'a=b'"), ("=3", "no setting ''"),
+    ("anchor=", "anchor must be one of"),
+    ("offload=1", "offload must be true or false, not '1'"), ("checkpointing=", "must be true or false, not ''"),
+    ("anchor=a=b", "anchor must be one of .*'a=b'"), ("=3", "no setting ''"),
 ])
 def test_text_that_cannot_be_used_is_refused_in_one_line(text, words):
     with pytest.raises(ValueError, match=words) as caught:

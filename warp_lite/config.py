@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 ANCHORS = ("ema", "sft", "none")
 MERGES = ("slerp", "lerp", "none")
+PRECISIONS = ("auto", "fp32", "bf16")
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool}  # what a field of that type may hold
+READ = {"int": int, "float": float, "str": str, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,25 @@ class WarpConfig:
     single run (`runs=1`); `eta=1` starts the next iteration from the merge itself.
 
     The loss is divided by `max_new_tokens`, which only matters to where `max_grad_norm`
-    begins to clip. Raises ValueError or TypeError on a value that cannot be used.
+    begins to clip.
+
+    Memory and precision; none of these changes what is computed, beyond rounding:
+
+    - `precision`: of the transformer's matrix products while training. Weights, gradients,
+      Adam's moments, the anchor, the vocabulary head and the loss are float32 in any case.
+      `"bf16"` takes those products in bfloat16; `"auto"` does so on a CUDA device of compute
+      capability 8.0 or more and is `"fp32"` elsewhere.
+    - `micro_batch`: how many completions of a run go through the loss at once; the gradients
+      add up to that of the batch. 0: all of them.
+    - `sample_batch`: how many completions of a run are sampled at once. 0: all of them.
+    - `logit_chunk`: at how many tokens of a run the logits are held at once while the loss is
+      taken; they are computed a second time for the gradient. 0: at all of them.
+    - `checkpointing`: keep the input of each layer only, and compute the layer a second time
+      for the gradient.
+    - `offload`: keep the optimiser's state and the anchor on the CPU while the policy trains
+      on another device.
+
+    Raises ValueError or TypeError on a value that cannot be used.
     """
 
     iterations: int = 2
@@ -48,20 +69,26 @@ class WarpConfig:
     adam_eps: float = 1e-8
     eval_every: int = 20
     save_every: int = 100
+    # Not in the repr, which names what is computed and by which results are found again.
+    precision: str = dataclasses.field(default="auto", repr=False)
+    micro_batch: int = dataclasses.field(default=0, repr=False)
+    sample_batch: int = dataclasses.field(default=0, repr=False)
+    logit_chunk: int = dataclasses.field(default=0, repr=False)
+    checkpointing: bool = dataclasses.field(default=False, repr=False)
+    offload: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kind = {"int": int, "float": (int, float), "str": str}[field.type]
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"{field.name} must be a number of type {field.type}, not {value!r}"
-                                if field.type != "str" else f"{field.name} must be a str, not {value!r}")
+            if not isinstance(value, KINDS[field.type]) or isinstance(value, bool) != (field.type == "bool"):
+                kind = f"number of type {field.type}" if field.type in ("int", "float") else field.type
+                raise TypeError(f"{field.name} must be a {kind}, not {value!r}")
             if field.type == "float" and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, not {value!r}")
         for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("warmup_steps", "seed", "beta", "eval_every"):
+        for name in ("warmup_steps", "seed", "beta", "eval_every", "micro_batch", "sample_batch", "logit_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("lr", "temperature", "max_grad_norm", "adam_eps"):
@@ -73,10 +100,9 @@ class WarpConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        if self.anchor not in ANCHORS:
-            raise ValueError(f"anchor must be one of {', '.join(ANCHORS)}, not {self.anchor!r}")
-        if self.merge not in MERGES:
-            raise ValueError(f"merge must be one of {', '.join(MERGES)}, not {self.merge!r}")
+        for name, words in (("anchor", ANCHORS), ("merge", MERGES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, not {getattr(self, name)!r}")
         if self.merge == "none" and self.runs != 1:
             raise ValueError(f"merge='none' merges nothing and needs runs=1, not {self.runs}")
         if self.batch_size < 2:
@@ -94,7 +120,7 @@ class WarpConfig:
     def with_text(self, assignments: list[str]) -> WarpConfig:
         """A copy changed by texts of the form NAME=VALUE, as the command line's --set gives them."""
         changes = {}
-        kinds = {field.name: {"int": int, "float": float, "str": str}[field.type] for field in dataclasses.fields(self)}
+        kinds = {field.name: field.type for field in dataclasses.fields(self)}
         for text in assignments:
             name, equals, value = text.partition("=")
             if not equals:
@@ -102,9 +128,10 @@ class WarpConfig:
             if name not in kinds:
                 self.replace(**{name: value})  # raises, naming the nearest
             try:
-                changes[name] = kinds[name](value)
-            except ValueError:
-                raise ValueError(f"{name} must be of type {kinds[name].__name__}, not {value!r}") from None
+                changes[name] = READ[kinds[name]](value)
+            except (ValueError, KeyError):
+                wanted = "true or false" if kinds[name] == "bool" else f"of type {kinds[name]}"
+                raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
         return self.replace(**changes)
 
 

@@ -15,15 +15,18 @@ class Ensemble:
 
     `flat` (E, P) holds all weights, a row a policy, and `grads` (E, P) their gradients.
     `weights` are views of it by name, (E, …); so clipping, the optimiser and the anchor
-    each take one pass over one tensor.
+    each take one pass over one tensor. With `offload` those two and the optimiser stay on the
+    CPU, and `weights` are views of a copy, `live`, on the device that trains.
     """
 
-    def __init__(self, states: Sequence[Weights], lrs: Sequence[float], betas, eps: float, max_norm: Sequence[float]):
-        self.flat = self.flatten(states)
+    def __init__(self, states: Sequence[Weights], lrs: Sequence[float], betas, eps: float, max_norm: Sequence[float],
+                 device="cpu", offload: bool = False):
+        self.flat = self.flatten(states, "cpu" if offload else device)
+        self.live = self.flat.to(device, copy=True) if offload else self.flat
         self.grads = torch.empty_like(self.flat)
         self.shapes = {name: tensor.shape for name, tensor in states[0].items()}
-        self.weights = {name: view.detach().requires_grad_() for name, view in self.views(self.flat).items()}
-        self.max_norm = torch.tensor(max_norm, dtype=self.flat.dtype, device=self.flat.device)
+        self.weights = {name: view.detach().requires_grad_() for name, view in self.views(self.live).items()}
+        self.max_norm = torch.tensor(max_norm, dtype=self.flat.dtype).to(self.flat.device)
         self.lrs, groups, start = list(lrs), [], 0
         for end in range(1, len(lrs) + 1):  # a group of the optimiser for each stretch of rows with one rate
             if end == len(lrs) or lrs[end] != lrs[start]:
@@ -34,9 +37,10 @@ class Ensemble:
         self.optimizer = torch.optim.Adam(groups, betas=betas, eps=eps, fused=True)
 
     @staticmethod
-    def flatten(states: Sequence[Weights]) -> Tensor:
-        """State dicts as the rows of one tensor (E, P), copied."""
-        return torch.stack([torch.cat([tensor.detach().reshape(-1) for tensor in state.values()]) for state in states])
+    def flatten(states: Sequence[Weights], device="cpu") -> Tensor:
+        """State dicts as the rows of one tensor (E, P), copied to a device."""
+        return torch.stack([
+            torch.cat([tensor.detach().reshape(-1).to(device) for tensor in state.values()]) for state in states])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """A flat tensor (E, P) as weights by name, (E, …), without a copy."""
@@ -47,40 +51,48 @@ class Ensemble:
             start += size
         return result
 
-    def step(self, loss: Tensor, lr_factor: float) -> Tensor:
-        """Differentiate the sum of the policies' losses, clip each one's gradient, update.
-
-        Returns the norms before clipping, (E,).
-        """
+    def backward(self, loss: Tensor, add: bool = False) -> None:
+        """Differentiate the sum of the policies' losses; with `add`, on top of what was differentiated before."""
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        torch._foreach_copy_(list(self.views(self.grads).values()), list(gradients))
+        into = list(self.views(self.grads).values())
+        if add:
+            torch._foreach_add_(into, [gradient.to(self.grads.device) for gradient in gradients])
+        else:
+            torch._foreach_copy_(into, list(gradients))
+
+    def step(self, lr_factor: float) -> Tensor:
+        """Clip each policy's gradient and update. Returns the norms before clipping, (E,)."""
         norms = torch.linalg.vector_norm(self.grads, dim=1)
         self.grads *= (self.max_norm / (norms + 1e-6)).clamp(max=1).unsqueeze(1)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         self.optimizer.step()
+        if self.live is not self.flat:
+            self.live.copy_(self.flat)
         return norms
 
     def state(self, e: int, flat: Tensor) -> dict[str, Tensor]:
-        """Row e of a flat tensor as a state dict of copies."""
-        return {name: view[e].clone() for name, view in self.views(flat).items()}
+        """Row e of a flat tensor as a state dict of copies on the CPU."""
+        return {name: view[e].to("cpu", copy=True) for name, view in self.views(flat).items()}
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Adam's first and second moments, (E, P) each; zeros before the first step."""
+        """Adam's first and second moments, (E, P) each, to be read; zeros before the first step."""
         names = ("exp_avg", "exp_avg_sq")
         states = [self.optimizer.state.get(group["params"][0]) for group in self.optimizer.param_groups]
         if not states[0]:
             return torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        if len(states) == 1:  # no copy
+            return tuple(states[0][name] for name in names)
         return tuple(torch.cat([state[name] for state in states]) for name in names)
 
     def restore(self, moments: tuple[Sequence[Weights], Sequence[Weights]], step: int) -> None:
         """Put back Adam's moments, given as one state dict a policy, after `step` steps."""
-        first, second = self.flatten(moments[0]), self.flatten(moments[1])
+        first, second = (self.flatten(moment, self.flat.device) for moment in moments)
         start = 0
         for group in self.optimizer.param_groups:
             rows = group["params"][0]
             end = start + len(rows)
             self.optimizer.state[rows] = {
-                "step": torch.tensor(float(step), device=rows.device),
+                "step": torch.tensor(float(step)).to(rows.device),
                 "exp_avg": first[start:end].clone(), "exp_avg_sq": second[start:end].clone()}
             start = end

@@ -16,15 +16,14 @@ from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .liti import liti
 from .policies import Weights, encode_prompts, parameters, room_for_prompts, stack
-from .reinforce import Run, train_batched
-from .result import ETAS, Iteration, WarpResult
+from .precision import full_precision
+from .reinforce import SHARED, Run, train_batched
+from .result import ETAS, Iteration, WarpResult, copy_weights
 from .slerp import lerp
 from .warp import merge
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
 NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
-SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps",
-          "adam_beta1", "adam_beta2", "adam_eps")  # what `train_batched` wants equal
 
 
 @dataclass
@@ -96,10 +95,11 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     seeds = tuple(seeds)
     if not configs or not seeds:
         raise ValueError("run_experiment needs at least one setting and one seed")
-    sft = {name: tensor.clone() for name, tensor in parameters(policy).items()}
+    policy = full_precision(policy)
+    sft = copy_weights(parameters(policy))
     longest = max(config.max_new_tokens for config in configs.values())
     room = room_for_prompts(policy, longest)
-    encoded, held_out = encode_prompts(tokenizer, prompts, room), encode_prompts(tokenizer, eval_prompts, room)
+    encoded, held_out = (encode_prompts(tokenizer, some, room).to(policy.device) for some in (prompts, eval_prompts))
     jobs: dict[str, list[_Job]] = {}
     for name, config in configs.items():
         own = (rewards or {}).get(name, reward)

@@ -119,8 +119,9 @@ def sample_completions(result, states: Sequence[Weights], prompts: Sequence[str]
     encoded = encoded.to(result.model.device).repeat(len(states))                                # (E, B, P)
     uniforms = evaluation_uniforms(seed, len(prompts), 1, config.max_new_tokens, result.model.device)
     forward = make_forward(result.model)
-    rollout = sample(forward, forward.prepare(stack(states)), encoded, uniforms.expand(len(states), -1, -1),
-                     result.tokenizer, config.temperature)
+    weights = forward.prepare(stack(states, result.model.device))
+    rollout = sample(forward, weights, encoded, uniforms.expand(len(states), -1, -1), result.tokenizer,
+                     config.temperature)
     texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout.ids, rollout.mask)]
     return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
 

@@ -7,9 +7,12 @@ module in float64 (tests/test_forward.py); `forward.VmapForward` serves any othe
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel, GPT2Model
 
 FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are folded into matrices
@@ -18,8 +21,9 @@ FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are fo
 class GPT2Forward:
     """Logits of E GPT-2 policies in one pass. The interface is that of `forward.VmapForward`."""
 
-    def __init__(self, model: GPT2LMHeadModel | GPT2Model):
-        config = model.config
+    def __init__(self, model: GPT2LMHeadModel | GPT2Model, dtype: torch.dtype | None = None,
+                 checkpointing: bool = False):
+        config, self.dtype, self.checkpointing = model.config, dtype, checkpointing
         self.layers, self.heads, self.width = config.n_layer, config.n_head, config.n_embd
         self.eps = config.layer_norm_epsilon
 
@@ -48,6 +52,12 @@ class GPT2Forward:
             for norm, matrix, name in (("ln_1", "attn.c_attn", "qkv"), ("ln_2", "mlp.c_fc", "fc")):
                 w[f"{h}.{name}"] = self._fold(
                     w[f"{h}.{norm}.weight"], w[f"{h}.{norm}.bias"], w[f"{h}.{matrix}.weight"], w[f"{h}.{matrix}.bias"])
+                if self.dtype is not None:  # once, not in every call
+                    gain, shift, folded, bias = w[f"{h}.{name}"]
+                    w[f"{h}.{name}"] = gain, shift, folded.to(self.dtype), bias
+            if self.dtype is not None:
+                for name in ("attn.c_proj.weight", "mlp.c_proj.weight"):
+                    w[f"{h}.{name}"] = w[f"{h}.{name}"].to(self.dtype)
         w["head"] = self._fold(w["ln_f.weight"], w["ln_f.bias"], w["wte.weight"].transpose(1, 2), None)
         return w
 
@@ -63,40 +73,55 @@ class GPT2Forward:
     def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> GPT2Cache:
         """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
         rows, size = policies * batch * self.heads, self.width // self.heads
-        return GPT2Cache([like.new_empty(2, rows, length, size) for _ in range(self.layers)])
+        return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)])
 
     def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
         """The last hidden states before the final norm, (E, B, Q, C)."""
         E, B, Q = ids.shape
-        C, H = self.width, self.heads
         start = cache.length if cache else 0
-        bias = attention_bias(mask, Q, start, w["wte.weight"])                      # (E·B, 1, Q, K), (Q, K) or None
-        x = gather_rows(w["wte.weight"], ids)                                       # (E, B, Q, C)
+        table = w["wte.weight"]
+        bias = attention_bias(mask, Q, start, self.dtype or table.dtype, table.device)  # (E·B, 1, Q, K), (Q, K) or None
+        x = gather_rows(table, ids)                                                 # (E, B, Q, C)
         if mask is None:
             x = x + w["wpe.weight"][:, None, start:start + Q]
         else:
             x = x + gather_rows(w["wpe.weight"], positions(mask)[..., start:])
-        x = x.view(E, B * Q, C)
-        for layer in range(self.layers):
-            h = f"h.{layer}"
-            qkv = self._norm_linear(x, w[f"{h}.qkv"])                               # (E, B·Q, 3C)
-            q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
-            if cache:
-                k, v = cache.append(layer, k, v)
-            y = attend(q, k, v, bias, H)                                            # (E·B·H, Q, C/H)
-            y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
-            x = x + torch.baddbmm(w[f"{h}.attn.c_proj.bias"].unsqueeze(1), y, w[f"{h}.attn.c_proj.weight"])
-            y = F.gelu(self._norm_linear(x, w[f"{h}.fc"]), approximate="tanh")      # (E, B·Q, 4C)
-            x = x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
+        x = x.view(E, B * Q, self.width)
+        again = self.checkpointing and cache is None and torch.is_grad_enabled()
+        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            for layer in range(self.layers):
+                if again:
+                    x = checkpoint(self._layer, w, layer, x, bias, B, None, use_reentrant=False,
+                                   preserve_rng_state=False)
+                else:
+                    x = self._layer(w, layer, x, bias, B, cache)
         if cache:
             cache.length += Q
-        return x.view(E, B, Q, C)
+        return x.view(E, B, Q, self.width)
+
+    def _layer(self, w, layer: int, x: Tensor, bias: Tensor | None, B: int, cache: GPT2Cache | None) -> Tensor:
+        """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·Q, C)."""
+        h, (E, N, C), H = f"h.{layer}", x.shape, self.heads
+        Q = N // B
+        qkv = self._norm_linear(x, w[f"{h}.qkv"])                                   # (E, B·Q, 3C)
+        q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
+        if cache:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, bias, H)                                                # (E·B·H, Q, C/H)
+        y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
+        x = x + torch.baddbmm(w[f"{h}.attn.c_proj.bias"].unsqueeze(1), y, w[f"{h}.attn.c_proj.weight"])
+        y = F.gelu(self._norm_linear(x, w[f"{h}.fc"]), approximate="tanh")          # (E, B·Q, 4C)
+        return x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
+
+    def head(self, w, x: Tensor) -> Tensor:
+        """Logits (E, N, V) of last hidden states (E, N, C)."""
+        return self._norm_linear(x, w["head"])
 
     def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None, keep: int = 0):
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         E, B, Q, C = x.shape
-        return self._norm_linear(x.reshape(E, B * Q, C), w["head"]).view(E, B, Q, -1)
+        return self.head(w, x.reshape(E, B * Q, C)).view(E, B, Q, -1)
 
     def _norm_linear(self, x: Tensor, weights) -> Tensor:
         """LN and a matrix, (E, N, C) → (E, N, D)."""
@@ -134,7 +159,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> 
     return torch.bmm(scores.softmax(-1), v)
 
 
-def attention_bias(mask: Tensor | None, queries: int, start: int, like: Tensor) -> Tensor | None:
+def attention_bias(mask: Tensor | None, queries: int, start: int, dtype: torch.dtype, device) -> Tensor | None:
     """0 where a query may look and the least number where not; None where it may look everywhere.
 
     `mask` (E, B, K) is 1 for tokens and 0 for padding. The least number instead of −∞
@@ -143,10 +168,9 @@ def attention_bias(mask: Tensor | None, queries: int, start: int, like: Tensor) 
     if mask is None and queries == 1:
         return None
     keys = start + queries
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(start)
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(start)
     allowed = causal if mask is None else causal & (mask.reshape(-1, 1, 1, keys) > 0)
-    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(
-        ~allowed, torch.finfo(like.dtype).min)
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -2,59 +2,120 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import psutil
 import torch
 
+from .config import WarpConfig
+from .precision import compute_dtype
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that `policies` policies take while they train together, beside the program itself.
+    """Bytes that `policies` policies take on their device while they train together, beside the model itself.
 
-    `weights`: weights, gradients (twice: as computed and as kept), Adam's two moments and the anchor,
-    and the copies in which weights, anchor and moments are handed on at the end of a run.
-    `activations`: what one step keeps for its backward pass. `logits`: the vocabulary's share of it.
+    There all the time: `weights`, `optimiser` (Adam's two moments) and `anchor`; `gradients`, as they are kept
+    and as they are computed. One after the other: `activations` and `logits`, which a step keeps for its
+    backward pass; `sampling`, the keys and values of the tokens so far and the logits of the next; `copies`,
+    in which policy, anchor and moments are handed on at the end of a run.
     """
 
     policies: int
     weights: int
+    gradients: int
+    optimiser: int
+    anchor: int
     activations: int
     logits: int
+    sampling: int
+    copies: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.activations + self.logits
+        """What there is all the time and the largest of what comes and goes."""
+        stays = self.weights + self.gradients + self.optimiser + self.anchor
+        return stays + max(self.activations + self.logits, self.sampling, self.copies)
 
     def __str__(self) -> str:
-        total, weights, activations, logits = (
-            part / 2**30 for part in (self.total, self.weights, self.activations, self.logits))
-        return (f"about {total:.2f} GiB for {self.policies} policies at once: weights and optimiser {weights:.2f}, "
-                f"activations {activations:.2f}, logits {logits:.2f}")
+        parts = {name: value for name, value in dataclasses.asdict(self).items() if name != "policies"}
+        largest = [f"{name} {parts[name] / 2**30:.2f}" for name in sorted(parts, key=parts.get, reverse=True)
+                   if parts[name] > 0.05 * self.total]
+        many = "1 policy" if self.policies == 1 else f"{self.policies} policies at once"
+        return f"about {self.total / 2**30:.2f} GiB for {many}: {', '.join(largest)}"
 
 
-def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int) -> MemoryEstimate:
+def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int,
+                    settings: WarpConfig | None = None, together: bool = True) -> MemoryEstimate:
     """Estimate the memory of training `policies` copies of a causal LM at once.
 
-    batch: completions a policy and step. It counts what a
-    pre-norm transformer keeps a layer and token: 20 times the width, and its attention weights.
+    batch: completions a policy and step. settings: those of precision and memory count. together: as one
+    program; else the model itself is trained, and its weights are there already. It counts what a pre-norm
+    transformer keeps a layer and token: 20 times the width, and its attention weights.
     """
-    config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    size = next(model.parameters()).element_size()
-    length = prompt_tokens + new_tokens
-    tokens = policies * batch * length
-    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    settings, config = settings or WarpConfig(), model.config
+    device = torch.device(model.device)
+    narrow = compute_dtype(settings.precision, device) is not None
+    numbers = policies * sum(p.numel() for p in model.parameters())
+    size = max(4, next(model.parameters()).element_size())
+    away = settings.offload and device.type != "cpu"
+    width, layers, heads, words = (
+        config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    a_token_and_layer = 12 * width + 2 * inner + 2 * heads * length
-    return MemoryEstimate(policies, 10 * policies * parameters * size, tokens * layers * a_token_and_layer * size,
-                          3 * policies * batch * new_tokens * config.vocab_size * 4)
+    length = prompt_tokens + new_tokens
+    rows = policies * min(batch, settings.micro_batch or batch)
+    a_token_and_layer = (12 * width + 2 * inner + 2 * heads * length) * (0.75 if narrow else 1)
+    kept = layers * width + a_token_and_layer if settings.checkpointing else layers * a_token_and_layer
+    positions, head = rows * new_tokens, 0
+    if settings.logit_chunk and policies * settings.logit_chunk < positions:
+        positions, head = policies * settings.logit_chunk, policies * words * width  # its gradient, in two parts
+    drawn = policies * min(batch, settings.sample_batch or batch)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or width // heads
+    cache = 2 * layers * kv_heads * head_size * length * (2 if narrow else size)
+    return MemoryEstimate(
+        policies,
+        weights=numbers * size * together + 2 * (numbers - policies * words * width) * narrow,
+        gradients=numbers * size * (2 if together and not away else 1),
+        optimiser=0 if away else 2 * numbers * size,
+        anchor=0 if away else numbers * size,
+        activations=int(rows * length * kept * size),
+        logits=3 * positions * words * size + head * size,
+        sampling=drawn * (cache + 4 * words * size) + numbers * size * away,
+        copies=4 * numbers * size if device.type == "cpu" else 0)
+
+
+def settings_that_fit(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int, settings: WarpConfig,
+                      limit: float, together: bool = True) -> tuple[list[str], MemoryEstimate]:
+    """The settings, as NAME=VALUE, by which training would fit into `limit` bytes, and what it would then take.
+
+    The cheaper in time come first, and one that saves less than a twentieth is left out. Where all of them are
+    not enough, the estimate is still above the limit.
+    """
+    def estimate():
+        return training_memory(model, policies, batch, prompt_tokens, new_tokens, settings, together)
+
+    present, changes = estimate(), {}
+    halves = [max(1, batch // 2**k) for k in range(1, batch.bit_length())]
+    offload = [True] if torch.device(model.device).type != "cpu" else []
+    for name, values in (("logit_chunk", [256]), ("micro_batch", halves), ("sample_batch", halves),
+                         ("checkpointing", [True]), ("offload", offload)):
+        for value in values:
+            if present.total <= limit:
+                break
+            before, settings = settings, settings.replace(**{name: value})
+            if (found := estimate()).total < 0.95 * present.total:
+                present, changes[name] = found, value
+            else:
+                settings = before
+    return [f"{name}={str(value).lower()}" for name, value in changes.items()], present
 
 
 def free_memory(device="cpu") -> int:
     """Bytes that are free on a device now."""
     device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # and what torch holds without using it
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device)
     return psutil.virtual_memory().available

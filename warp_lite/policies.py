@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Weights = Mapping[str, Tensor]
@@ -45,6 +47,13 @@ class Prompts:
         texts = [self.texts[i] for i in index.ravel()]
         return Prompts(texts, self.ids[rows][..., -width:], mask[..., -width:], columns)
 
+    def rows(self, start: int, end: int) -> Prompts:
+        """Prompts start … end − 1 of each of E policies."""
+        B = self.ids.shape[1]
+        chosen = [e * B + b for e in range(len(self.ids)) for b in range(start, min(end, B))]
+        columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
+        return Prompts([self.texts[i] for i in chosen], self.ids[:, start:end], self.mask[:, start:end], columns)
+
     def repeat(self, policies: int) -> Prompts:
         """The same prompts for each of E policies."""
         columns = {name: values * policies for name, values in self.columns.items()}
@@ -71,11 +80,19 @@ class Rollout:
 
     def select(self, members: list[int]) -> Rollout:
         """The completions of some of the policies."""
-        B = self.ids.shape[1]
+        B, index = self.ids.shape[1], torch.tensor(members)
         rows = [e * B + b for e in members for b in range(B)]
-        prompts = Prompts([self.prompts.texts[i] for i in rows], self.prompts.ids[members], self.prompts.mask[members],
+        prompts = Prompts([self.prompts.texts[i] for i in rows], self.prompts.ids[index], self.prompts.mask[index],
                           {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()})
-        return Rollout(prompts, self.ids[members], self.mask[members], self.logprobs[members])
+        return Rollout(prompts, self.ids[index], self.mask[index], self.logprobs[index])
+
+    def split(self, size: int) -> list[Rollout]:
+        """The same in parts of at most `size` completions a policy; 0: in one."""
+        B = self.ids.shape[1]
+        if not size or size >= B:
+            return [self]
+        return [Rollout(self.prompts.rows(b, b + size), *(part[:, b:b + size] for part in (
+            self.ids, self.mask, self.logprobs))) for b in range(0, B, size)]
 
 
 def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
@@ -120,15 +137,21 @@ def pad_id(tokenizer) -> int:
 
 
 @torch.no_grad()
-def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0) -> Rollout:
+def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0,
+           at_once: int = 0) -> Rollout:
     """Sample one completion a prompt from softmax(logits / temperature), nothing truncated.
 
     `weights` are prepared by `forward.prepare`. `prompts` (E, B, P). `uniforms` (E, B, T)
     in [0, 1) decide every token by inversion of the cumulative distribution, so a
     completion depends on its own policy, prompt and numbers and not on the batch around
-    it. Ends early once every completion has emitted EOS.
+    it. Ends early once every completion has emitted EOS. `at_once` completions of a policy are
+    sampled together; 0: all of them.
     """
     E, B, P = prompts.ids.shape
+    if at_once and at_once < B:
+        return join_rollouts(prompts, pad_id(tokenizer), [
+            sample(forward, weights, prompts.rows(b, b + at_once), uniforms[:, b:b + at_once], tokenizer, temperature)
+            for b in range(0, B, at_once)])
     T, eos, like = uniforms.shape[-1], tokenizer.eos_token_id, _any_tensor(weights)
     mask = None
     if (prompts.mask == 0).any():
@@ -157,21 +180,56 @@ def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temp
                    torch.cat(chosen, -1).masked_fill(after, 0))
 
 
-def completion_logits(forward, weights, rollout: Rollout) -> Tensor:
-    """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
-    prompts, P = rollout.prompts, rollout.prompts.ids.shape[-1]
+def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of parts of the prompts as one, as long as the longest; the inverse of `Rollout.split`."""
+    T = max(part.ids.shape[-1] for part in parts)
+    ids, mask, logp = (
+        torch.cat([F.pad(tensor, (0, T - tensor.shape[-1]), value=value) for tensor in tensors], 1)
+        for value, tensors in ((fill, [p.ids for p in parts]), (0, [p.mask for p in parts]),
+                               (0.0, [p.logprobs for p in parts])))
+    return Rollout(prompts, ids, mask, logp)
+
+
+def completion_input(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+    """Ids and mask (E, B, P + T − 1) of prompts and completions, in which position P − 1 + t chooses token t."""
+    prompts = rollout.prompts
     ids = torch.cat([prompts.ids, rollout.ids[..., :-1]], -1)
     mask = None
     if (prompts.mask == 0).any():
         # what follows EOS is never looked at by what is scored, so it may count as tokens
         mask = torch.cat([prompts.mask, torch.ones_like(rollout.ids[..., :-1])], -1)
-    return forward(weights, ids, mask, keep=P - 1)
+    return ids, mask
 
 
-def logprobs(forward, weights, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable."""
-    logp = log_softmax(completion_logits(forward, weights, rollout), temperature)
-    return logp.gather(-1, rollout.ids.unsqueeze(-1))[..., 0] * rollout.mask
+def completion_logits(forward, weights, rollout: Rollout) -> Tensor:
+    """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
+    ids, mask = completion_input(rollout)
+    return forward(weights, ids, mask, keep=rollout.prompts.ids.shape[-1] - 1)
+
+
+def logprobs(forward, weights, rollout: Rollout, temperature: float = 1.0, chunk: int = 0) -> Tensor:
+    """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable.
+
+    With a `chunk` the logits of so many tokens of a policy exist at once, and are computed again for the
+    gradient: the same numbers in less memory.
+    """
+    if not chunk:
+        logits = completion_logits(forward, weights, rollout)
+        return chosen_logprobs(logits, rollout.ids, temperature) * rollout.mask
+    ids, mask = completion_input(rollout)
+    hidden = forward.hidden(weights, ids, mask)[:, :, rollout.prompts.ids.shape[-1] - 1:]           # (E, B, T, C)
+
+    def of_chunk(x, ids):
+        return chosen_logprobs(forward.head(weights, x), ids, temperature)
+
+    logp = [checkpoint(of_chunk, x, ids, use_reentrant=False, preserve_rng_state=False) for x, ids in zip(
+        hidden.flatten(1, 2).split(chunk, 1), rollout.ids.flatten(1, 2).split(chunk, 1))]           # (E, chunk) each
+    return torch.cat(logp, 1).view(rollout.ids.shape) * rollout.mask
+
+
+def chosen_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (…) of the tokens ids (…) at logits (…, V), in nats."""
+    return log_softmax(logits, temperature).gather(-1, ids.unsqueeze(-1))[..., 0]
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -189,9 +247,9 @@ def parameters(model) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def stack(states: Sequence[Weights]) -> dict[str, Tensor]:
-    """E state dicts as one with a leading axis E."""
-    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+def stack(states: Sequence[Weights], device=None) -> dict[str, Tensor]:
+    """E state dicts as one with a leading axis E, on a device if one is named."""
+    return {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
 
 
 def unstack(weights: Weights) -> list[dict[str, Tensor]]:

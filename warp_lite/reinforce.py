@@ -23,15 +23,21 @@ from torch import Tensor
 from .config import WarpConfig
 from .ema import EMAAnchor
 from .ensemble import Ensemble
-from .forward import ModuleForward, make_forward
+from .forward import make_forward
 from .policies import Prompts, Rollout, Weights, load_weights, logprobs, sample
+from .precision import compute_dtype, full_precision
 from .randomness import prompt_indices, token_uniforms
 from .rewards import rollout_rewards
+from .weights import widen
+
+# Settings that runs of one batch must share.
+SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps", "adam_beta1", "adam_beta2",
+          "adam_eps", "precision", "micro_batch", "sample_batch", "logit_chunk", "checkpointing", "offload")
 
 
 @dataclass
 class RunState:
-    """A run after `step` steps: what is needed to go on, each a state dict of one policy."""
+    """A run after `step` steps: what is needed to go on, each a state dict of one policy, on the CPU."""
 
     step: int
     policy: Weights
@@ -61,12 +67,12 @@ class Run:
         return (self.config.seed, self.iteration, self.number)
 
     def start(self) -> RunState:
-        """The state to begin from."""
+        """The state to begin from, in float32 at least: in fewer bits, small updates would be lost."""
         if self.state is not None:
             return self.state
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.init.items()}
-        anchor = self.sft if self.config.anchor == "sft" else self.init
-        return RunState(0, self.init, anchor, zeros, zeros)
+        init, sft = ({name: widen(tensor) for name, tensor in state.items()} for state in (self.init, self.sft))
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in init.items()}
+        return RunState(0, init, sft if self.config.anchor == "sft" else init, zeros, zeros)
 
     @property
     def beta(self) -> float:
@@ -111,44 +117,55 @@ def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
 
 
 def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | None) -> RunState:
-    config, start = run.config, run.start()
+    config, start, model = run.config, run.start(), full_precision(model)
     load_weights(model, start.policy)
-    forward = ModuleForward(model)
+    forward = forward_for(model, "serial", config)
     theta = dict(model.named_parameters())
     policy = {name: parameter.unsqueeze(0) for name, parameter in theta.items()}         # (1, …)
-    anchor = EMAAnchor(start.anchor, run.mu)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, eps=config.adam_eps,
+    kept = theta  # what the optimiser updates: with `offload` a copy on the CPU
+    if config.offload and model.device.type != "cpu":
+        kept = {name: torch.nn.Parameter(tensor.to("cpu", copy=True)) for name, tensor in start.policy.items()}
+    where = next(iter(kept.values())).device
+    anchor = EMAAnchor({name: tensor.to(where) for name, tensor in start.anchor.items()}, run.mu)
+    optimizer = torch.optim.Adam(kept.values(), lr=config.lr, eps=config.adam_eps,
                                  betas=(config.adam_beta1, config.adam_beta2))
-    for name, parameter in theta.items():
+    for name, parameter in kept.items():
         if start.step:
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(start.step)), "exp_avg": start.exp_avg[name].clone(),
-                "exp_avg_sq": start.exp_avg_sq[name].clone()}
+                "step": torch.tensor(float(start.step)), "exp_avg": start.exp_avg[name].to(where, copy=True),
+                "exp_avg_sq": start.exp_avg_sq[name].to(where, copy=True)}
+
+    def copies(tensors):
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in zip(theta, tensors)}
 
     def state(step):
-        moments = [optimizer.state[parameter] for parameter in theta.values()]
-        return RunState(step, {n: p.detach().clone() for n, p in theta.items()}, anchor.state_dict(),
-                        {n: m["exp_avg"].clone() for n, m in zip(theta, moments)},
-                        {n: m["exp_avg_sq"].clone() for n, m in zip(theta, moments)})
+        moments = [optimizer.state[parameter] for parameter in kept.values()]
+        return RunState(step, copies(kept.values()), copies(anchor.average.values()),
+                        copies(m["exp_avg"] for m in moments), copies(m["exp_avg_sq"] for m in moments))
 
     for step in range(start.step, config.steps):
         batch, uniforms = draw([run], step, prompts)
-        rollout = sample(forward, policy, batch, uniforms, tokenizer, config.temperature)
         with torch.no_grad():
-            frozen = {name: tensor.unsqueeze(0) for name, tensor in anchor.average.items()}
-            anchor_logp = logprobs(forward, frozen, rollout, config.temperature).sum(-1)  # (1, B)
+            rollout = sample(forward, forward.prepare(policy), batch, uniforms, tokenizer, config.temperature,
+                             config.sample_batch)
+        frozen = {name: tensor.to(model.device).unsqueeze(0) for name, tensor in anchor.average.items()}
+        anchor_logp = score(forward, frozen, rollout, config)                            # (1, B)
+        del frozen
         rewards = checked_rewards([run], step, rollout, tokenizer)                       # (1, B)
-        logp = logprobs(forward, policy, rollout, config.temperature).sum(-1)            # (1, B)
-        r_beta = regularised_rewards(rewards, logp, anchor_logp, run.beta)
-        loss = reinforce_loss(logp, advantages(r_beta), config.max_new_tokens)
         optimizer.zero_grad()
-        loss.sum().backward()
+        logp, r_beta, loss = differentiate(forward, policy, rollout, rewards, anchor_logp, run.beta, config,
+                                           lambda loss, add: loss.backward())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         check_gradients([run], step, norm.view(1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup(config, step)
+        if kept is not theta:
+            for name, parameter in theta.items():
+                kept[name].grad, parameter.grad = parameter.grad.to(where), None
         optimizer.step()
-        anchor.update({name: parameter.detach() for name, parameter in theta.items()})
+        if kept is not theta:
+            load_weights(model, kept)
+        anchor.update({name: parameter.detach() for name, parameter in kept.items()})
         if on_step is not None:
             metrics = step_metrics([run], step, rollout, rewards, r_beta, logp, anchor_logp, loss, norm.view(1))
             on_step([run], step + 1, lambda step=step: [state(step + 1)], metrics)
@@ -157,28 +174,28 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
 
 def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
                   on_step: OnStep | None = None) -> list[RunState]:
-    """Train all runs as one program. They share steps, batch size, lengths, temperature and Adam's
-    settings; lr, β, μ, anchor, clipping, seed, reward and init may differ. Errors as `train_serial`.
+    """Train all runs as one program. They share the settings named in `SHARED`; lr, β, μ, anchor,
+    clipping, seed, reward and init may differ. Errors as `train_serial`.
     """
-    config = runs[0].config
-    for name in ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps",
-                 "adam_beta1", "adam_beta2", "adam_eps"):
+    config, model = runs[0].config, full_precision(model)
+    for name in SHARED:
         values = {getattr(run.config, name) for run in runs}
         if len(values) > 1:
             raise ValueError(f"runs of one batch must share {name}, not {sorted(values)}")
     starts = [run.start() for run in runs]
     if len({start.step for start in starts}) > 1:
         raise ValueError(f"runs of one batch must start at one step, not {[start.step for start in starts]}")
-    forward = make_forward(model)
+    forward = forward_for(model, "batched", config)
     ensemble = Ensemble(
         [start.policy for start in starts], [run.config.lr for run in runs],
-        (config.adam_beta1, config.adam_beta2), config.adam_eps, [run.config.max_grad_norm for run in runs])
+        (config.adam_beta1, config.adam_beta2), config.adam_eps, [run.config.max_grad_norm for run in runs],
+        model.device, config.offload and model.device.type != "cpu")
     if starts[0].step:
         ensemble.restore(([s.exp_avg for s in starts], [s.exp_avg_sq for s in starts]), starts[0].step)
-    anchor = Ensemble.flatten([start.anchor for start in starts])                        # (E, P)
-    mu = anchor.new_tensor([run.mu for run in runs]).unsqueeze(1)
-    beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1)    # (E, 1)
-    anchored = bool((beta > 0).any())
+    anchor = Ensemble.flatten([start.anchor for start in starts], ensemble.flat.device)  # (E, P)
+    mu = torch.tensor([run.mu for run in runs], dtype=anchor.dtype).unsqueeze(1).to(anchor.device)
+    beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1).to(model.device)   # (E, 1)
+    anchored = any(run.beta > 0 for run in runs)
     first_step = starts[0].step
     del starts  # the moments of a fresh start are zeros that need not stay
 
@@ -190,24 +207,62 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
     for step in range(first_step, config.steps):
         batch, uniforms = draw(runs, step, prompts)
         with torch.no_grad():
-            rollout = sample(forward, forward.prepare(ensemble.weights), batch, uniforms, tokenizer, config.temperature)
-            anchor_logp = None
-            if anchored:
-                frozen = forward.prepare(ensemble.views(anchor))
-                anchor_logp = logprobs(forward, frozen, rollout, config.temperature).sum(-1)   # (E, B)
+            rollout = sample(forward, forward.prepare(ensemble.weights), batch, uniforms, tokenizer, config.temperature,
+                             config.sample_batch)
+        anchor_logp = None
+        if anchored:
+            anchor_logp = score(forward, ensemble.views(anchor.to(model.device)), rollout, config)   # (E, B)
         rewards = checked_rewards(runs, step, rollout, tokenizer)                        # (E, B)
-        logp = logprobs(forward, forward.prepare(ensemble.weights), rollout, config.temperature).sum(-1)
-        if anchor_logp is None:
-            anchor_logp = logp.detach()
-        r_beta = regularised_rewards(rewards, logp, anchor_logp, beta)
-        loss = reinforce_loss(logp, advantages(r_beta), config.max_new_tokens)           # (E,)
-        norms = ensemble.step(loss.sum(), warmup(config, step))
+        logp, r_beta, loss = differentiate(forward, ensemble.weights, rollout, rewards, anchor_logp, beta, config,
+                                           ensemble.backward)
+        norms = ensemble.step(warmup(config, step))
         check_gradients(runs, step, norms)
         anchor.lerp_(ensemble.flat, mu)
         if on_step is not None:
+            anchor_logp = logp if anchor_logp is None else anchor_logp
             metrics = step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms)
             on_step(runs, step + 1, lambda step=step: states(step + 1), metrics)
     return states(config.steps)
+
+
+@torch.no_grad()
+def score(forward, weights, rollout: Rollout, config: WarpConfig) -> Tensor:
+    """log π of each completion, (E, B), without a gradient."""
+    prepared = forward.prepare(weights)
+    return torch.cat([logprobs(forward, prepared, part, config.temperature, config.logit_chunk).sum(-1)
+                      for part in rollout.split(config.micro_batch)], -1)
+
+
+def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_logp: Tensor | None, beta,
+                  config: WarpConfig, backward: Callable[[Tensor, bool], None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hand the loss of a step, summed over policies, to `backward(loss, add)`, in parts of `micro_batch` completions.
+
+    Returns log π and r_β, (E, B), and the loss, (E,), detached. The reward of each completion is weighed
+    against all others, so where there are several parts, log π is first taken of all without a gradient.
+    Without `anchor_logp` there is no KL.
+    """
+    parts = rollout.split(config.micro_batch)
+    B, total, start = rewards.shape[-1], 0, 0
+    logp = score(forward, weights, rollout, config) if len(parts) > 1 else None
+    for part in parts:
+        rows = slice(start, start + part.ids.shape[1])
+        some = logprobs(forward, forward.prepare(weights), part, config.temperature, config.logit_chunk).sum(-1)
+        if start == 0:
+            logp = some.detach() if logp is None else logp
+            r_beta = regularised_rewards(rewards, logp, logp if anchor_logp is None else anchor_logp, beta)
+            advantage = advantages(r_beta)
+        loss = reinforce_loss(some, advantage[..., rows], config.max_new_tokens)         # (E,)
+        if len(parts) > 1:
+            loss = loss * (some.shape[-1] / B)
+        backward(loss.sum(), start > 0)
+        total, start = total + loss.detach(), rows.stop
+    return logp, r_beta, total
+
+
+def forward_for(model, executor: str, config: WarpConfig):
+    """The forward that an executor trains with. Raises ValueError for settings that it cannot do with."""
+    dtype = compute_dtype(config.precision, model.device)
+    return make_forward(model, executor, dtype, config.checkpointing, config.logit_chunk > 0)
 
 
 def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Tensor]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .config import WarpConfig
-from .evaluation.metrics import PolicyMetrics, evaluate_many, evaluation_uniforms
+from .evaluation.metrics import PolicyMetrics, evaluate_many, evaluation_uniforms, policies_at_once
 from .forward import make_forward
 from .liti import liti
 from .policies import (
@@ -35,6 +36,8 @@ from .runs import RunFolder, json_hash, read_config, read_json, weights_hash, wr
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # policies that are widened while they train
+WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are stacked to be measured together
 
 
 @dataclass
@@ -55,6 +58,8 @@ class WarpResult:
     `eval_prompts` are what everything is measured on, `eval_columns` the further columns of their data
     set. `trajectories` are measurements of the single runs while they trained: dicts with `iteration`,
     `run`, `step` and the numbers of `PolicyMetrics`. `source` says where policy and rewards came from.
+    All weights are float32 or wider and on the CPU; models that are handed out, or saved by `save_policy`,
+    are of the `dtype` of the policy that came in.
     """
 
     config: WarpConfig
@@ -70,6 +75,7 @@ class WarpResult:
     train_prompts: list[str] = field(default_factory=list)
     eval_columns: dict[str, list] = field(default_factory=dict)
     source: dict | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def held_out(self) -> Prompts:
@@ -100,7 +106,8 @@ class WarpResult:
 
     def policy(self, eta: float = 1.0, iteration: int = -1, toward: str = "sft"):
         """The Hugging Face model at any η."""
-        return load_weights(copy.deepcopy(self.model), self.weights(eta, iteration, toward))
+        model = copy.deepcopy(self.model).to(self.dtype or self.model.dtype)
+        return load_weights(model, self.weights(eta, iteration, toward))
 
     def front(self, etas: Sequence[float] = ETAS, iterations: Sequence[int] | None = None, toward: str = "sft",
               prompts: Sequence[str] | None = None, samples: int | None = None, seed: int = 0) -> list[dict]:
@@ -112,19 +119,25 @@ class WarpResult:
         places = [(self._index(i) + 1, float(eta)) for i in chosen for eta in etas]
         if not places:
             raise ValueError("a front needs at least one eta and one iteration")
-        states = [self.weights(eta, i, toward) for i, eta in places]
+        states = (self.weights(eta, i, toward) for i, eta in places)  # one by one: each is as large as the policy
         return [{"iteration": i, "eta": eta, **metrics.as_dict()}
                 for (i, eta), metrics in zip(places, self.measure(states, prompts, samples, seed))]
 
-    def measure(self, states: Sequence[Weights], prompts=None, samples: int | None = None,
+    def measure(self, states: Iterable[Weights], prompts=None, samples: int | None = None,
                 seed: int = 0) -> list[PolicyMetrics]:
         """`PolicyMetrics` of any weights of this architecture, against the SFT policy."""
-        config = self.config
+        config, metrics, states = self.config, [], iter(states)
         encoded = self.held_out if prompts is None else self._encode(prompts)
-        return evaluate_many(
-            self.model, stack(states), self.sft, self.judge, encoded, self.tokenizer,
-            gold=self.gold, texts=self.texts, samples=samples or max(1, math.ceil(EVALUATION_SAMPLES / len(encoded))),
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed)
+        samples = samples or max(1, math.ceil(EVALUATION_SAMPLES / len(encoded)))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.sft.values())
+        together = policies_at_once(samples * len(encoded))
+        together *= max(1, WEIGHTS_AT_ONCE // (size * together))
+        while some := list(islice(states, together)):
+            metrics += evaluate_many(
+                self.model, stack(some), self.sft, self.judge, encoded, self.tokenizer, gold=self.gold,
+                texts=self.texts, samples=samples, max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature, seed=seed)
+        return metrics
 
     @torch.no_grad()
     def completions(self, prompts: Sequence[str], eta: float = 1.0, iteration: int = -1, seed: int = 0) -> list[str]:
@@ -132,7 +145,7 @@ class WarpResult:
         forward = make_forward(self.model)
         encoded = self._encode(prompts).repeat(1)
         uniforms = evaluation_uniforms(seed, len(encoded), 1, self.config.max_new_tokens, self.model.device)[None]
-        weights = forward.prepare(stack([self.weights(eta, iteration)]))
+        weights = forward.prepare(stack([self.weights(eta, iteration)], self.model.device))
         rollout = sample(forward, weights, encoded, uniforms, self.tokenizer, self.config.temperature)
         return completions_text(self.tokenizer, rollout.ids, rollout.mask)
 
@@ -186,8 +199,9 @@ def run_settings(result: WarpResult) -> dict:
     except TypeError as error:
         raise ValueError(f"the prompts have a column that a run folder cannot hold ({error}); "
                          "keep text and numbers, or leave out `out`") from None
+    narrow = next((name for name, dtype in NARROW.items() if dtype == result.dtype), None)
     return {"config": dataclasses.asdict(result.config), "policy": weights_hash(result.sft),
-            "reward": reward_name(result.reward), "source": result.source,
+            "reward": reward_name(result.reward), "source": result.source, **({"dtype": narrow} if narrow else {}),
             "prompts": {"train": len(result.train_prompts), "eval": len(result.eval_prompts), "sha256": hashed}}
 
 
@@ -228,7 +242,8 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
     prompts = read_json(path / "prompts.json")
     result = WarpResult(
         config, model, tokenizer, reward, prompts["eval"], sft, gold=gold, texts=texts,
-        train_prompts=prompts["train"], eval_columns=prompts["eval_columns"], source=settings.get("source"))
+        train_prompts=prompts["train"], eval_columns=prompts["eval_columns"], source=settings.get("source"),
+        dtype=NARROW.get(settings.get("dtype")))
     found = run_settings(result)
     for name, part in (("policy", "sft"), ("prompts", "prompts.json")):
         if found[name] != settings[name]:
@@ -256,5 +271,5 @@ def find_reward(source: dict):
 
 
 def copy_weights(weights: Weights) -> Weights:
-    """The same weights in memory of their own."""
-    return {name: tensor.clone() for name, tensor in weights.items()}
+    """The same weights in memory of their own, on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}

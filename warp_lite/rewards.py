@@ -59,7 +59,8 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
         if not _same_tokens(getattr(reward, "tokenizer", tokenizer), tokenizer):
             raise ValueError(f"the {type(reward).__name__} reads token ids, but those of another tokenizer than the "
                              "policy's; take a reward model of the policy's tokenizer, or one that reads texts")
-        return reward.from_ids(rollout.prompts, rollout.ids, rollout.mask).detach().double().view(E, B)
+        values = reward.from_ids(rollout.prompts, rollout.ids, rollout.mask)
+        return values.detach().to(rollout.ids.device).double().view(E, B)
     ids = completion_ids(rollout.ids, rollout.mask)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     values = call_reward(reward, rollout.prompts.texts, texts, **{**rollout.prompts.columns, "completion_ids": ids})
@@ -70,7 +71,7 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
         raise ValueError(f"the reward function returned {str(values)[:60]!r}, not a list of numbers") from None
     if len(values) != E * B:
         raise ValueError(f"the reward function returned {len(values)} values for {E * B} completions")
-    return torch.tensor(values, dtype=torch.float64, device=rollout.ids.device).view(E, B)
+    return torch.tensor(values, dtype=torch.float64).to(rollout.ids.device).view(E, B)
 
 
 @lru_cache(maxsize=8)
@@ -130,9 +131,9 @@ class BradleyTerry:
 
     @torch.no_grad()
     def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
-        """Rewards of completions ids (…, T) of prompts (…, P)."""
-        full = torch.cat([prompts.ids, ids], -1).flatten(0, -2)
-        full_mask = torch.cat([prompts.mask, mask], -1).flatten(0, -2)
+        """Rewards of completions ids (…, T) of prompts (…, P), on the reward model's device."""
+        full = torch.cat([prompts.ids, ids], -1).flatten(0, -2).to(self.head.device)
+        full_mask = torch.cat([prompts.mask, mask], -1).flatten(0, -2).to(self.head.device)
         score = self._fast_scores if GPT2Forward.supports(self.trunk) else self.scores
         values = [score(full[i:i + chunk], full_mask[i:i + chunk]) for i in range(0, len(full), chunk)]
         return torch.cat(values).view(ids.shape[:-1])

@@ -24,7 +24,7 @@ from .config import WarpConfig
 from .evaluation.metrics import encode_texts, evaluate_many
 from .forward import make_forward
 from .liti import liti
-from .memory import free_memory, training_memory
+from .memory import free_memory, settings_that_fit, training_memory
 from .policies import (
     Prompts,
     Weights,
@@ -37,7 +37,8 @@ from .policies import (
     sample,
     stack,
 )
-from .reinforce import Run, RunState, checked_rewards, draw, train_batched, train_serial
+from .precision import compute_dtype, full_precision
+from .reinforce import Run, RunState, checked_rewards, draw, forward_for, train_batched, train_serial
 from .result import Iteration, WarpResult, copy_weights, run_settings, write_iteration, write_start
 from .rewards import reward_name, rollout_rewards
 from .runs import RunFolder, check_out, pinned_threads
@@ -45,7 +46,8 @@ from .slerp import lerp, slerp
 from .weights import is_finite
 
 EXECUTORS = {"batched": train_batched, "serial": train_serial}
-MEMORY_SHARE = 0.8  # of the free memory, that a batched run may take by its estimate
+MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
+WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
 
 
@@ -54,6 +56,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
              progress: bool = True, stop: Callable[[], bool] | None = None, source: dict | None = None) -> WarpResult:
     """Algorithm 1 on any Hugging Face causal LM, whose own weights are left as they were.
 
+    Everything is computed and stored in float32 or wider; a narrower policy is widened first.
     policy: a model, or a name or folder (then its tokenizer comes with it). reward: a function of
     TRL's signature, or a list with one for each of the M runs. prompts: a list of str, or a data set
     with a `prompt` column; without `eval_prompts` a fifth of them is held out. executor: "batched"
@@ -71,7 +74,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     result, prompts, rewards = checked_input(policy, tokenizer, reward, prompts, config or WarpConfig(), executor,
                                              eval_prompts, gold, texts, source)
     config, folder, was_training = result.config, None, policy.training
-    train = fitting_executor(executor, policy, prompts, config)
+    train = fitting_executor(executor, result.model, prompts, config, progress)
     try:
         if out is not None:
             folder = open_folder(out, resume, result, prompts, rewards)
@@ -94,15 +97,34 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     return result
 
 
-def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig):
-    """The function that trains an iteration's runs: one after the other if together they would not fit in memory."""
-    if executor == "batched":
-        needed = training_memory(policy, config.runs, config.batch_size, prompts.ids.shape[-1], config.max_new_tokens)
-        free = free_memory(policy.device)
-        if needed.total > MEMORY_SHARE * free:
-            print(f"warp-lite: together the runs would take {needed}, and {free / 2**30:.2f} GiB are free; "
-                  "they train one after the other", file=sys.stderr)
-            return train_serial
+def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True):
+    """The function that trains an iteration's runs: one after the other if together they would not fit in memory,
+    or cannot be checkpointed. Says so, and what to set where not even one fits, on stderr in one line.
+
+    Raises ValueError for settings that the policy cannot be trained with.
+    """
+    if executor == "batched" and config.checkpointing:
+        try:
+            forward_for(policy, "batched", config)
+        except ValueError as error:
+            print(f"warp-lite: {str(error).partition(';')[0]}; they train one after the other", file=sys.stderr)
+            executor = "serial"
+    if config.checkpointing or config.logit_chunk:
+        forward_for(policy, executor, config)
+    shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
+    free = free_memory(policy.device)
+    there, told, apart = f"{free / 2**30:.2f} GiB are free", "", ""
+    needed = training_memory(policy, 1 if executor == "serial" else config.runs, *shape, executor == "batched")
+    if executor == "batched" and needed.total > MEMORY_SHARE * free:
+        told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
+        apart = "the runs do not fit together and they train one after the other; even "
+        executor, needed = "serial", training_memory(policy, 1, *shape, together=False)
+    if executor == "serial" and needed.total > MEMORY_SHARE * free:
+        changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, together=False)
+        advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
+        told = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
+    if told or progress and needed.total > WORTH_SAYING:
+        print(told or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
     return EXECUTORS[executor]
 
 
@@ -211,9 +233,11 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, eval_pro
         held_out = encode_prompts(tokenizer, eval_prompts, room)
     if texts is not None:
         encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
+    compute_dtype(config.precision, policy.device)
+    model = full_precision(policy)
     result = WarpResult(
-        config, policy, tokenizer, reward, held_out.texts, copy_weights(parameters(policy)), gold=gold, texts=texts,
-        train_prompts=encoded.texts, eval_columns=held_out.columns, source=source)
+        config, model, tokenizer, reward, held_out.texts, copy_weights(parameters(model)), gold=gold, texts=texts,
+        train_prompts=encoded.texts, eval_columns=held_out.columns, source=source, dtype=policy.dtype)
     return result, encoded.to(policy.device), rewards
 
 
@@ -233,7 +257,7 @@ def try_rewards(result: WarpResult, prompts: Prompts, rewards: Sequence[Callable
     Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite.
     """
     forward, config, held_out = make_forward(result.model), result.config, result.held_out
-    weights = forward.prepare(stack([result.sft]))
+    weights = forward.prepare(stack([result.sft], result.model.device))
     for m, reward in enumerate(rewards, 1):
         run = Run(config, 1, m, result.sft, result.sft, reward)
         batch, uniforms = draw([run], 0, prompts)

@@ -19,7 +19,7 @@ from ..policies import Prompts, encode_prompts, parameters, room_for_prompts, sa
 from ..randomness import EVALUATION, generator
 from ..rewards import rollout_rewards
 from .front import MIN_ESS
-from .metrics import ROWS_AT_ONCE
+from .metrics import rows_at_once
 
 BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())  # in standard deviations of the reward
 
@@ -42,8 +42,9 @@ def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples:
     weights = forward.prepare(stack([parameters(reference)]))
     rows = np.repeat(np.arange(len(encoded)), samples)
     values: list[list[Tensor]] = [[] for _ in rewards]
-    for i, start in enumerate(range(0, len(rows), ROWS_AT_ONCE)):
-        some = rows[start:start + ROWS_AT_ONCE]
+    together = rows_at_once(1, len(tokenizer))
+    for i, start in enumerate(range(0, len(rows), together)):
+        some = rows[start:start + together]
         uniforms = generator(seed, i, 1, EVALUATION).random((1, len(some), max_new_tokens))
         batch = encoded.batch(some[None])
         uniforms = torch.from_numpy(uniforms).to(encoded.ids.device)

@@ -28,7 +28,8 @@ from ..randomness import EVALUATION, generator
 from ..rewards import pad_right, rollout_rewards
 from ..weights import check_same_tensors
 
-ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps, and their logits must fit in memory
+ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps
+LOGITS_AT_ONCE = 2**28  # bytes of logits: with a vocabulary of 50,000 words they would fill the memory before
 
 
 @dataclass(frozen=True)
@@ -83,34 +84,45 @@ def evaluate_many(model, weights: Weights, reference: Weights, reward, prompts: 
     The KL is the Rao–Blackwellised estimator of KL(policy ‖ reference): completions are
     sampled from the policy and the exact KL over the vocabulary is summed at every position
     up to the one that emits EOS. Policy and reference are taken at one temperature.
+    Weights may lie on another device than the model: they are moved to it, a few policies at a time.
     """
     forward = make_forward(model)
     E = len(next(iter(weights.values())))
     uniforms = evaluation_uniforms(seed, len(prompts), samples, max_new_tokens, prompts.ids.device)   # (N·k, T)
     repeated = np.repeat(np.arange(len(prompts)), samples)
-    fixed = forward.prepare({name: tensor.unsqueeze(0) for name, tensor in reference.items()})
-    policies_at_once = max(1, ROWS_AT_ONCE // len(repeated))
-    results = []
-    for e in range(0, E, policies_at_once):
-        some = {name: tensor[e:e + policies_at_once] for name, tensor in weights.items()}
+    fixed = forward.prepare({name: tensor.unsqueeze(0).to(model.device) for name, tensor in reference.items()})
+    together, results = policies_at_once(len(repeated)), []
+    for e in range(0, E, together):
+        some = {name: tensor[e:e + together].to(model.device) for name, tensor in weights.items()}
         results += _evaluate_some(forward, some, fixed, reward, prompts, tokenizer, gold, texts, repeated, uniforms,
                                   samples, temperature)
     return results
 
 
+def policies_at_once(rows: int) -> int:
+    """How many policies are measured together, each on that many completions."""
+    return max(1, ROWS_AT_ONCE // rows)
+
+
+def rows_at_once(policies: int, vocabulary: int) -> int:
+    """How many completions of each policy are sampled together: a token's logits are held four times."""
+    return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (16 * vocabulary)) // policies)
+
+
 def _evaluate_some(forward, weights, fixed, reward, prompts, tokenizer, gold, texts, repeated, uniforms, samples,
                    temperature) -> list[PolicyMetrics]:
     prepared = forward.prepare(weights)
-    E = len(next(iter(weights.values())))
-    rows_at_once = max(1, ROWS_AT_ONCE // E)
+    E, vocabulary = len(next(iter(weights.values()))), len(tokenizer)
+    together = rows_at_once(E, vocabulary)
     parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
     ids, masks = [], []
-    for start in range(0, len(repeated), rows_at_once):
-        rows = repeated[start:start + rows_at_once]
+    for start in range(0, len(repeated), together):
+        rows = repeated[start:start + together]
         batch = prompts.batch(np.tile(rows, (E, 1)))
-        u = uniforms[start:start + rows_at_once].expand(E, -1, -1)
+        u = uniforms[start:start + together].expand(E, -1, -1)
         rollout = sample(forward, prepared, batch, u, tokenizer, temperature)
-        parts["kl"].append(sequence_kl(forward, prepared, fixed, rollout, temperature))
+        scored = max(1, LOGITS_AT_ONCE // (4 * vocabulary * E * rollout.ids.shape[-1]))
+        parts["kl"] += [sequence_kl(forward, prepared, fixed, part, temperature) for part in rollout.split(scored)]
         parts["reward"].append(finite_rewards(reward, rollout, tokenizer))
         if gold is not None:
             parts["gold"].append(finite_rewards(gold, rollout, tokenizer))
@@ -183,7 +195,8 @@ def perplexity(forward, prepared, tokenizer, texts: Sequence[str], policies: int
     ids, mask = encode_texts(tokenizer, texts)
     ids, mask = ids.to(_device(prepared)), mask.to(_device(prepared))
     total = torch.zeros(policies, dtype=torch.float64, device=ids.device)
-    for some, real in zip(ids.split(max(1, ROWS_AT_ONCE // policies)), mask.split(max(1, ROWS_AT_ONCE // policies))):
+    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * len(tokenizer) * ids.shape[1])) // policies)
+    for some, real in zip(ids.split(rows), mask.split(rows)):
         logits = forward(prepared, some[:, :-1].expand(policies, -1, -1))
         logp = log_softmax(logits, 1.0).gather(-1, some[:, 1:].expand(policies, -1, -1).unsqueeze(-1))[..., 0]
         total += (logp.double() * real[:, 1:]).sum((1, 2))

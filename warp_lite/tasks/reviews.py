@@ -259,8 +259,8 @@ class GoldReward:
         self.aspects = torch.tensor(by_state["aspect"])
 
     def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> Tensor:
-        """Gold rewards (…) of completions ids (…, T) of prompts (…, P)."""
-        before = torch.cat([prompts.ids[..., -1:], ids[..., :-1]], -1)
+        """Gold rewards (…) of completions ids (…, T) of prompts (…, P), on the CPU."""
+        before, ids, mask = (part.cpu() for part in (torch.cat([prompts.ids[..., -1:], ids[..., :-1]], -1), ids, mask))
         if self.taste == "sentiment":
             paid = (self.sentiment[ids] * self.emphasis[before] * mask).sum(-1).clamp(-5, 5)
         else:
