@@ -301,8 +301,8 @@ def test_a_causal_lm_is_not_taken_for_a_classifier(tmp_path, tokenizer):
 
 def test_a_label_that_the_classifier_has_not_is_refused(tmp_path):
     classifier_folder("gpt2", tmp_path / "c", labels=2)
-    for label in (2, -3):
-        with pytest.raises(ValueError, match=f"has 2 labels and no label {label}"):
+    for label in (2, -3, "POSITIVE"):
+        with pytest.raises(ValueError, match=rf"has 2 labels \(LABEL_0, LABEL_1\) and no label {label!r}"):
             ClassifierReward(tmp_path / "c", label=label)
 
 

@@ -81,13 +81,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--policy", metavar="NAME_OR_DIR", help="a causal LM from the hub or a folder")
     run.add_argument("--reward", metavar="NAME_OR_DIR|MODULE:FUNCTION",
                      help="a sequence classifier, or a function of TRL's signature")
+    run.add_argument("--reward-label", metavar="NAME|INDEX",
+                     help="the label of the classifier whose output is the reward (default: its last)")
+    run.add_argument("--reward-output", choices=("logit", "log-probability"),
+                     help="what of that label is the reward (default: logit)")
     run.add_argument("--prompts", metavar="FILE",
-                     help="prompts to train on: .txt, a line each, or .jsonl with a \"prompt\" in each line")
+                     help="prompts to train on: .txt, a line each, or .jsonl with a \"prompt\" in each line, "
+                          "a text or a list of messages")
     run.add_argument("--eval-prompts", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
     run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                      help="change a setting of WarpConfig; may be repeated")
     run.add_argument("--executor", choices=("batched", "serial"), default="batched",
                      help="train the runs as one program, or one after the other (default: batched)")
+    add_device(run)
     run.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     run.add_argument("--out", metavar="DIR", required=True, help="the run folder to write")
     run.set_defaults(command=run_command)
@@ -110,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     front.add_argument("--etas", metavar="X,X,…", help="where to measure it (default: 0,.1,.2, … 1)")
     front.add_argument("--prompts", type=int, metavar="N",
                        help="how many of the held-out prompts to use (default: all)")
+    add_device(front)
     front.set_defaults(command=front_command)
 
     claims = commands.add_parser(
@@ -133,12 +140,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_device(command: argparse.ArgumentParser) -> None:
+    """The option --device."""
+    command.add_argument("--device", metavar="NAME",
+                         help="cpu, cuda, cuda:1, … for policy and reward model (default: the first GPU, or the CPU "
+                              "where there is none; the CPU for tiny worlds)")
+
+
 def run_command(arguments) -> int:
     """`warp-lite run`."""
     from .config import WarpConfig, preset
 
     if arguments.preset is not None:
-        for name in ("policy", "reward", "prompts", "eval_prompts"):
+        for name in ("policy", "reward", "reward_label", "reward_output", "prompts", "eval_prompts"):
             if getattr(arguments, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"--preset brings its own policy, reward and prompts; leave out {option}")
@@ -151,6 +165,11 @@ def run_command(arguments) -> int:
         config = WarpConfig().with_text(arguments.set)
         prompts = read_prompts(arguments.prompts)
         held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
+        reward_options = {}
+        if arguments.reward_label is not None:
+            reward_options["label"] = label_of(arguments.reward_label)
+        if arguments.reward_output is not None:
+            reward_options["log_probability"] = arguments.reward_output == "log-probability"
 
     from .front import complete_front
     from .runs import check_out
@@ -159,16 +178,19 @@ def run_command(arguments) -> int:
     check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
     options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": arguments.executor}
     if arguments.preset is not None:
-        from .tasks.reviews import reviews_world
-        world = reviews_world(chosen.architecture)
-        source = {"preset": arguments.preset, "architecture": chosen.architecture}
+        from .tasks import load_world
+        world = load_world(chosen.world, device=arguments.device or chosen.device)
+        source = {"preset": arguments.preset, "world": chosen.world}
         task = (world.model, world.tokenizer, world.reward, world.train_prompts)
         options |= {"eval_prompts": world.eval_prompts, "gold": world.gold, "texts": world.texts, "source": source}
     else:
-        from .policies import load_policy
+        from .policies import load_policy, pick_device
         from .rewards import load_reward
-        task = (*load_policy(arguments.policy), load_reward(arguments.reward), prompts)
+        device = pick_device(arguments.device or "auto")
+        reward = load_reward(arguments.reward, device, **reward_options)
+        task = (*load_policy(arguments.policy, device=device), reward, prompts)
         source = {"policy": arguments.policy, "reward": arguments.reward}
+        source |= {"reward_options": reward_options} if reward_options else {}
         options |= {"eval_prompts": held_out, "source": source}
     with Stop() as stop:
         result = run_warp(*task, stop=stop, **options)
@@ -190,10 +212,15 @@ def front_command(arguments) -> int:
     """`warp-lite front`."""
     etas = None if arguments.etas is None else parse_etas(arguments.etas)
 
+    from .config import PRESETS
     from .front import complete_front
+    from .policies import pick_device
     from .result import ETAS, load_result
+    from .runs import read_config
 
-    result = load_result(arguments.folder)
+    source = read_config(arguments.folder)["settings"].get("source") or {}
+    usual = PRESETS[source["preset"]].device if source.get("preset") in PRESETS else "auto"
+    result = load_result(arguments.folder, device=pick_device(arguments.device or usual))
     if arguments.prompts is not None:
         there = len(result.eval_prompts)
         if not 2 <= arguments.prompts <= there:
@@ -232,6 +259,14 @@ def claims_command(arguments) -> int:
             text = run_claims(out, chosen, arguments.world, seeds, arguments.workers, whole=not arguments.only)
     print(text)
     return 0
+
+
+def label_of(text: str) -> int | str:
+    """A classifier's label as --reward-label gives it: an index where it is a number, else a name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 @contextmanager

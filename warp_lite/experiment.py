@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .liti import liti
-from .policies import Weights, encode_prompts, parameters, room_for_prompts, stack
+from .policies import Weights, check_ids, encode_prompts, parameters, room_for_prompts, stack
 from .precision import full_precision
 from .reinforce import SHARED, Run, train_batched
 from .result import ETAS, Iteration, WarpResult, copy_weights
@@ -100,6 +100,8 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     longest = max(config.max_new_tokens for config in configs.values())
     room = room_for_prompts(policy, longest)
     encoded, held_out = (encode_prompts(tokenizer, some, room).to(policy.device) for some in (prompts, eval_prompts))
+    for some in (encoded, held_out):
+        check_ids(policy, tokenizer, some)
     jobs: dict[str, list[_Job]] = {}
     for name, config in configs.items():
         own = (rewards or {}).get(name, reward)
@@ -107,8 +109,8 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
         if len(own) != config.runs:
             raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
         jobs[name] = [_Job(name, config.replace(seed=seed), own, WarpResult(
-            config.replace(seed=seed), policy, tokenizer, reward, held_out.texts, sft, gold=gold, texts=texts,
-            train_prompts=encoded.texts), [sft] * config.runs) for seed in seeds]
+            config.replace(seed=seed), policy, tokenizer, reward, held_out.given, sft, gold=gold, texts=texts,
+            train_prompts=encoded.given), [sft] * config.runs) for seed in seeds]
     flat = [job for some in jobs.values() for job in some]
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):

@@ -78,7 +78,7 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
     return {"etas": list(map(float, etas)), "lambdas": list(lambdas), "lines": lines,
             "iterations": sorted({key[0] for key in keys}), "runs": sorted({key[1] for key in keys}),
             "gold": result.gold is not None, "unit": getattr(result.judge, "unit", "reward units"),
-            "prompts": list(shown), "samples": per_prompt * len(result.eval_prompts),
+            "prompts": result.held_out.texts[:len(shown)], "samples": per_prompt * len(result.eval_prompts),
             "trajectories": [dict(row) for row in result.trajectories], "limit": [dict(p) for p in limit]}
 
 

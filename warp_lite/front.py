@@ -144,7 +144,7 @@ def completions_table(result: WarpResult, count: int = 4, etas: Sequence[float] 
     prompts = result.eval_prompts[:count]
     texts = {eta: result.completions(prompts, eta) for eta in etas}
     lines = []
-    for n, prompt in enumerate(prompts):
+    for n, prompt in enumerate(result.held_out.texts[:count]):
         lines.append(prompt)
         lines += [f"  η={eta:<4g} {' '.join(texts[eta][n].split())}" for eta in etas]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ names of `model.named_parameters()` to tensors (E, …); `forward.py` turns them
 from __future__ import annotations
 
 import logging
-import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from .hub import HUB_NAME, local, reach
 
 Weights = Mapping[str, Tensor]
 
@@ -27,13 +30,19 @@ Weights = Mapping[str, Tensor]
 class Prompts:
     """Encoded prompts: `ids` and `mask` (…, B, P), left-padded, mask 1 for tokens.
 
-    `texts` and the further `columns` of a data set stand beside them in row-major order.
+    `texts` and the further `columns` of a data set stand beside them in row-major order, and so does
+    what was `given`: the texts, or the conversations that a chat template made texts of.
     """
 
     texts: list[str]
     ids: Tensor
     mask: Tensor
     columns: dict[str, list] = field(default_factory=dict)
+    given: list[str] | list[list[dict]] | None = None
+
+    def __post_init__(self):
+        if self.given is None:
+            self.given = self.texts
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -44,25 +53,26 @@ class Prompts:
         mask = self.mask[rows]
         width = int(mask.sum(-1).max())
         columns = {name: [values[i] for i in index.ravel()] for name, values in self.columns.items()}
-        texts = [self.texts[i] for i in index.ravel()]
-        return Prompts(texts, self.ids[rows][..., -width:], mask[..., -width:], columns)
+        texts, given = ([values[i] for i in index.ravel()] for values in (self.texts, self.given))
+        return Prompts(texts, self.ids[rows][..., -width:], mask[..., -width:], columns, given)
 
     def rows(self, start: int, end: int) -> Prompts:
         """Prompts start … end − 1 of each of E policies."""
         B = self.ids.shape[1]
         chosen = [e * B + b for e in range(len(self.ids)) for b in range(start, min(end, B))]
         columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
-        return Prompts([self.texts[i] for i in chosen], self.ids[:, start:end], self.mask[:, start:end], columns)
+        texts, given = ([values[i] for i in chosen] for values in (self.texts, self.given))
+        return Prompts(texts, self.ids[:, start:end], self.mask[:, start:end], columns, given)
 
     def repeat(self, policies: int) -> Prompts:
         """The same prompts for each of E policies."""
         columns = {name: values * policies for name, values in self.columns.items()}
         ids, mask = (part.expand(policies, -1, -1) for part in (self.ids, self.mask))
-        return Prompts(self.texts * policies, ids, mask, columns)
+        return Prompts(self.texts * policies, ids, mask, columns, self.given * policies)
 
     def to(self, device) -> Prompts:
         """The same prompts on a device."""
-        return Prompts(self.texts, self.ids.to(device), self.mask.to(device), self.columns)
+        return Prompts(self.texts, self.ids.to(device), self.mask.to(device), self.columns, self.given)
 
 
 @dataclass
@@ -82,8 +92,9 @@ class Rollout:
         """The completions of some of the policies."""
         B, index = self.ids.shape[1], torch.tensor(members)
         rows = [e * B + b for e in members for b in range(B)]
-        prompts = Prompts([self.prompts.texts[i] for i in rows], self.prompts.ids[index], self.prompts.mask[index],
-                          {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()})
+        texts, given = ([values[i] for i in rows] for values in (self.prompts.texts, self.prompts.given))
+        columns = {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()}
+        prompts = Prompts(texts, self.prompts.ids[index], self.prompts.mask[index], columns, given)
         return Rollout(prompts, self.ids[index], self.mask[index], self.logprobs[index])
 
     def split(self, size: int) -> list[Rollout]:
@@ -98,9 +109,10 @@ class Rollout:
 def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
     """Tokenise and left-pad prompts: a sequence of str, or a data set with a `prompt` column.
 
-    `room` is the number of tokens that prompt and completion may take together, less the
-    completion. Raises ValueError for no prompts, one that is empty, or one that leaves no
-    room for a completion.
+    A prompt may be a conversation as in TRL, a list of {"role", "content"}; the tokenizer's chat
+    template turns it into text. `room` is the number of tokens that prompt and completion may take
+    together, less the completion. Raises ValueError for no prompts, one that is empty, or one that
+    leaves no room for a completion, and for conversations without a template.
     """
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:
@@ -108,13 +120,18 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of str, not one str: {prompts[:60]!r}")
     columns = {name: list(prompts[name]) for name in names or () if name != "prompt"}
-    texts = list(prompts["prompt"] if names else prompts)
-    if not texts:
+    given = list(prompts["prompt"] if names else prompts)
+    if not given:
         raise ValueError("there are no prompts; give at least one")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"prompt {i} is {type(text).__name__}, not str: {str(text)[:60]!r}")
-    rows = tokenizer(texts)["input_ids"]
+    if is_conversation(given[0]):
+        texts = conversation_texts(tokenizer, given)
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
+    else:
+        texts = given
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"prompt {i} is {type(text).__name__}, not str: {str(text)[:60]!r}")
+        rows = tokenizer(texts)["input_ids"]
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty after tokenisation: {texts[i]!r}")
@@ -128,7 +145,48 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
     for i, row in enumerate(rows):
         ids[i, width - len(row):] = torch.tensor(row)
         mask[i, width - len(row):] = 1
-    return Prompts(texts, ids, mask, columns)
+    return Prompts(texts, ids, mask, columns, given)
+
+
+def is_conversation(prompt) -> bool:
+    """Whether a prompt is a list of messages and not a text."""
+    return isinstance(prompt, list)
+
+
+def conversation_texts(tokenizer, conversations: Sequence[list[dict]]) -> list[str]:
+    """Conversations as the texts that the chat template makes of them, up to where the assistant begins.
+
+    Raises TypeError for a message that is none, ValueError where there is no template or it fails.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("prompt 0 is a conversation, but the policy's tokenizer has no chat template; "
+                         "set tokenizer.chat_template, or give prompts as text")
+    texts = []
+    for i, messages in enumerate(conversations):
+        if not is_conversation(messages) or not messages or not all(
+                isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise TypeError(f"prompt {i} is no list of messages with a \"role\" and a \"content\", as prompt 0 is: "
+                            f"{str(messages)[:60]!r}")
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template refuses prompt {i}: {first_line(error)}") from error
+    return texts
+
+
+def check_ids(model, tokenizer, prompts: Prompts) -> None:
+    """Raise ValueError if a prompt, or what pads and ends, has an id that the model has no embedding for."""
+    size = model.get_input_embeddings().num_embeddings
+    way_out = "are tokenizer and model of one checkpoint? else model.resize_token_embeddings(len(tokenizer))"
+    for what, token in (("EOS", tokenizer.eos_token_id), ("padding", pad_id(tokenizer))):
+        if token >= size:
+            raise ValueError(f"the tokenizer's {what} token {tokenizer.convert_ids_to_tokens(token)!r} has the id "
+                             f"{token}, and the policy has {size} embeddings; {way_out}")
+    beyond = (prompts.ids >= size).nonzero()
+    if len(beyond):
+        i, token = beyond[0][-2].item(), prompts.ids[tuple(beyond[0])].item()
+        raise ValueError(f"prompt {i} has the token {tokenizer.convert_ids_to_tokens(token)!r} with the id {token}, "
+                         f"and the policy has {size} embeddings; {way_out}")
 
 
 def pad_id(tokenizer) -> int:
@@ -280,38 +338,79 @@ def completion_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
     """A causal LM and its tokenizer from the hub or a folder: safetensors only, no remote code.
 
-    Raises ValueError, naming the folder, when it is missing, cannot be read or lacks weights.
+    Raises ValueError, naming the folder, when it is missing, cannot be read or lacks weights, and when a
+    name of the hub cannot be had (see `hub.reach`).
     """
-    folder = str(name_or_folder)
-    with reading("a policy", folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = local(str(name_or_folder))
+    with reading("a policy", folder) as options:
+        tokenizer = load_tokenizer(folder, **options)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")  # the library makes up one without words
-        model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype)
+        model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, **options)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder!r} has no EOS token; completions could not end")
     return model.to(device).eval(), tokenizer
 
 
+def pick_device(name) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises ValueError for a name that torch does not know, or a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"the device {str(name)!r} cannot be used: {first_line(error)}; "
+                         "'auto' takes the first GPU, or the CPU where there is none") from error
+
+
 @contextmanager
 def reading(what: str, folder: str):
-    """Read a folder of the library's quietly; whatever is raised becomes a ValueError of one line that names it."""
-    hub_name = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+    """Read a folder of the library's quietly; whatever is raised becomes a ValueError of one line that names it.
+
+    Gives the options to load it with. A name of the hub is asked for first, so that nothing waits in vain.
+    """
     try:
         path = Path(folder)
         if path.is_file():
             raise ValueError("it is a file, not a folder")
-        if not path.exists() and not hub_name.fullmatch(folder):
+        if not path.exists() and not HUB_NAME.fullmatch(folder):
             raise ValueError("there is no such folder")
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError("the folder has no config.json")
+        options = reach(folder)
         with quiet():
-            yield
+            yield options
     except Exception as error:  # the library, its config checks, safetensors and tokenizers raise classes of their own
         hint = "; is a file truncated?" if "safetensor" in repr(type(error)).lower() else ""
-        if not Path(folder).exists() and hub_name.fullmatch(folder):
-            hint = "; nor is there a folder of that name"
         raise ValueError(f"cannot load {what} from {folder!r}: {first_line(error)}{hint}") from error
+
+
+PROBE = "It isn't  the film\u2019s plot I'd seen in 2024:\n\n\tna\u00efve, 12345 E\u0301T\u00c9! f(x):\n    return"
+
+
+def load_tokenizer(folder: str, **options):
+    """The tokenizer of a folder, which splits text as its own tokenizer.json says.
+
+    The library rebuilds the tokenizers of some architectures by rules of its own whatever the file
+    says (a Llama tokenizer in a Qwen 2 folder, say), and the policy would read other tokens than it was
+    trained on. Where that is so the file is followed, and a line on stderr says so.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if type(tokenizer) is PreTrainedTokenizerFast:  # which reads the file and adds nothing
+        return tokenizer
+    if cached_file(folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options) is None:
+        return tokenizer
+    as_saved = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    library, saved = (t(PROBE, add_special_tokens=False)["input_ids"] for t in (tokenizer, as_saved))
+    if library == saved:
+        return tokenizer
+    print(f"warp-lite: the library would read the tokenizer in {folder} as a {type(tokenizer).__name__}, which splits "
+          "text otherwise than its tokenizer.json; the file is followed (elsewhere: PreTrainedTokenizerFast)",
+          file=sys.stderr)
+    return as_saved
 
 
 def from_pretrained(auto, folder: str, **options):

@@ -221,15 +221,17 @@ def write_iteration(folder: RunFolder, result: WarpResult, i: int) -> None:
     folder.finish_iteration(i)
 
 
-def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
+def load_result(path, reward=None, gold=None, texts=None, device="cpu") -> WarpResult:
     """A finished run folder as a WarpResult. `reward` is found by config.json where it says how.
+
+    Weights, policy and reward model stand on `device`.
 
     Raises ValueError for a folder that is not one, is not finished, or was altered.
     """
     path = Path(path)
     settings = read_config(path)["settings"]
     config = WarpConfig(**settings["config"])
-    model, tokenizer = load_policy(path / "sft", dtype="auto")
+    model, tokenizer = load_policy(path / "sft", dtype="auto", device=device)
     sft = copy_weights(parameters(model))
     folder = RunFolder(path, settings, sft, resume=True)
     for i in range(1, config.iterations + 1):
@@ -238,7 +240,7 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
             which = f"run {missing[0]} of iteration {i}" if missing else f"the merge of iteration {i}"
             raise ValueError(f"{path} is not finished: {which} is missing; continue it with `warp-lite run --resume`")
     if reward is None:
-        reward, gold, texts = find_reward(settings.get("source") or {})
+        reward, gold, texts = find_reward(settings.get("source") or {}, device)
     prompts = read_json(path / "prompts.json")
     result = WarpResult(
         config, model, tokenizer, reward, prompts["eval"], sft, gold=gold, texts=texts,
@@ -251,7 +253,7 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
     theta_init = result.sft
     for i in range(1, config.iterations + 1):
         finished = [folder.finished_run(i, m) for m in range(1, config.runs + 1)]
-        merged = parameters(load_policy(folder.iteration(i) / "merged", dtype="auto")[0])
+        merged = parameters(load_policy(folder.iteration(i) / "merged", dtype="auto", device=device)[0])
         next_init = liti(theta_init, merged, config.eta)
         result.iterations.append(Iteration(theta_init, *map(list, zip(*finished)), merged, next_init))
         result.trajectories += [row for m in range(1, config.runs + 1) for row in folder.trajectory(i, m)]
@@ -259,14 +261,13 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
     return result
 
 
-def find_reward(source: dict):
+def find_reward(source: dict, device="cpu"):
     """Reward, gold reward and held-out texts from what config.json says of their source."""
-    if "preset" in source:
-        from .tasks.reviews import reviews_world
-        world = reviews_world(source["architecture"])
-        return world.reward, world.gold, world.texts
+    if "world" in source:
+        from .tasks import load_rewards
+        return load_rewards(source["world"], device)
     if "reward" in source:
-        return load_reward(source["reward"]), None, None
+        return load_reward(source["reward"], device, **source.get("reward_options", {})), None, None
     raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
 
 

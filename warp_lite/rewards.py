@@ -1,8 +1,9 @@
 """Rewards: how they are called, the Bradley–Terry model of the tiny world, classifiers from disk or the hub.
 
 A reward is any callable `reward(prompts, completions, **kwargs) -> list[float]`, the
-signature that TRL uses. One that has a method `from_ids(prompts, ids, mask)` is given the
-token ids instead, and nothing is decoded.
+signature that TRL uses; where the prompts are conversations, so are the completions. A
+text-classification pipeline of the library will do too. One that has a method
+`from_ids(prompts, ids, mask)` is given the token ids instead, and nothing is decoded.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from .gpt2 import GPT2Forward, positions
+from .hub import local
 from .policies import (
     Prompts,
     Rollout,
@@ -30,6 +32,8 @@ from .policies import (
     encode_prompts,
     first_line,
     from_pretrained,
+    is_conversation,
+    load_tokenizer,
     pad_id,
     reading,
     save_policy,
@@ -62,8 +66,11 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
         values = reward.from_ids(rollout.prompts, rollout.ids, rollout.mask)
         return values.detach().to(rollout.ids.device).double().view(E, B)
     ids = completion_ids(rollout.ids, rollout.mask)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    values = call_reward(reward, rollout.prompts.texts, texts, **{**rollout.prompts.columns, "completion_ids": ids})
+    given = rollout.prompts.given
+    completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if is_conversation(given[0]):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    values = call_reward(reward, given, completions, **{**rollout.prompts.columns, "completion_ids": ids})
     try:
         values = values.detach().tolist() if isinstance(values, Tensor) else values
         values = [math.nan if value is None else float(value) for value in values]
@@ -85,6 +92,9 @@ def call_reward(reward, prompts: list[str], completions: list[str], **kwargs):
     By keyword, as TRL does, if it names `completions` or `completion_ids` or takes nothing but
     keywords; else prompts and completions are its first two arguments, whatever it calls them.
     """
+    pipelines = sys.modules.get("transformers.pipelines")
+    if pipelines and isinstance(reward, pipelines.Pipeline):
+        reward = PipelineReward(reward)
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -157,6 +167,12 @@ class BradleyTerry:
         ids, mask = pad_right(completion_ids, pad_id(self.tokenizer))
         return self.from_ids(encode_prompts(self.tokenizer, prompts), ids, mask).tolist()
 
+    def to(self, device) -> BradleyTerry:
+        """The same reward model on a device."""
+        self.trunk.to(device)
+        self.head = nn.Parameter(self.head.detach().to(device), self.head.requires_grad)
+        return self
+
     def save(self, folder) -> None:
         """A Hugging Face folder of the trunk, with the head and the standardisation beside it."""
         save_policy(self.trunk, self.tokenizer, folder)
@@ -164,13 +180,13 @@ class BradleyTerry:
         save_file({"head": self.head.detach(), "mean_std": scale}, Path(folder) / "reward_head.safetensors")
 
     @classmethod
-    def load(cls, folder) -> BradleyTerry:
+    def load(cls, folder, device="cpu") -> BradleyTerry:
         """What `save` wrote. Raises ValueError in one line when it cannot be read."""
         with reading("a reward model", str(folder)):
             trunk = from_pretrained(AutoModel, str(folder), dtype=torch.float32)
-            model = cls(trunk.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder))
+            model = cls(trunk.to(device).eval().requires_grad_(False), load_tokenizer(str(folder)))
             head = load_file(Path(folder) / "reward_head.safetensors")
-        model.head = head["head"]
+        model.head = head["head"].to(device)
         model.mean, model.std = head["mean_std"].tolist()
         return model
 
@@ -204,38 +220,129 @@ def train_bradley_terry(model: BradleyTerry, chosen, rejected, *, epochs=2, batc
 class ClassifierReward:
     """A sequence classifier's logit, or log-probability, of one label, as a reward of texts.
 
-    The classifier keeps its own tokenizer: prompt and completion are joined as text.
+    The classifier keeps its own tokenizer: prompt and completion are joined as text, and what is too long
+    for it is cut at the beginning, since the completion is at the end. `label` is a name or an index.
     """
 
-    def __init__(self, name_or_folder, label: int = -1, log_probability: bool = False, device="cpu", batch: int = 64):
-        folder = str(name_or_folder)
-        with reading("a reward model", folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = from_pretrained(AutoModelForSequenceClassification, folder)
-        labels = self.model.config.num_labels
-        if not -labels <= label < labels:
-            raise ValueError(f"the reward model in {folder!r} has {labels} labels and no label {label}")
-        if self.tokenizer.pad_token is None:  # as GPT-2's: any token will do, it is masked
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+    def __init__(self, name_or_folder, label: int | str = -1, log_probability: bool = False, device="cpu",
+                 batch: int = 64):
+        folder = local(str(name_or_folder))
+        with reading("a reward model", folder) as options:
+            self.tokenizer = load_tokenizer(folder, **options)
+            self.model = from_pretrained(AutoModelForSequenceClassification, folder, **options)
+            if self.tokenizer.pad_token is None:  # as GPT-2's: any token will do, it is masked
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            if self.model.config.pad_token_id is None:
+                self.model.config.pad_token_id = self.tokenizer.pad_token_id
+            self.size = self.model.get_input_embeddings().num_embeddings
+            check_vocabulary(self.tokenizer, self.size)
         self.model.to(device).eval().requires_grad_(False)
-        self.label, self.log_probability, self.batch = label, log_probability, batch
+        self.label = find_label(self.model.config.id2label, label, f"the reward model in {folder!r}")
+        self.log_probability, self.batch = log_probability, batch
+        self.tokenizer.truncation_side = "left"
+        self.longest = longest_input(self.model, self.tokenizer)
+        self.unit = f"{'log-probability' if log_probability else 'logit'} of {self.model.config.id2label[self.label]}"
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str], **kwargs) -> list[float]:
+    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
         """Rewards of the joined texts, in logits or nats."""
-        texts = [join_text(p, c) for p, c in zip(prompts, completions)]
+        texts, framed = joined_texts(prompts, completions, self.tokenizer)
         values = []
         for i in range(0, len(texts), self.batch):
             # On the right, whatever the tokenizer prefers: on the left it would shift the positions.
             batch = self.tokenizer(
-                texts[i:i + self.batch], padding=True, padding_side="right", truncation=True, return_tensors="pt")
+                texts[i:i + self.batch], padding=True, padding_side="right", truncation=self.longest is not None,
+                max_length=self.longest, add_special_tokens=not framed, return_tensors="pt")
+            if batch["input_ids"].max() >= self.size:
+                raise ValueError(f"a completion has a token beyond the {self.size} embeddings of the reward model: "
+                                 f"{texts[i + int((batch['input_ids'] >= self.size).any(1).nonzero()[0])][-60:]!r}")
             logits = self.model(**batch.to(self.model.device)).logits.float()
             if self.log_probability and logits.shape[-1] > 1:
                 logits = logits.log_softmax(-1)
             values += logits[:, self.label].tolist()
         return values
+
+
+class PipelineReward:
+    """A text-classification pipeline of the library as a reward: the logit, or log-probability, of one label.
+
+    The pipeline keeps its model, tokenizer, device and batch size. `label` is a name or an index.
+    Raises ValueError for a pipeline of another task.
+    """
+
+    def __init__(self, pipeline, label: int | str = -1, log_probability: bool = False):
+        if pipeline.task != "text-classification":
+            raise ValueError(f"a pipeline for {pipeline.task!r} gives no reward; pass one for 'text-classification'")
+        config = pipeline.model.config
+        self.pipeline, self.log_probability = pipeline, log_probability and config.num_labels > 1
+        self.name = config.id2label[find_label(config.id2label, label, "the pipeline")]
+        self.unit = f"{'log-probability' if log_probability else 'logit'} of {self.name}"
+
+    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
+        """Rewards of the joined texts, in logits or nats."""
+        tokenizer = self.pipeline.tokenizer
+        longest = longest_input(self.pipeline.model, tokenizer)
+        texts, framed = joined_texts(prompts, completions, tokenizer)
+        options = {"add_special_tokens": not framed}
+        options |= {"truncation": True, "max_length": longest} if longest else {}
+        side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+        try:
+            scores = self.pipeline(texts, top_k=None, function_to_apply="none", **options)
+        finally:
+            tokenizer.truncation_side = side
+        values = []
+        for row in scores:
+            logits = {entry["label"]: entry["score"] for entry in row}
+            total = torch.tensor(list(logits.values())).logsumexp(0).item() if self.log_probability else 0.0
+            values.append(logits[self.name] - total)
+        return values
+
+
+def find_label(names: dict[int, str], label: int | str, where: str) -> int:
+    """The index of a classifier's label, given by its index, from the end where negative, or its name."""
+    if isinstance(label, str):
+        found = [i for i, name in names.items() if name.lower() == label.lower()]
+        if found:
+            return found[0]
+    elif -len(names) <= label < len(names):
+        return label % len(names)
+    raise ValueError(f"{where} has {len(names)} labels ({', '.join(names.values())}) and no label {label!r}")
+
+
+def longest_input(model, tokenizer) -> int | None:
+    """How many tokens a classifier takes, by its tokenizer or its positions; None where neither sets a limit."""
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 10**9 else []  # the library's "no limit"
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+        offset = next((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), 0)
+        limits.append(positions - offset)  # RoBERTa's positions begin after that of its padding
+    return min(limits, default=None)
+
+
+def check_vocabulary(tokenizer, size: int) -> None:
+    """Raise ValueError if texts, or what frames and pads them, have ids that a model of `size` embeddings lacks."""
+    roles = ("pad", "bos", "eos", "cls", "sep", "unk")
+    framing = {getattr(tokenizer, f"{role}_token_id") for role in roles} - {None}
+    added = set(tokenizer.get_added_vocab().values())  # some have no place in a text
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size and (i in framing or i not in added)}
+    if beyond:
+        i = min(beyond)
+        raise ValueError(f"its tokenizer's token {beyond[i]!r} has the id {i}, and the model has {size} embeddings; "
+                         "are both of one checkpoint?")
+
+
+def joined_texts(prompts: list, completions: list, tokenizer) -> tuple[list[str], bool]:
+    """Each prompt with its completion as one text, and whether those have their special tokens in them.
+
+    Conversations are joined by the tokenizer's chat template, which writes them, or else line by line.
+    """
+    if not is_conversation(prompts[0]):
+        return [join_text(prompt, completion) for prompt, completion in zip(prompts, completions)], False
+    whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
+    if tokenizer.chat_template is not None:
+        return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in whole], True
+    return ["\n".join(message["content"] for message in messages) for messages in whole], False
 
 
 def join_text(prompt: str, completion: str) -> str:
@@ -255,15 +362,20 @@ def pad_right(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def load_reward(spec: str, device="cpu"):
+def load_reward(spec: str, device="cpu", label: int | str | None = None, log_probability: bool = False):
     """A reward from the command line: `module:function`, a folder, or a classifier's name on the hub.
 
-    Raises ValueError in one line when it cannot be found.
+    `label`, a name or an index, and `log_probability` choose what of a classifier is the reward.
+    Raises ValueError in one line when it cannot be found, or there is nothing to choose.
     """
-    folder = Path(spec)
-    if (folder / "reward_head.safetensors").is_file():
-        return BradleyTerry.load(folder)
-    if ":" in spec and not folder.exists():
+    folder = Path(local(spec))
+    is_function = ":" in spec and not folder.exists()
+    is_bradley_terry = (folder / "reward_head.safetensors").is_file()
+    if (is_function or is_bradley_terry) and (label is not None or log_probability):
+        raise ValueError(f"the reward {spec!r} is no classifier: it has no label or log-probability to choose")
+    if is_bradley_terry:
+        return BradleyTerry.load(folder, device)
+    if is_function:
         module, _, name = spec.partition(":")
         sys.path.insert(0, "")
         try:
@@ -275,7 +387,7 @@ def load_reward(spec: str, device="cpu"):
         if not callable(function):
             raise ValueError(f"the reward {spec!r} is {type(function).__name__}, not a function")
         return function
-    return ClassifierReward(spec, device=device)
+    return ClassifierReward(spec, -1 if label is None else label, log_probability, device)
 
 
 def reward_name(reward) -> str:

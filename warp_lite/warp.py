@@ -28,6 +28,7 @@ from .memory import free_memory, settings_that_fit, training_memory
 from .policies import (
     Prompts,
     Weights,
+    check_ids,
     encode_prompts,
     first_line,
     load_policy,
@@ -231,13 +232,15 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, eval_pro
         encoded, held_out = hold_out(encoded)
     else:
         held_out = encode_prompts(tokenizer, eval_prompts, room)
+    for prompts in (encoded, held_out):
+        check_ids(policy, tokenizer, prompts)
     if texts is not None:
         encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
     compute_dtype(config.precision, policy.device)
     model = full_precision(policy)
     result = WarpResult(
-        config, model, tokenizer, reward, held_out.texts, copy_weights(parameters(model)), gold=gold, texts=texts,
-        train_prompts=encoded.texts, eval_columns=held_out.columns, source=source, dtype=policy.dtype)
+        config, model, tokenizer, reward, held_out.given, copy_weights(parameters(model)), gold=gold, texts=texts,
+        train_prompts=encoded.given, eval_columns=held_out.columns, source=source, dtype=policy.dtype)
     return result, encoded.to(policy.device), rewards
 
 

@@ -126,8 +126,14 @@ class World:
     train_prompts: list[str]
     eval_prompts: list[str]
     texts: list[str]
-    folder: Path
+    folder: Path | None
     facts: dict
+
+    def to(self, device) -> World:
+        """The same world with its policy and reward model on a device."""
+        self.model.to(device)
+        self.reward.to(device)
+        return self
 
 
 def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = True, **settings) -> World:
