@@ -139,12 +139,13 @@ def train_on_texts(model, tokenizer, texts: Sequence[str], settings: ImdbSetting
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    longest = min(settings.sft_tokens, getattr(model.config, "max_position_embeddings", settings.sft_tokens))
     losses = []
     steps = tqdm(range(settings.sft_steps), desc="SFT policy", unit="step", disable=None if progress else True,
                  leave=False)
     for step in steps:
         batch = [texts[(step * settings.sft_batch + i) % len(texts)] for i in range(settings.sft_batch)]
-        rows = [[*ids, tokenizer.eos_token_id][:settings.sft_tokens] for ids in tokenizer(batch)["input_ids"]]
+        rows = [[*ids, tokenizer.eos_token_id][:longest] for ids in tokenizer(batch)["input_ids"]]
         ids, mask = (part.to(model.device) for part in pad_right(rows, tokenizer.eos_token_id))
         logits = model(ids[:, :-1], use_cache=False).logits
         real = mask[:, 1:].bool()
