@@ -5,8 +5,11 @@ import torch
 
 from warp_lite import warp
 from warp_lite.config import WarpConfig
-from warp_lite.experiment import run_experiment
+from warp_lite.experiment import policies_that_fit, run_experiment
 from warp_lite.liti import liti
+from warp_lite.memory import training_memory
+from warp_lite.policies import encode_prompts
+from warp_lite.reinforce import train_batched
 from warp_lite.warp import run_warp
 
 PROMPTS = ["this film was", "that plot was", "this plot is", "but that film is"]
@@ -132,3 +135,49 @@ def test_runs_that_do_not_fit_in_memory_together_train_one_after_the_other(polic
     assert "they train one after the other" in capsys.readouterr().err
     for tensor, other in zip(together.weights(1.0).values(), apart.weights(1.0).values()):
         torch.testing.assert_close(tensor, other, rtol=0, atol=1e-9)
+
+
+def test_runs_are_kept_in_a_folder_and_a_second_call_trains_only_what_is_missing(policy, tmp_path, monkeypatch):
+    configs = {"a": CONFIG, "b": CONFIG.replace(lr=1e-3)}
+    whole = experiment(policy, configs, (0, 1))
+    first = experiment(policy, configs, (0, 1), out=tmp_path)
+    files = sorted(tmp_path.glob("run-*.safetensors"))
+    assert len(files) == 2 * 2 * 2 * 2 and len(list(tmp_path.iterdir())) == 2 * len(files)
+    trained = []
+
+    def counted(model, tokenizer, prompts, runs, on_step):
+        trained.extend(runs)
+        return train_batched(model, tokenizer, prompts, runs, on_step)
+
+    monkeypatch.setattr("warp_lite.experiment.train_batched", counted)
+    monkeypatch.setattr("warp_lite.experiment.policies_that_fit", lambda *a: 1)
+    again = experiment(policy, configs, (0, 1), out=tmp_path)
+    assert not trained
+    files[3].unlink()
+    part = experiment(policy, configs, (0, 1), out=tmp_path)
+    assert len(trained) == 1
+    for other in (first, again, part):
+        assert other.trajectory_rows() == whole.trajectory_rows()
+        for name in configs:
+            for ours, theirs in zip(other.results[name], whole.results[name]):
+                for one, two in zip(ours.iterations, theirs.iterations):
+                    for a, b in zip([one.merged, *one.policies, *one.anchors],
+                                    [two.merged, *two.policies, *two.anchors]):
+                        assert all(torch.equal(a[tensor], b[tensor]) for tensor in b)
+    trained.clear()
+    experiment(policy, {"a": CONFIG.replace(iterations=1, seed=9)}, (0,), out=tmp_path)  # what no single run sees
+    assert not trained
+    experiment(policy, {"a": CONFIG.replace(beta=0.2)}, (0,), out=tmp_path)
+    assert len(trained) == 4
+    files[0].write_bytes(files[0].read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"run-.*safetensors.*remove it to train that run again"):
+        experiment(policy, configs, (0, 1), out=tmp_path)
+
+
+def test_no_more_runs_train_together_than_fit_in_memory(policy, monkeypatch):
+    model, tokenizer = policy
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    one = training_memory(model, 1, CONFIG.batch_size, prompts.ids.shape[-1], CONFIG.max_new_tokens).total
+    for free, count in ((0, 1), (3.1 * one, 2), (10**15, 128)):
+        monkeypatch.setattr("warp_lite.experiment.free_memory", lambda device, free=free: free)
+        assert policies_that_fit(model, prompts, CONFIG) == count

@@ -6,21 +6,27 @@ several settings cost little more than one run. Evaluation is batched in the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from . import __version__
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .liti import liti
+from .memory import free_memory, training_memory
 from .policies import Weights, check_ids, encode_prompts, parameters, room_for_prompts, stack
 from .precision import full_precision
 from .reinforce import SHARED, Run, train_batched
 from .result import ETAS, Iteration, WarpResult, copy_weights
+from .rewards import reward_name
+from .runs import json_hash, load_tensors, read_json, save_tensors, weights_hash, write_json
 from .slerp import lerp
-from .warp import merge
+from .warp import MEMORY_SHARE, merge
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
 NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
@@ -40,28 +46,25 @@ class Experiment:
         `samples` completions a held-out prompt. Seeds are the error bars, so each needs fewer
         samples than the front of a single run.
         """
-        places, states = [], []
-        for name in names or self.results:
-            for seed, result in zip(self.seeds, self.results[name]):
-                for i in iterations or range(1, len(result.iterations) + 1):
-                    for eta in etas:
-                        places.append({"config": name, "seed": seed, "iteration": i, "eta": float(eta)})
-                        states.append(result.weights(eta, i, toward))
-        return [{**place, **metrics.as_dict()} for place, metrics in zip(places, self.measure(states, samples))]
+        places = [(name, seed, result, i, eta) for name in names or self.results
+                  for seed, result in zip(self.seeds, self.results[name])
+                  for i in iterations or range(1, len(result.iterations) + 1) for eta in etas]
+        measured = self.measure((result.weights(eta, i, toward) for _, _, result, i, eta in places), samples)
+        return [{"config": name, "seed": seed, "iteration": i, "eta": float(eta), **metrics.as_dict()}
+                for (name, seed, _, i, eta), metrics in zip(places, measured)]
 
     def trajectory_rows(self, names: Sequence[str] | None = None) -> list[dict]:
         """The measurements of every run while it trained: dicts with `config`, `seed`, `iteration`, `run`, `step`."""
         return [{"config": name, "seed": seed, **row} for name in names or self.results
                 for seed, result in zip(self.seeds, self.results[name]) for row in result.trajectories]
 
-    def measure(self, states: Sequence[Weights], samples: int = 2) -> list[PolicyMetrics]:
-        """Metrics of any weights, all in batches, on the held-out prompts; `samples` completions a prompt."""
+    def measure(self, states: Iterable[Weights], samples: int = 2) -> list[PolicyMetrics]:
+        """Metrics of any weights, in batches, on the held-out prompts; `samples` completions a prompt.
+
+        Large weights are better made one by one, by a generator: only those of a batch are held at once.
+        """
         any_result = next(iter(self.results.values()))[0]
-        at_once = 8 * POLICIES_AT_ONCE  # what is stacked is a copy
-        metrics = []
-        for start in range(0, len(states), at_once):
-            metrics += any_result.measure(states[start:start + at_once], samples=samples)
-        return metrics
+        return any_result.measure(states, samples=samples)
 
 
 @dataclass
@@ -79,7 +82,7 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
                    eval_prompts: Sequence[str], gold=None, texts=None, rewards: Mapping[str, object] | None = None,
                    starts: Mapping[str, Callable[[WarpResult, int], Weights]] | None = None,
                    checkpoints: Callable[[str, int, int, int, int, Weights], None] | None = None,
-                   trajectory_samples: int = 1, progress: bool = True) -> Experiment:
+                   trajectory_samples: int = 1, progress: bool = True, out=None) -> Experiment:
     """Algorithm 1 for every setting and seed, whatever can share a program in one, and a run that
     several settings have in common once.
 
@@ -90,7 +93,9 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     merged around the mean of their starts. Trajectories are measured every `eval_every` steps with
     `trajectory_samples` completions a held-out prompt, and `checkpoints`, where given, is called
     with what is measured: name, seed, iteration, run, step, weights. The policies equal those of
-    `run_warp` with the same settings. Raises what `run_warp` does.
+    `run_warp` with the same settings. `out` is a folder in which every run is kept when it ends: the same
+    call goes on where it was stopped, and weights are read from there as they are needed, so that they
+    need not fit in memory. Raises what `run_warp` does.
     """
     seeds = tuple(seeds)
     if not configs or not seeds:
@@ -123,18 +128,32 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
             trained = {}
             bar.set_description(f"training, iteration {i}")
             bar.reset(total=sum(run.config.steps for _, run in shared.values()))
-            for group in _groups(list(shared.values())):
+            kept = None if out is None else _KeptRuns(out, policy, encoded, held_out, trajectory_samples)
+            left = []
+            for some, run in shared.values():
+                found = None if kept is None else kept.load(run, some)
+                if found is None:
+                    left.append((some, run))
+                else:
+                    trained |= {(id(job), run.number): found for job in some}
+                    bar.update(run.config.steps)
+            for group in _groups(left, policy, encoded):
                 on_step = _measure_trajectories(group, held_out, trajectory_samples, checkpoints, bar)
                 states = train_batched(policy, tokenizer, encoded, [run for _, run in group], on_step)
-                trained |= {(id(job), run.number): state for (some, run), state in zip(group, states) for job in some}
+                for (some, run), state in zip(group, states):
+                    ended = (state.policy, state.anchor)  # Adam's moments are of no more use
+                    if kept is not None:
+                        kept.save(run, some, *ended)
+                        ended = kept.load(run, [])
+                    trained |= {(id(job), run.number): ended for job in some}
+                del states
             for job in active:
-                states = [trained[id(job), m] for m in range(1, job.config.runs + 1)]
-                policies = [state.policy for state in states]
+                policies, anchors = map(list, zip(*(trained[id(job), m] for m in range(1, job.config.runs + 1))))
                 init = _mean(job.inits)
                 merged = merge(init, policies, job.config.merge)
                 next_init = liti(init, merged, job.config.eta)
                 job.result.iterations.append(
-                    Iteration(init, policies, [state.anchor for state in states], merged, next_init))
+                    Iteration(init, policies, anchors, merged, next_init))
                 job.inits = [next_init] * job.config.runs
                 if job.name in (starts or {}):
                     job.inits = [starts[job.name](job.result, m) for m in range(1, job.config.runs + 1)]
@@ -144,8 +163,48 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     return Experiment({name: [job.result for job in some] for name, some in jobs.items()}, seeds)
 
 
-def _groups(runs: list[tuple[list[_Job], Run]]) -> list[list[tuple[list[_Job], Run]]]:
-    """Runs with the jobs they are of, in groups that can share a program and are not too large; equal
+class _KeptRuns:
+    """The runs of an experiment in a folder, each by a hash of all that it depends on: weights and measurements."""
+
+    def __init__(self, out, policy, prompts, held_out, samples: int):
+        self.folder = Path(out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.names, self.hashes = [name for name, _ in policy.named_parameters()], {}
+        self.about = [__version__, json_hash([prompts.given, held_out.given, samples])]
+
+    def path(self, run: Run) -> Path:
+        """Where a run's weights are, or will be."""
+        hashes = [self.hashes.setdefault(id(weights), (weights_hash(weights), weights))[0]  # kept alive: so is its id
+                  for weights in (run.init, run.sft)]
+        settings = dataclasses.asdict(run.config.replace(**NOT_OF_A_RUN))
+        key = json_hash([*self.about, settings, run.iteration, run.number, reward_name(run.reward), hashes])
+        return self.folder / f"run-{key[:16]}.safetensors"
+
+    def load(self, run: Run, jobs: list[_Job]) -> tuple[Weights, Weights] | None:
+        """The policy and anchor of a run that has ended, its measurements given to the jobs; else None.
+
+        Raises ValueError where the file cannot be read.
+        """
+        path = self.path(run)
+        if not path.is_file():
+            return None
+        tensors = load_tensors(path, "cpu", "remove it to train that run again")
+        for job in jobs:
+            job.result.trajectories += read_json(path.with_suffix(".json"))["trajectory"]
+        return tuple({name: tensors[f"{part}.{name}"] for name in self.names} for part in ("policy", "anchor"))
+
+    def save(self, run: Run, jobs: list[_Job], policy: Weights, anchor: Weights) -> None:
+        """Keep a run that has ended; the weights come last, since they say that it is whole."""
+        rows = [row for row in jobs[0].result.trajectories
+                if (row["iteration"], row["run"]) == (run.iteration, run.number)]
+        write_json(self.path(run).with_suffix(".json"), {"trajectory": rows})
+        parts = {"policy": policy, "anchor": anchor}
+        save_tensors({f"{part}.{name}": w for part, weights in parts.items() for name, w in weights.items()},
+                     self.path(run))
+
+
+def _groups(runs: list[tuple[list[_Job], Run]], policy, prompts) -> list[list[tuple[list[_Job], Run]]]:
+    """Runs with the jobs they are of, in groups that can share a program and fit in memory; equal
     learning rates side by side."""
     by_shape: dict[tuple, list] = {}
     for some, run in runs:
@@ -153,9 +212,15 @@ def _groups(runs: list[tuple[list[_Job], Run]]) -> list[list[tuple[list[_Job], R
     groups = []
     for some in by_shape.values():
         some.sort(key=lambda pair: pair[1].config.lr)
-        parts = -(-len(some) // POLICIES_AT_ONCE)
+        parts = -(-len(some) // policies_that_fit(policy, prompts, some[0][1].config))
         groups += [list(part) for part in _split(some, parts)]
     return groups
+
+
+def policies_that_fit(policy, prompts, config: WarpConfig) -> int:
+    """How many runs train as one program, by the memory that is free on the policy's device; one at least."""
+    one = training_memory(policy, 1, config.batch_size, prompts.ids.shape[-1], config.max_new_tokens).total
+    return max(1, min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(policy.device) / one)))
 
 
 def _mean(inits: list[Weights]) -> Weights:
