@@ -37,6 +37,14 @@ SEED = 0
 DEVICE = "cpu"
 OUT = ""
 """
+GPU_PARAMETERS = """\
+MODEL = "gpt2-imdb"
+FAST = False
+SEED = 0
+DEVICE = "auto"
+OUT = ""
+"""
+FOR_GPU = ("06",)  # notebooks on real models; here they are executed in fast mode, on small ones
 START = """\
 import os
 
@@ -44,21 +52,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from warp_lite import figures, plots
+from warp_lite import figures, plans, plots
 from warp_lite.tasks import TINY, load_world
 
 MODEL = os.environ.get("WARP_LITE_MODEL") or MODEL
 FAST = FAST or os.environ.get("WARP_LITE_FAST") == "1"
-if DEVICE == "auto":
-    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 plt.rcParams.update(plots.STYLE)
-world = load_world(MODEL)
-world.model.to(DEVICE)
+world = load_world(MODEL, device=DEVICE, small=FAST)
+KEEP = plans.kept_runs(OUT, world.model)  # where the runs of a real model are kept and found again
 UNIT = getattr(world.reward, "unit", "reward units")
 CHECKED = MODEL in TINY and not FAST  # whether the cells that assert a trend do so
 print(f"{MODEL}: {sum(p.numel() for p in world.model.parameters()):,} parameters, "
       f"{len(world.train_prompts)} prompts to train on and {len(world.eval_prompts)} held out; "
-      f"{'fast' if FAST else 'full'} mode on {DEVICE}")
+      f"{'fast' if FAST else 'full'} mode on {world.model.device}")
 if world.gold is None:
     print("This world has no gold reward: the figures leave it out.")
 """
@@ -76,9 +82,10 @@ def badge(name: str, root: Path = ROOT) -> str:
             f"(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name})")
 
 
-def shared_cells(root: Path = ROOT) -> dict[str, str]:
-    """The source of the cells that all notebooks share, by tag."""
-    cells = {"setup": SETUP.format(address=address(root)), "parameters": PARAMETERS, "start": START}
+def shared_cells(name: str = "", root: Path = ROOT) -> dict[str, str]:
+    """The source of the cells that all notebooks share, by tag; those for a GPU have other parameters."""
+    parameters = GPU_PARAMETERS if name.startswith(FOR_GPU) else PARAMETERS
+    cells = {"setup": SETUP.format(address=address(root)), "parameters": parameters, "start": START}
     return {tag: source.rstrip("\n") for tag, source in cells.items()}
 
 
@@ -103,7 +110,7 @@ def link(path: Path, root: Path = ROOT) -> bool:
     else:
         first, _, rest = title.source.partition("\n")
         title.source = f"{first}\n\n{badge(path.name, root)}\n{rest}"
-    for tag, source in shared_cells(root).items():
+    for tag, source in shared_cells(path.name, root).items():
         for cell in notebook.cells:
             if tag in cell.metadata.get("tags", ()):
                 cell.source = source
@@ -152,6 +159,8 @@ def run(path: Path) -> int:
     """Execute a notebook in a process of its own and print its run time and peak memory; the exit code."""
     start = time.perf_counter()
     environment = {name: value for name, value in os.environ.items() if name != "WARP_LITE_FAST"}
+    if path.name.startswith(FOR_GPU):
+        environment["WARP_LITE_FAST"] = "1"
     child = subprocess.Popen([sys.executable, "-m", "warp_lite.notebooks", "execute", str(path)], env=environment)
     memory = "not measured on this system"
     if hasattr(os, "wait4"):  # counts the kernel too, which the child waits for

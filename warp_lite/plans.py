@@ -43,6 +43,11 @@ PLANS = {
         "lr": (1e-3, 1e-3, 1e-5, 1e-5),
         "etas": ((0, 0.15, 0.3, 0.45, 0.6, 0.8, 1), (0, 0.25, 0.5, 0.75, 1), (0, 0.5, 1), (0, 0.5, 1)),
         "limit": (1024, 128, 256, 128)},
+    "06_gpt2_and_gemma_on_a_gpu": {
+        "steps": (160, 40, 150, 100), "batch": (8, 8, 16, 16), "lr": (1e-3, 1e-3, 1e-5, 1e-5), "short": (8, 4, 4, 4),
+        "iterations": (2, 2, 2, 1),
+        "etas": (*2 * ((0, 0.25, 0.5, 0.75, 1),), *2 * ((0, 0.2, 0.4, 0.6, 0.8, 1),)), "lora_steps": (80, 20, 60, 40),
+        "samples": (512, 256, 256, 256), "limit": (512, 128, 128, 128)},
 }
 
 # A T4 by its data sheet, and the shares of it that code such as this usually reaches

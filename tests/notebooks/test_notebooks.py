@@ -9,19 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from warp_lite.notebooks import paths, widget_errors
+from warp_lite.notebooks import FOR_GPU, paths, widget_errors
 
 CPU_SECONDS = 60  # of one notebook in fast mode; CPU time, which other work on the machine does not change
 NOTEBOOKS = {path.stem: path for path in paths()}
 # Beside the default model: one notebook with each other kind of MODEL, the rest in `make test-all`.
-OTHER_MODELS = {("tiny-gemma", "01_ema_anchor"), ("folder", "00_kl_and_reward")}
+OTHER_MODELS = {("tiny-gemma", "01_ema_anchor"), ("folder", "00_kl_and_reward"), ("gpt2-imdb", "03_liti")}
 NBVAL = ("00_kl_and_reward", "01_ema_anchor", "02_slerp")
 
 
 def cases():
     for name in NOTEBOOKS:
-        yield pytest.param(name, "tiny-gpt2", id=f"{name}-tiny-gpt2", marks=pytest.mark.slow)
-        for model in ("tiny-gemma", "folder"):
+        usual, *others = ("tiny-gpt2", "tiny-gemma", "folder", "gpt2-imdb", "gemma-imdb")
+        if name.startswith(FOR_GPU):
+            usual, others = "gpt2-imdb", ["gemma-imdb"]
+        yield pytest.param(name, usual, id=f"{name}-{usual}", marks=pytest.mark.slow)
+        for model in others:
             marks = [pytest.mark.slow] if (model, name) in OTHER_MODELS else [pytest.mark.slow, pytest.mark.all]
             yield pytest.param(name, model, id=f"{name}-{model}", marks=marks)
 
@@ -38,7 +41,7 @@ def test_a_notebook_runs_in_fast_mode(name, kind, environment, model, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     print(f"{name} with {kind}: {seconds:.0f} s of CPU time, {after.elapsed - before.elapsed:.0f} s in all")
-    if kind == "tiny-gpt2":
+    if kind == "tiny-gpt2" or name.startswith(FOR_GPU):
         assert seconds < CPU_SECONDS
     executed = json.loads((tmp_path / "executed.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]

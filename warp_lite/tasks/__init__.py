@@ -9,13 +9,14 @@ TINY = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3"}
 HUB = ("gpt2-imdb", "gemma-imdb")
 
 
-def load_world(name: str, progress: bool = True, device="cpu"):
+def load_world(name: str, progress: bool = True, device="cpu", small: bool = False):
     """The world of that name: "tiny-gpt2", "tiny-gemma", "gpt2-imdb", "gemma-imdb", or a folder that holds one.
 
     A folder has `policy/` (a causal LM with its tokenizer), `reward/` (a reward model or a sequence
     classifier) and `prompts.jsonl` (a "prompt" in each line; a fifth is held out, or what
     `eval_prompts.jsonl` has). It has no gold reward and no held-out texts.
     Policy and reward model stand on `device`; "auto" is the first GPU, or the CPU where there is none.
+    With `small`, small repositories made here stand in the place of the hub's (see `small_hub`).
     Raises ValueError that names what is missing.
     """
     from ..policies import load_policy, pick_device
@@ -27,6 +28,10 @@ def load_world(name: str, progress: bool = True, device="cpu"):
     if name in HUB:
         from .imdb import IMDB, imdb_world
 
+        if small:
+            from .small_hub import use_small_hub
+
+            use_small_hub(name, progress)
         return imdb_world(IMDB[name], progress, device)
     folder = Path(name)
     if not folder.is_dir():

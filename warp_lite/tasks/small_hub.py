@@ -8,6 +8,10 @@ folder, everything that names a repository of the hub finds these in its place.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +21,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 from ..policies import save_policy
 from ..randomness import WORLD, generator
 from .imdb import IMDB
-from .reviews import WORDS, make_tokenizer, review, reviews_world
+from .reviews import WORDS, cache_folder, make_tokenizer, review, reviews_world
 
 ARCHITECTURES = {"gpt2-imdb": "gpt2", "gemma-imdb": "gemma3"}
 REVIEWS = 3000
@@ -30,17 +34,41 @@ def make_small_hub(folder, worlds=("gpt2-imdb",), progress: bool = True) -> Path
     texts = [review(rng) for _ in range(REVIEWS)]
     for name in worlds:
         settings = IMDB[name]
-        if not (folder / settings.policy / "config.json").is_file():
-            world = reviews_world(ARCHITECTURES[name], progress=progress)
-            save_policy(world.model, world.tokenizer, folder / settings.policy)
-        if not (folder / settings.reward / "config.json").is_file():
-            save_policy(*sentiment_classifier(texts), folder / settings.reward)
-        data = folder / settings.data
-        if not data.is_dir():
-            data.mkdir(parents=True)
-            rows = sorted(({"text": text, "label": label_of(text)} for text in texts), key=lambda row: row["label"])
-            (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with _whole(folder / settings.policy) as made:
+            if made is not None:
+                world = reviews_world(ARCHITECTURES[name], progress=progress)
+                save_policy(world.model, world.tokenizer, made)
+        with _whole(folder / settings.reward) as made:
+            if made is not None:
+                save_policy(*sentiment_classifier(texts), made)
+        with _whole(folder / settings.data) as made:
+            if made is not None:
+                rows = sorted(({"text": text, "label": label_of(text)} for text in texts), key=lambda row: row["label"])
+                (made / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _whole(target: Path):
+    """A temporary folder to fill, put in the place of `target` when it is whole; None where that is there."""
+    if target.is_dir():
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield made
+        with suppress(OSError):  # another process was first
+            made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def use_small_hub(world: str, progress: bool = True) -> None:
+    """From here on the repositories of a world are small ones, made once and kept in the cache; not where
+    $WARP_LITE_HUB names others already."""
+    if "WARP_LITE_HUB" not in os.environ:
+        os.environ["WARP_LITE_HUB"] = str(make_small_hub(cache_folder() / "small-hub", [world], progress))
 
 
 def label_of(text: str) -> int:
