@@ -28,7 +28,7 @@ SETUP = """\
 import importlib.util
 
 if importlib.util.find_spec("warp_lite") is None:
-    %pip install --quiet "warp-lite[notebooks] @ git+{address}"
+    %pip install --quiet "warp-lite[notebooks,hub] @ git+{address}"
 """
 PARAMETERS = """\
 MODEL = "tiny-gpt2"

@@ -1,0 +1,59 @@
+"""Settings of the notebooks by the size of the policy, and what a real model is said to cost."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
+
+from warp_lite import WarpConfig, plans
+from warp_lite.notebooks import paths
+
+
+def on_paper(config):
+    """A model of those shapes that takes no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return on_paper(GPT2Config())
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    return on_paper(Gemma3TextConfig(
+        vocab_size=262_144, hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=256, intermediate_size=2048))
+
+
+def test_every_plan_has_a_value_for_each_size_and_a_notebook():
+    stems = {path.stem for path in paths()}
+    assert plans.PLANS.keys() <= stems
+    assert all(len(row) == 4 for plan in plans.PLANS.values() for row in plan.values())
+
+
+def test_the_size_of_the_policy_chooses_the_settings(gpt2_policy, gpt2, gemma):
+    assert plans.size_of(gpt2) == 124_439_808 and plans.size_of(gemma) == 268_098_176  # as published
+    steps = [plans.plan("01_ema_anchor", model).steps for model in (gpt2_policy, gpt2, gemma)]
+    assert steps == [160, 60, 40]
+    assert plans.plan("01_ema_anchor", gpt2_policy, fast=True).steps == 60
+    fast = plans.plan("00_kl_and_reward", gpt2, fast=True)
+    assert fast.lr == 1e-5 and fast.limit == 128 and fast.steps == 60  # the smaller of both, at its own rate
+
+
+def test_a_real_model_is_announced_and_a_tiny_one_is_not(gpt2_policy, gpt2, gemma, capsys):
+    config = WarpConfig(steps=60, batch_size=8)
+    plans.announce(gpt2_policy, config, 10, 10_000)
+    assert capsys.readouterr().out == ""
+    plans.announce(gpt2, config, 10, 10_000)
+    out = capsys.readouterr().out
+    assert out.startswith("estimate for a T4, not measured: about ") and "GiB" in out and "10 GB of disk" in out
+    assert plans.step_seconds(gemma, config) > plans.step_seconds(gpt2, config) > 0
+    # no step is faster than reading the weights once a token at the full bandwidth of the data sheet
+    assert plans.step_seconds(gpt2, config) > config.max_new_tokens * 4 * plans.size_of(gpt2) / 320e9
+
+
+def test_runs_of_real_models_are_kept_where_out_says_or_for_the_time_being(gpt2_policy, gpt2, tmp_path):
+    assert plans.kept_runs(str(tmp_path), gpt2_policy) is None
+    assert plans.kept_runs(str(tmp_path), gpt2) == tmp_path / "runs"
+    assert plans.kept_runs("", gpt2).parent.is_dir()
