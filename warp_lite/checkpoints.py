@@ -74,7 +74,8 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     """Merge the policies' folders with SLERP or LERP and move `eta` of the way from init to the result.
 
     Folders are Hugging Face folders with `model.safetensors`, or shards and their index; config and
-    tokenizer come from `init`. `out` must be absent or empty, and appears only when it is complete.
+    tokenizer come from `init`. A policy may also be a single safetensors file. `out` must be absent
+    or empty, and appears only when it is complete.
     Float16 and bfloat16 are computed in float32 and rounded once, at the end.
     Raises ValueError, before any work, for folders that do not fit together, that are damaged, or that
     hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
@@ -240,6 +241,9 @@ def _write(output: BinaryIO, view: memoryview, place: int) -> None:
 
 def _open_checkpoint(folder: Path) -> _Checkpoint:
     """Find the folder's safetensors files and read their headers, or say what is wrong with them."""
+    if folder.suffix == ".safetensors" and folder.is_file():
+        header, tensors = _read_header(folder)
+        return Checkpoint(folder.parent, {folder.name: header}, tensors)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the path of a saved model")
     if (folder / SINGLE).is_file():
