@@ -211,7 +211,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, folders, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-@pytest.mark.parametrize("moment", ["checkpoints.combine", "checkpoints._carry_over"])
+@pytest.mark.parametrize("moment", ["checkpoints.combine", "checkpoints.carry_over"])
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path, folders, moment):
     script = textwrap.dedent(f"""
         import os, signal, sys
@@ -353,11 +353,11 @@ def test_wrong_arguments_are_refused(tmp_path, folders):
 
 
 def test_a_file_cut_short_during_the_merge_is_an_error_and_not_a_crash(tmp_path, folders, monkeypatch):
-    path, real = folders[2] / "model.safetensors", checkpoints._appearing_whole
+    path, real = folders[2] / "model.safetensors", checkpoints.appearing_whole
 
     def cut(out):
         os.truncate(path, 1000)
         return real(out)
 
-    monkeypatch.setattr(checkpoints, "_appearing_whole", cut)
+    monkeypatch.setattr(checkpoints, "appearing_whole", cut)
     refused(tmp_path, folders[0], folders[1:], "two.model.safetensors ended early")

@@ -60,7 +60,7 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
     """A folder's files, each with its raw header, and its tensors in the order of the files."""
 
     folder: Path
@@ -89,15 +89,12 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     if len(policies) < 2:
         raise ValueError(f"{len(policies)} policy to merge; pass at least two folders")
     eta, weights = check_eta(eta), check_weights(weights, len(policies))
-    out = Path(os.path.realpath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it")
-
-    init, *policies = [_open_checkpoint(Path(folder)) for folder in (init, *policies)]
+    out = free_folder(out)
+    init, *policies = [open_checkpoint(Path(folder)) for folder in (init, *policies)]
     for policy in policies:
         _check_fits(init, policy)
     total = sum(stored.size for stored in init.tensors.values())
-    with _appearing_whole(out) as partial, ExitStack() as stack, _one_thread():
+    with appearing_whole(out) as partial, ExitStack() as stack, _one_thread():
         advance = stack.enter_context(_progress_bar(total, progress))
         readers = [stack.enter_context(_Reader([init, *policies])) for _ in range(WORKERS)]
         outputs = {file: stack.enter_context(open(partial / file, "xb", buffering=0)) for file in init.headers}
@@ -121,7 +118,7 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
         bytes_read = sum(reader.bytes_read for reader in readers)
         for file in init.headers:
             _sync(partial / file)
-        _carry_over(init, partial)
+        carry_over(init, partial)
     return MergeSummary(len(init.tensors), bytes_read, total, time.perf_counter() - begin)
 
 
@@ -186,7 +183,7 @@ class _Reader:
     it is mapped kills the process.
     """
 
-    def __init__(self, checkpoints: list[_Checkpoint]):
+    def __init__(self, checkpoints: list[Checkpoint]):
         self.checkpoints = checkpoints
         self.bytes_read = 0
         self._buffers = [torch.empty(CHUNK, dtype=torch.float64) for _ in checkpoints]
@@ -239,7 +236,7 @@ def _write(output: BinaryIO, view: memoryview, place: int) -> None:
 # Reading and checking folders
 
 
-def _open_checkpoint(folder: Path) -> _Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Find the folder's safetensors files and read their headers, or say what is wrong with them."""
     if folder.suffix == ".safetensors" and folder.is_file():
         header, tensors = _read_header(folder)
@@ -269,7 +266,7 @@ def _open_checkpoint(folder: Path) -> _Checkpoint:
                 raise ValueError(f"{folder / INDEX} and {file} disagree about tensor {name!r}; "
                                  "save the model again")
         tensors.update(found)
-    return _Checkpoint(folder, headers, tensors)
+    return Checkpoint(folder, headers, tensors)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -310,7 +307,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, _Stored]]:
     return length + header, tensors
 
 
-def _check_fits(init: _Checkpoint, policy: _Checkpoint) -> None:
+def _check_fits(init: Checkpoint, policy: Checkpoint) -> None:
     hint = "were both saved from the same architecture?"
     for name, stored in init.tensors.items():
         if name not in policy.tensors:
@@ -330,8 +327,16 @@ def _check_fits(init: _Checkpoint, policy: _Checkpoint) -> None:
 # Writing the result
 
 
+def free_folder(out: str | Path) -> Path:
+    """The real path of a folder that is absent or empty; ValueError for any other."""
+    out = Path(os.path.realpath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it")
+    return out
+
+
 @contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
+def appearing_whole(out: Path) -> Iterator[Path]:
     """A temporary sibling of `out` to write to, renamed to `out` at the end, removed on any error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
@@ -348,7 +353,7 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     _sync(out.parent)
 
 
-def _carry_over(init: _Checkpoint, partial: Path) -> None:
+def carry_over(init: Checkpoint, partial: Path) -> None:
     """Copy config, generation config, tokenizer and index; last, so that a partial folder has no config."""
     for path in sorted(init.folder.iterdir()):
         is_index = path.name.endswith(".index.json")

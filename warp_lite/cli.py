@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, FloatingPointError, OSError) as error:
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("WARP_LITE_DEBUG"):
             raise
         lines = str(error).strip().splitlines()
@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
                      help="change a setting of WarpConfig; may be repeated")
     run.add_argument("--executor", choices=("batched", "serial"), default="batched",
                      help="train the runs as one program, or one after the other (default: batched)")
+    run.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank (LoRA)")
     add_device(run)
     run.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     run.add_argument("--out", metavar="DIR", required=True, help="the run folder to write")
@@ -101,11 +102,13 @@ def parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="merge checkpoints on disk",
                                 description="Merge checkpoints on disk, tensor by tensor.")
     merge.add_argument("--init", metavar="DIR", required=True, help="the checkpoint that the policies started from")
-    merge.add_argument("--policies", metavar="DIR", nargs="+", required=True, help="two checkpoints or more")
+    merge.add_argument("--policies", metavar="DIR", nargs="+", required=True,
+                       help="two checkpoints or more, or PEFT folders of adapters")
     merge.add_argument("--method", choices=("slerp", "lerp"), default="slerp",
                        help="how the task vectors are merged (default: slerp)")
     merge.add_argument("--eta", type=float, default=1.0, metavar="X",
                        help="LITI: 0 is the init, 1 the merge, above extrapolates (default: 1)")
+    merge.add_argument("--rank", type=int, metavar="R", help="of adapters: write an adapter of this rank")
     merge.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
     merge.set_defaults(command=merge_command)
 
@@ -177,6 +180,9 @@ def run_command(arguments) -> int:
 
     check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
     options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": arguments.executor}
+    if arguments.lora_rank is not None:
+        from .scale.lora import LoraSettings
+        options["lora"] = LoraSettings(arguments.lora_rank)
     if arguments.preset is not None:
         from .tasks import load_world
         world = load_world(chosen.world, device=arguments.device or chosen.device)
@@ -203,6 +209,16 @@ def merge_command(arguments) -> int:
     """`warp-lite merge`."""
     from .checkpoints import merge_checkpoints
 
+    adapters = [(Path(folder) / "adapter_config.json").is_file() for folder in arguments.policies]
+    if all(adapters):
+        from .scale.lora import merge_adapter_folders
+        error = merge_adapter_folders(arguments.init, arguments.policies, arguments.out, method=arguments.method,
+                                      eta=arguments.eta, rank=arguments.rank)
+        what = "" if arguments.rank is None else f", an adapter of rank {arguments.rank}: relative error {error:.2g}"
+        print(f"merged {len(arguments.policies)} adapters into {arguments.out}{what}")
+        return 0
+    if arguments.rank is not None:
+        raise ValueError(f"--rank is for adapters; {arguments.policies[adapters.index(False)]} holds none")
     merge_checkpoints(arguments.init, arguments.policies, arguments.out, method=arguments.method, eta=arguments.eta)
     print(f"merged {len(arguments.policies)} policies into {arguments.out}")
     return 0

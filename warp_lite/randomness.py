@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # What a draw is for: the last word of its key.
-PROMPT_ORDER, TOKENS, EVALUATION, WORLD = range(4)
+PROMPT_ORDER, TOKENS, EVALUATION, WORLD, ADAPTERS = range(5)
 
 
 def generator(*key: int) -> np.random.Generator:

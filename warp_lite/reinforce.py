@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,13 +37,18 @@ SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps"
 
 @dataclass
 class RunState:
-    """A run after `step` steps: what is needed to go on, each a state dict of one policy, on the CPU."""
+    """A run after `step` steps: what is needed to go on, each a state dict of one policy, on the CPU.
+
+    `trained` is what the optimiser moves where that is not the policy itself (LoRA's factors);
+    the moments are those of what is trained.
+    """
 
     step: int
     policy: Weights
     anchor: Weights
     exp_avg: Weights
     exp_avg_sq: Weights
+    trained: Weights = field(default_factory=dict)
 
 
 @dataclass
@@ -172,10 +177,33 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
     return state(config.steps)
 
 
-def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
-                  on_step: OnStep | None = None) -> list[RunState]:
+class FlatAnchor:
+    """θ_ema of E runs: rows of one tensor, as the ensemble's policies are."""
+
+    def __init__(self, ensemble: Ensemble, states: Sequence[Weights], rates: Sequence[float]):
+        self.ensemble = ensemble
+        self.flat = Ensemble.flatten(states, ensemble.flat.device)                       # (E, P)
+        self.mu = self.flat.new_tensor(rates).unsqueeze(1)                               # (E, 1)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights (E, …) to score with."""
+        return self.ensemble.views(self.flat.to(self.ensemble.live.device))
+
+    def update(self) -> None:
+        """θ_ema ← (1 − μ) θ_ema + μ θ."""
+        self.flat.lerp_(self.ensemble.flat, self.mu)
+
+    def state(self, e: int) -> Weights:
+        """The anchor of run e, copied."""
+        return self.ensemble.state(e, self.flat)
+
+
+def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None,
+                  anchor_of: Callable = FlatAnchor) -> list[RunState]:
     """Train all runs as one program. They share the settings named in `SHARED`; lr, β, μ, anchor,
     clipping, seed, reward and init may differ. Errors as `train_serial`.
+    `anchor_of` makes the runs' moving average where it is not one of what is trained (scale/lora.py).
     """
     config, model = runs[0].config, full_precision(model)
     for name in SHARED:
@@ -192,8 +220,7 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
         model.device, config.offload and model.device.type != "cpu")
     if starts[0].step:
         ensemble.restore(([s.exp_avg for s in starts], [s.exp_avg_sq for s in starts]), starts[0].step)
-    anchor = Ensemble.flatten([start.anchor for start in starts], ensemble.flat.device)  # (E, P)
-    mu = torch.tensor([run.mu for run in runs], dtype=anchor.dtype).unsqueeze(1).to(anchor.device)
+    anchor = anchor_of(ensemble, [start.anchor for start in starts], [run.mu for run in runs])
     beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1).to(model.device)   # (E, 1)
     anchored = any(run.beta > 0 for run in runs)
     first_step = starts[0].step
@@ -201,8 +228,8 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
 
     def states(step):
         first, second = ensemble.moments()
-        return [RunState(step, *(ensemble.state(e, flat) for flat in (ensemble.flat, anchor, first, second)))
-                for e in range(len(runs))]
+        return [RunState(step, ensemble.state(e, ensemble.flat), anchor.state(e), ensemble.state(e, first),
+                         ensemble.state(e, second)) for e in range(len(runs))]
 
     for step in range(first_step, config.steps):
         batch, uniforms = draw(runs, step, prompts)
@@ -211,13 +238,13 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
                              config.sample_batch)
         anchor_logp = None
         if anchored:
-            anchor_logp = score(forward, ensemble.views(anchor.to(model.device)), rollout, config)   # (E, B)
+            anchor_logp = score(forward, anchor.weights, rollout, config)   # (E, B)
         rewards = checked_rewards(runs, step, rollout, tokenizer)                        # (E, B)
         logp, r_beta, loss = differentiate(forward, ensemble.weights, rollout, rewards, anchor_logp, beta, config,
                                            ensemble.backward)
         norms = ensemble.step(warmup(config, step))
         check_gradients(runs, step, norms)
-        anchor.lerp_(ensemble.flat, mu)
+        anchor.update()
         if on_step is not None:
             anchor_logp = logp if anchor_logp is None else anchor_logp
             metrics = step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms)

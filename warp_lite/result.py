@@ -57,7 +57,8 @@ class WarpResult:
 
     `eval_prompts` are what everything is measured on, `eval_columns` the further columns of their data
     set. `trajectories` are measurements of the single runs while they trained: dicts with `iteration`,
-    `run`, `step` and the numbers of `PolicyMetrics`. `source` says where policy and rewards came from.
+    `run`, `step` and the numbers of `PolicyMetrics`. `source` says where policy and rewards came from;
+    `lora` are the LoraSettings of runs that trained adapters.
     All weights are float32 or wider and on the CPU; models that are handed out, or saved by `save_policy`,
     are of the `dtype` of the policy that came in.
     """
@@ -76,6 +77,7 @@ class WarpResult:
     eval_columns: dict[str, list] = field(default_factory=dict)
     source: dict | None = None
     dtype: torch.dtype | None = None
+    lora: object | None = None
 
     @property
     def held_out(self) -> Prompts:
@@ -201,6 +203,7 @@ def run_settings(result: WarpResult) -> dict:
                          "keep text and numbers, or leave out `out`") from None
     narrow = next((name for name, dtype in NARROW.items() if dtype == result.dtype), None)
     return {"config": dataclasses.asdict(result.config), "policy": weights_hash(result.sft),
+            "lora": None if result.lora is None else dataclasses.asdict(result.lora),
             "reward": reward_name(result.reward), "source": result.source, **({"dtype": narrow} if narrow else {}),
             "prompts": {"train": len(result.train_prompts), "eval": len(result.eval_prompts), "sha256": hashed}}
 

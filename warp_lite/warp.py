@@ -54,7 +54,8 @@ TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, 
 
 def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConfig | None = None, out=None,
              resume: bool = False, executor: str = "batched", *, eval_prompts=None, gold=None, texts=None,
-             progress: bool = True, stop: Callable[[], bool] | None = None, source: dict | None = None) -> WarpResult:
+             progress: bool = True, stop: Callable[[], bool] | None = None, source: dict | None = None,
+             lora=None) -> WarpResult:
     """Algorithm 1 on any Hugging Face causal LM, whose own weights are left as they were.
 
     Everything is computed and stored in float32 or wider; a narrower policy is widened first.
@@ -65,7 +66,8 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     out: a run folder, written as the run goes; with resume=True an unfinished one is continued.
     gold, texts: a true reward and held-out texts, measured but never trained on. stop: asked after
     every step; when it says True the state is saved and KeyboardInterrupt raised. source: noted in
-    config.json, so that the run folder can find its rewards again.
+    config.json, so that the run folder can find its rewards again. lora: a LoraSettings; the runs then
+    train adapters, and weights are merged as ever (scale/lora.py).
 
     Raises ValueError or TypeError on input that cannot be used, before anything is written, and
     ValueError or FloatingPointError, naming run and step, when a reward or gradient is not finite.
@@ -74,7 +76,9 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
         policy, tokenizer = load_policy(policy)
     result, prompts, rewards = checked_input(policy, tokenizer, reward, prompts, config or WarpConfig(), executor,
                                              eval_prompts, gold, texts, source)
+    result.lora = lora
     config, folder, was_training = result.config, None, policy.training
+    adapters = None if lora is None else adapter_trainer(result.model, lora)
     train = fitting_executor(executor, result.model, prompts, config, progress)
     try:
         if out is not None:
@@ -83,7 +87,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
             theta_init = theta_sft = result.sft
             for i in range(1, config.iterations + 1):
                 runs = [Run(config, i, m, theta_init, theta_sft, r) for m, r in enumerate(rewards, 1)]
-                states = train_runs(train, runs, prompts, result, folder, progress, stop)
+                states = train_runs(train, runs, prompts, result, folder, progress, stop, adapters)
                 policies = [state.policy for state in states]
                 theta_slerp = merge(theta_init, policies, config.merge)
                 next_init = liti(theta_init, theta_slerp, config.eta)
@@ -96,6 +100,13 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
         load_weights(policy, result.sft).train(was_training)
         policy.zero_grad(set_to_none=True)
     return result
+
+
+def adapter_trainer(policy, settings):
+    """Stage 1 with adapters, from the optional module."""
+    from .scale.lora import AdapterTrainer
+
+    return AdapterTrainer(policy, settings)
 
 
 def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True):
@@ -137,7 +148,7 @@ def merge(init: Weights, policies: Sequence[Weights], method: str) -> Weights:
 
 
 def train_runs(train, runs: list[Run], prompts: Prompts, result: WarpResult, folder: RunFolder | None,
-               progress: bool, stop: Callable[[], bool] | None) -> list[RunState]:
+               progress: bool, stop: Callable[[], bool] | None, adapters=None) -> list[RunState]:
     """Stage 1: the M runs of an iteration, measured as they train, and saved and taken up again in a folder."""
     config, iteration = result.config, runs[0].iteration
     done = take_up(runs, result, folder, one_by_one=train is train_serial) if folder else {}
@@ -165,9 +176,15 @@ def train_runs(train, runs: list[Run], prompts: Prompts, result: WarpResult, fol
     with tqdm(total=len(left) * config.steps, initial=taken, desc=f"iteration {iteration}", unit="step",
               disable=None if progress and left else True, leave=False) as bar:
         for group in ([[run] for run in left] if train is train_serial else [left] if left else []):
-            for run, state in zip(group, train(result.model, result.tokenizer, prompts, group, on_step)):
+            if adapters is None:
+                states = train(result.model, result.tokenizer, prompts, group, on_step)
+            else:
+                states = adapters.train(result.tokenizer, prompts, group, on_step)
+            for run, state in zip(group, states):
                 done[run.number] = state
                 if folder is not None:
+                    if adapters is not None:
+                        adapters.save(folder, run, state)
                     folder.finish_run(iteration, run.number, state)
     result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
     return [done[run.number] for run in runs]

@@ -1,0 +1,439 @@
+"""Adapters: their merges against dense merges, PEFT as the oracle of ΔW, and Algorithm 1 that trains them."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from short_run import CONFIG, PROMPTS, assert_same_weights, differ, files, score, short_run, stop_after
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from warp_lite import lerp, liti, load_result, slerp
+from warp_lite.cli import main
+from warp_lite.forward import ModuleForward
+from warp_lite.policies import encode_prompts, load_weights, logprobs, parameters, sample, save_policy, stack
+from warp_lite.reinforce import Run, advantages, checked_rewards, draw, warmup
+
+peft = pytest.importorskip("peft")
+
+from warp_lite.scale import lora as lora_module  # noqa: E402
+from warp_lite.scale.lora import (  # noqa: E402
+    Adapter,
+    AdapterTrainer,
+    LoraSettings,
+    adapter_gram,
+    combine_adapters,
+    factors_merged,
+    fold,
+    front_adapter,
+    load_adapter,
+    merge_adapter_folders,
+    merge_adapters,
+    relative_error,
+    save_adapter,
+    truncate,
+)
+
+SETTINGS = LoraSettings(rank=2, alpha=3.0)
+CASES = [("gpt2", False), ("gpt2", True), ("gemma3", False), ("llama", True)]
+
+
+def random_adapter(policy, seed, rank=2, dtype=torch.float64):
+    """An adapter of every matrix of the blocks, of norms that differ from matrix to matrix."""
+    torch.manual_seed(seed)
+    names = [n for n, p in policy.named_parameters() if p.dim() == 2 and (".h." in n or ".layers." in n)]
+    gpt2 = "transformer." in names[0]
+    factors = {}
+    for k, name in enumerate(names):
+        out, into = policy.get_parameter(name).shape[::-1 if gpt2 else 1]
+        factors[name] = ((0.1 * (1 + k)) * torch.randn(out, rank, dtype=dtype), torch.randn(rank, into, dtype=dtype))
+    return Adapter(factors, frozenset(names) if gpt2 else frozenset())
+
+
+def peft_policy(policy, architecture, rslora=False, seed=0, **settings):
+    """PEFT's own model around a copy of a policy, its factors drawn at random."""
+    copied = load_weights(type(policy)(policy.config).to(policy.dtype), parameters(policy))
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(copied, peft.LoraConfig(**{
+        "r": 3, "lora_alpha": 5, "use_rslora": rslora, "target_modules": "all-linear",
+        "fan_in_fan_out": architecture == "gpt2", "task_type": "CAUSAL_LM", **settings}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+# --- arithmetic against dense float64 -------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["slerp", "lerp"])
+@pytest.mark.parametrize(("architecture", "count", "weights"), [
+    ("gpt2", 2, None), ("gpt2", 3, None), ("llama", 4, None), ("gemma3", 2, (0.3, 0.7)), ("llama", 3, (0.2, 0.5, 0.3))])
+def test_merging_adapters_is_merging_dense_policies(policy_of, architecture, count, weights, method):
+    policy = policy_of(architecture)
+    init, adapters = parameters(policy), [random_adapter(policy, seed) for seed in range(count)]
+    dense = {"slerp": slerp, "lerp": lerp}[method](init, [fold(init, a) for a in adapters], weights)
+    merged = merge_adapters(adapters, weights, method)
+    assert_same_weights(fold(init, merged), dense, 1e-10)
+    assert merged.rank == 2 * count and differ(dense, init)
+
+
+def test_gram_of_factors_is_the_gram_of_dense_matrices(gpt2_policy):
+    adapters = [random_adapter(gpt2_policy, seed) for seed in range(3)]
+    for name in adapters[0].factors:
+        flat = torch.stack([a.delta(name).flatten() for a in adapters])
+        torch.testing.assert_close(adapter_gram(adapters, name), flat @ flat.T, rtol=1e-12, atol=1e-12)
+
+
+def test_merging_factors_is_not_merging_adapters(gpt2_policy):
+    """B̄Ā keeps 1/M of each trained term and adds M(M − 1)/M² that nobody trained; equal adapters hide it."""
+    same = random_adapter(gpt2_policy, 0)
+    assert relative_error(factors_merged([same, same]), same) < 1e-12
+    for count in (2, 4):
+        adapters = [random_adapter(gpt2_policy, seed) for seed in range(count)]
+        mean = merge_adapters(adapters, method="lerp")
+        # M terms kept at 1/M (their difference to the mean: 1 − 1/M), M(M − 1) of the same norm added
+        expected = math.sqrt((1 - 1 / count) ** 2 * count + count * (count - 1) / count**2) / math.sqrt(count)
+        assert relative_error(factors_merged(adapters), mean) == pytest.approx(expected, rel=0.25)
+        assert relative_error(factors_merged(adapters), merge_adapters(adapters)) > 0.5
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 6, 50])
+def test_truncation_is_the_dense_svd_and_its_error_is_the_norm_of_what_is_lost(gpt2_policy, rank):
+    merged = merge_adapters([random_adapter(gpt2_policy, seed) for seed in range(3)])
+    small, error = truncate(merged, rank)
+    lost = total = 0.0
+    for name in merged.factors:
+        U, S, Vh = torch.linalg.svd(merged.delta(name), full_matrices=False)
+        best = U[:, :rank] * S[:rank] @ Vh[:rank]
+        torch.testing.assert_close(small.delta(name), best, rtol=0, atol=1e-9)
+        lost, total = lost + (merged.delta(name) - best).square().sum(), total + merged.delta(name).square().sum()
+    assert error == pytest.approx((lost / total).sqrt().item(), abs=1e-9)
+    assert error == pytest.approx(relative_error(small, merged), abs=1e-7)
+    assert (error < 1e-12) == (rank >= 6) and small.rank <= max(rank, 6)
+
+
+def test_adapters_of_zero_and_of_one_policy_have_no_nan(gpt2_policy):
+    zero, one = combine_adapters([random_adapter(gpt2_policy, 0)], [0.0]), random_adapter(gpt2_policy, 1)
+    init = parameters(gpt2_policy)
+    assert_same_weights(fold(init, merge_adapters([zero, zero])), init)
+    dense = slerp(init, [init, fold(init, one)])
+    assert_same_weights(fold(init, merge_adapters([zero, one])), dense, 1e-10)
+    assert truncate(zero, 1)[1] == 0 and relative_error(zero, zero) == 0
+
+
+def test_what_does_not_fit_is_refused(gpt2_policy, llama_policy):
+    one = random_adapter(gpt2_policy, 0)
+    part = Adapter(dict(list(one.factors.items())[1:]), one.transposed)
+    with pytest.raises(ValueError, match="only one of adapters\\[0\\] and adapters\\[1\\] changes 'transformer.h.0"):
+        merge_adapters([one, part])
+    with pytest.raises(ValueError, match="in different shapes"):
+        merge_adapters([one, Adapter({n: (A.T, B.T) for n, (B, A) in one.factors.items()}, one.transposed)])
+    with pytest.raises(ValueError, match="1 adapter to merge"):
+        merge_adapters([one])
+    with pytest.raises(ValueError, match="method is 'mean'"):
+        merge_adapters([one, one], method="mean")
+    with pytest.raises(ValueError, match="which init has not"):
+        fold(parameters(llama_policy), one)
+    with pytest.raises(ValueError, match="by a matrix"):
+        fold(parameters(gpt2_policy), Adapter(one.factors))
+    with pytest.raises(ValueError, match="rank of an adapter"):
+        truncate(one, 0)
+
+
+# --- PEFT as the oracle ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "rslora"), CASES)
+def test_a_loaded_adapter_changes_weights_as_pefts_merge_and_unload(policy_of, tmp_path, architecture, rslora):
+    policy = policy_of(architecture)
+    model = peft_policy(policy, architecture, rslora)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = parameters(model.merge_and_unload())
+    folded = fold(parameters(policy), load_adapter(tmp_path / "adapter"))
+    assert_same_weights(folded, expected, 1e-12)
+    assert differ(folded, parameters(policy))
+
+
+def test_alphas_and_ranks_by_pattern_are_heeded(policy_of, tmp_path):
+    policy = policy_of("gpt2")
+    model = peft_policy(policy, "gpt2", rank_pattern={"c_fc": 1}, alpha_pattern={"h.1.attn.c_attn": 20})
+    model.save_pretrained(tmp_path / "adapter")
+    expected = parameters(model.merge_and_unload())
+    assert_same_weights(fold(parameters(policy), load_adapter(tmp_path / "adapter")), expected, 1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_saved_adapter_is_what_peft_loads(policy_of, tmp_path, architecture):
+    policy = policy_of(architecture)
+    adapter = merge_adapters([random_adapter(policy, 0), random_adapter(policy, 1, rank=1)])
+    save_adapter(adapter, tmp_path / "adapter", base="somewhere")
+    loaded = peft.PeftModel.from_pretrained(load_weights(type(policy)(policy.config).to(policy.dtype),
+                                                         parameters(policy)), tmp_path / "adapter")
+    assert_same_weights(parameters(loaded.merge_and_unload()), fold(parameters(policy), adapter), 1e-12)
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter_config.json",
+                                                                       "adapter_model.safetensors"]
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "somewhere"
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        save_adapter(adapter, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"use_dora": True}, "adapter of type DORA"),
+    ({"bias": "all"}, "no factor of a LoRA matrix"),
+    ({"modules_to_save": ["ln_f"]}, "no factor of a LoRA matrix"),
+    ({"init_lora_weights": "pissa"}, "changes the base model too"),
+])
+def test_adapters_that_are_no_sum_are_refused(policy_of, tmp_path, settings, message):
+    model = peft_policy(policy_of("gpt2", dtype=torch.float32), "gpt2", **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_folders_that_are_no_adapter_are_refused(gpt2_policy, tmp_path):
+    with pytest.raises(ValueError, match="has no adapter_config.json"):
+        load_adapter(tmp_path)
+    save_adapter(random_adapter(gpt2_policy, 0), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="is it truncated"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_without_peft_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"needs peft, which is not installed: pip install 'warp-lite\[lora\]'"):
+        lora_module.library("peft", "lora")
+
+
+# --- Algorithm 1 that trains adapters -------------------------------------------------------
+
+
+def lora_run(policy, tokenizer, lora=SETTINGS, **options):
+    return short_run(policy, tokenizer, lora=lora, **options)
+
+
+@pytest.fixture(scope="module")
+def result(policy_of, tokenizer, tmp_path_factory):
+    """A finished run of adapters and its folder, shared: not to be changed."""
+    out = tmp_path_factory.mktemp("lora") / "run"
+    return lora_run(policy_of("gpt2", dtype=torch.float32), tokenizer, out=out), out
+
+
+@pytest.mark.parametrize(("architecture", "rslora"), [("gpt2", False), ("llama", True)])
+def test_a_run_is_reinforce_on_pefts_own_model_with_the_anchor_averaging_weights(policy_of, tokenizer, architecture,
+                                                                                rslora):
+    """The oracle: PEFT's module and ΔW, torch's Adam and clipping, one loss by autograd, an anchor of dense weights."""
+    policy, config = policy_of(architecture), CONFIG.replace(steps=5, mu=0.3)
+    init, settings = parameters(policy), LoraSettings(rank=2, alpha=3.0, rslora=rslora)
+    prompts = encode_prompts(tokenizer, PROMPTS)
+    run = Run(config, 1, 2, init, init, score)
+    trainer = AdapterTrainer(policy, settings)
+    other, state = trainer.train(tokenizer, prompts, [Run(config, 1, 1, init, init, score), run])
+
+    model = peft_policy(policy, architecture, rslora, r=2, lora_alpha=3)
+    first = trainer.first_factors(run)
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert theta.keys() == first.keys()
+    with torch.no_grad():
+        for name, parameter in theta.items():
+            parameter.copy_(first[name])
+    optimizer = torch.optim.Adam(theta.values(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2))
+    forward, plain, anchor = ModuleForward(model), ModuleForward(policy), dict(init)
+    for step in range(config.steps):
+        batch, uniforms = draw([run], step, prompts)
+        now = {name: p.unsqueeze(0) for name, p in theta.items()}
+        rollout = sample(forward, now, batch, uniforms, tokenizer)
+        logp = logprobs(forward, now, rollout).sum(-1)
+        with torch.no_grad():
+            kl = logp - logprobs(plain, stack([anchor]), rollout).sum(-1)
+        reward = checked_rewards([run], step, rollout, tokenizer) - config.beta * kl
+        optimizer.zero_grad()
+        (-(advantages(reward) * logp).mean() / config.max_new_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(theta.values(), config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.lr * warmup(config, step)
+        optimizer.step()
+        with torch.no_grad():  # ΔW by PEFT
+            for module, layer in model.named_modules():
+                if hasattr(layer, "lora_A"):
+                    name = f"{module.removeprefix('base_model.model.')}.weight"
+                    anchor[name] = 0.7 * anchor[name] + 0.3 * (init[name] + layer.get_delta_weight("default"))
+    assert_same_weights(state.trained, {name: p.detach() for name, p in theta.items()}, 1e-9)
+    assert_same_weights(state.anchor, anchor, 1e-9)
+    assert_same_weights(state.policy, parameters(model.merge_and_unload()), 1e-9)
+    assert differ(state.policy, init) and differ(state.anchor, init) and differ(state.policy, other.policy)
+
+
+def test_only_adapted_matrices_move_and_their_updates_have_the_rank(result):
+    result, _ = result
+    for iteration in result.iterations:
+        for policy in iteration.policies:
+            for name, init in iteration.init.items():
+                delta = (policy[name] - init).double()
+                if ".h." in name and init.dim() == 2:
+                    S = torch.linalg.svdvals(delta)
+                    assert S[0] > 1e-3 and S[2] < 1e-3 * S[0], name
+                else:
+                    assert torch.equal(policy[name], init), name
+
+
+def test_merge_front_and_next_init_are_those_of_the_dense_policies(result):
+    result, _ = result
+    first, second = result.iterations
+    for iteration in (first, second):
+        assert_same_weights(iteration.merged, slerp(iteration.init, iteration.policies))
+        assert_same_weights(iteration.next_init, liti(iteration.init, iteration.merged, CONFIG.eta))
+    assert_same_weights(second.init, first.next_init)
+    assert differ(second.init, result.sft)
+    points = result.front(etas=(0, 0.5, 1))
+    assert points[0]["kl"] == pytest.approx(0, abs=1e-6) and points[2]["kl"] > 0
+
+
+def test_the_folder_loads_and_its_adapters_give_the_front(result):
+    result, out = result
+    loaded = load_result(out, score)
+    assert_same_weights(loaded.weights(), result.weights())
+    assert json.loads((out / "config.json").read_text())["settings"]["lora"]["rank"] == 2
+    for eta, iteration in ((1.0, 1), (0.5, 2)):
+        exact, error = front_adapter(out, eta, iteration)
+        assert error == 0 and exact.rank == 2 * 2 * iteration
+        assert_same_weights(fold(result.sft, exact), result.weights(eta, iteration), 1e-5)
+        small, error = front_adapter(out, eta, iteration, rank=2)
+        assert small.rank == 2 and error == pytest.approx(relative_error(small, exact), rel=1e-4) and 0 < error < 1
+    with pytest.raises(ValueError, match="no iteration 3"):
+        front_adapter(out, iteration=3)
+
+
+def test_executors_agree_and_a_run_does_not_depend_on_how_many_there_are(policy_of, tokenizer):
+    both = [lora_run(policy_of("gpt2"), tokenizer, executor=executor) for executor in ("batched", "serial")]
+    for a, b in zip(*(r.iterations for r in both)):
+        assert_same_weights(a.merged, b.merged, 1e-9)
+        assert_same_weights(a.anchors[1], b.anchors[1], 1e-9)
+    alone = lora_run(policy_of("gpt2"), tokenizer, runs=1, iterations=1)
+    assert_same_weights(alone.iterations[0].policies[0], both[0].iterations[0].policies[0], 1e-9)
+
+
+def test_anchor_sft_stays_at_the_sft_policy(policy_of, tokenizer):
+    found = lora_run(policy_of("gpt2"), tokenizer, anchor="sft")
+    for iteration in found.iterations:
+        for anchor in iteration.anchors:
+            assert_same_weights(anchor, found.sft)
+
+
+def test_the_callers_model_comes_back_as_it_was(policy_of, tokenizer):
+    policy = policy_of("gpt2", dtype=torch.float32)
+    before, names = {n: t.clone() for n, t in parameters(policy).items()}, [n for n, _ in policy.named_modules()]
+    lora_run(policy, tokenizer)
+    assert_same_weights(parameters(policy), before)
+    assert names == [n for n, _ in policy.named_modules()] and all(p.requires_grad for p in policy.parameters())
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(policy_of, tokenizer, tmp_path, result):
+    _, whole = result
+    for calls in (2, 6):
+        out = tmp_path / f"stopped-{calls}"
+        with pytest.raises(KeyboardInterrupt):
+            lora_run(policy_of("gpt2", dtype=torch.float32), tokenizer, out=out, stop=stop_after(calls))
+        lora_run(policy_of("gpt2", dtype=torch.float32), tokenizer, out=out, resume=True)
+        found, expected = files(out), files(whole)
+        assert found.keys() == expected.keys()
+        for name in found:
+            if "adapter_config" not in name and name != "DONE" and not name.endswith("/DONE"):
+                assert found[name] == expected[name], name
+
+
+def test_another_rank_is_not_resumed(result, policy_of, tokenizer):
+    _, out = result
+    with pytest.raises(ValueError, match="holds a run with lora.rank = 2, not 3"):
+        lora_run(policy_of("gpt2", dtype=torch.float32), tokenizer, LoraSettings(3, 3.0), out=out, resume=True)
+
+
+def test_wrong_settings_are_refused_before_anything_is_written(policy_of, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="rank of an adapter must be 1 or more"):
+        LoraSettings(rank=0)
+    with pytest.raises(ValueError, match="alpha must be above 0"):
+        LoraSettings(alpha=math.nan)
+    with pytest.raises(ValueError, match="load it in float32"):
+        lora_run(policy_of("gpt2", dtype=torch.bfloat16), tokenizer, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="no linear layer"):
+        lora_run(policy_of("gpt2"), tokenizer, LoraSettings(2, target_modules="wte"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_average_of_factors_is_another_anchor(policy_of, tokenizer):
+    """Why the anchor keeps dense matrices: along a run, B̄Ā falls short of the average of BA by a share that is
+    measured here."""
+    policy, config = policy_of("gpt2"), CONFIG.replace(steps=30, mu=0.1)
+    trainer, init = AdapterTrainer(policy, SETTINGS), parameters(policy)
+    averaged, path = None, []
+
+    def watch(runs, step, states, metrics):
+        path.append(states()[0])
+
+    trainer.train(tokenizer, encode_prompts(tokenizer, PROMPTS), [Run(config, 1, 1, init, init, score)], watch)
+    averaged = trainer.first_factors(Run(config, 1, 1, init, init, score))
+    for state in path:
+        averaged = {name: 0.9 * averaged[name] + 0.1 * state.trained[name] for name in averaged}
+    lost = total = 0.0
+    for name in trainer.names:
+        exact = path[-1].anchor[name] - init[name]
+        lost += (trainer.adapter(averaged).delta(name) - exact).square().sum().item()
+        total += exact.square().sum().item()
+    assert 0.01 < math.sqrt(lost / total) < 1
+
+
+# --- folders and the command line -----------------------------------------------------------
+
+
+def test_merged_folders_are_dense_policies_or_adapters_of_a_rank(result, tokenizer, policy_of, tmp_path, capsys):
+    result, out = result
+    init, adapters = str(out / "sft"), [str(out / f"iteration-1/run-{m}/adapter") for m in (1, 2)]
+    for eta in (1.0, 0.5):
+        target = tmp_path / f"dense-{eta}"
+        assert main(["merge", "--init", init, "--policies", *adapters, "--eta", str(eta), "--out", str(target)]) == 0
+        dense = parameters(AutoModelForCausalLM.from_pretrained(target))
+        assert_same_weights(dense, liti(result.sft, result.iterations[0].merged, eta), 1e-5)
+        assert (target / "tokenizer.json").is_file() and not (target / "adapter_config.json").exists()
+    error = merge_adapter_folders(init, adapters, tmp_path / "again", rank=2)
+    assert main(["merge", "--init", init, "--policies", *adapters, "--rank", "2", "--out", str(tmp_path / "two")]) == 0
+    assert f"rank 2: relative error {error:.2g}" in capsys.readouterr().out
+    exact = merge_adapters([load_adapter(folder) for folder in adapters])
+    assert relative_error(load_adapter(tmp_path / "two"), exact) == pytest.approx(error, rel=1e-4)
+    refused = ["merge", "--init", init, "--policies", init, init, "--rank", "2", "--out", str(tmp_path / "no")]
+    assert main(refused) == 2 and "--rank is for adapters" in capsys.readouterr().err
+    other = tmp_path / "llama"
+    save_policy(policy_of("llama", dtype=torch.float32), tokenizer, other)
+    assert main(["merge", "--init", str(other), "--policies", *adapters, "--out", str(tmp_path / "no")]) == 2
+    assert "has not; were they trained on it?" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_adapters_load_with_peft_in_a_process_without_this_package(result, tmp_path):
+    result, out = result
+    adapter, _ = front_adapter(out, 0.5)
+    save_adapter(adapter, tmp_path / "half", base=out / "sft")
+    program = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+for base, adapter in (sys.argv[1:3], sys.argv[3:5]):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    same = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert torch.equal(model(ids).logits, same(ids).logits)
+    print(model(ids).logits.double().sum().item())
+assert "warp_lite" not in sys.modules
+"""
+    pairs = [(out / "iteration-1/next-init", out / "iteration-2/run-2/adapter"), (out / "sft", tmp_path / "half")]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *(str(p) for pair in pairs for p in pair)],
+                          capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = result.policy(0.5)
+    for line, weights in zip(done.stdout.split(), (result.iterations[1].policies[1], result.weights(0.5)), strict=True):
+        with torch.no_grad():
+            logits = load_weights(model, weights)(torch.tensor([[1, 5, 6, 7]])).logits
+        assert float(line) == pytest.approx(logits.double().sum().item(), rel=1e-4)
