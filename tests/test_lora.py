@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from short_run import CONFIG, PROMPTS, assert_same_weights, differ, files, score, short_run, stop_after
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from warp_lite import lerp, liti, load_result, slerp
 from warp_lite.cli import main
 from warp_lite.forward import ModuleForward
+from warp_lite.plots import draw_merges
 from warp_lite.policies import encode_prompts, load_weights, logprobs, parameters, sample, save_policy, stack
 from warp_lite.reinforce import Run, advantages, checked_rewards, draw, warmup
 
@@ -26,6 +28,7 @@ from warp_lite.scale.lora import (  # noqa: E402
     LoraSettings,
     adapter_gram,
     combine_adapters,
+    compare_merges,
     factors_merged,
     fold,
     front_adapter,
@@ -384,6 +387,21 @@ def test_an_average_of_factors_is_another_anchor(policy_of, tokenizer):
         lost += (trainer.adapter(averaged).delta(name) - exact).square().sum().item()
         total += exact.square().sum().item()
     assert 0.01 < math.sqrt(lost / total) < 1
+
+
+def test_the_figure_shows_what_merging_factors_loses(result):
+    result, out = result
+    adapters = [load_adapter(out / f"iteration-1/run-{m}/adapter") for m in (1, 2)]
+    ways = compare_merges(result, adapters, rank=2, etas=(0.0, 1.0))
+    exact, small, wrong = ways
+    assert exact["error"] == 0 and 0 < small["error"] < 1 and wrong["error"] > 0.5
+    assert exact["points"][1]["kl"] == pytest.approx(result.front([1.0], [1])[0]["kl"], rel=1e-3)
+    axes = draw_merges(ways).axes[0]
+    drawn = [np.stack(container.lines[0].get_data(), 1) for container in axes.containers]
+    for way, line in zip(ways, drawn, strict=True):
+        np.testing.assert_allclose(line, [[p["kl"], p["reward"]] for p in way["points"]])
+    assert f"reward {wrong['points'][1]['reward']:.2f}" in axes.get_title(loc="left")
+    assert "A and B merged separately (relative error" in axes.get_legend().get_texts()[2].get_text()
 
 
 # --- folders and the command line -----------------------------------------------------------

@@ -76,6 +76,28 @@ def draw_front(points: Sequence[dict], limit: Sequence[dict] = (), trajectories:
     return figure
 
 
+def draw_merges(ways: Sequence[dict], unit: str = "reward units") -> Figure:
+    """Reward against KL along η for several ways to merge the same adapters (`lora.compare_merges`).
+
+    The title says what the last way loses at η = 1 against the first; bars are standard errors over prompts.
+    """
+    colours = [COLOURS["slerp"], COLOURS["liti"], COLOURS["none"]]
+    with style():
+        figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for way, colour, marker in zip(ways, colours, "osX"):
+            rows = way["points"]
+            axes.errorbar(column(rows, "kl"), column(rows, "reward"), xerr=column(rows, "kl_se"),
+                          yerr=column(rows, "reward_se"), color=colour, marker=marker, ms=5, elinewidth=0.9,
+                          label=f"{way['name']} (relative error {way['error']:.2f})")
+        axes.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})")
+        ends = [(way["name"], way["points"][-1]) for way in (ways[-1], ways[0])]
+        axes.set_title("\n".join(f"{name}: reward {end['reward']:.2f} at a KL of {end['kl']:.2f} (η = {end['eta']:g})"
+                                 for name, end in ends))
+        axes.legend(loc="lower right")
+    return figure
+
+
 def known(limit: Sequence[dict]) -> list[dict]:
     """The part of a limit that can be trusted: up to where the effective sample size falls under 30."""
     kept = []

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -126,15 +126,21 @@ class RunFolder:
 
     def _load_state(self, i: int, m: int, step: int) -> RunState:
         path = self.run(i, m) / f"state-{step}.safetensors"
-        way_out = "remove it to train that run again from its start"
-        tensors = self._load(path, way_out)
-        trained = [name.removeprefix("trained.") for name in sorted(tensors) if name.startswith("trained.")]
-        names = {"policy": self.like, "anchor": self.like, "trained": trained}  # the moments are of what is trained
-        return RunState(step, *(_part(tensors, f"{part}.", names.get(part, trained or self.like), path, way_out)
-                                for part in PARTS))
+        parts = self._read(path, [f"{part}." for part in PARTS], "remove it to train that run again from its start")
+        return RunState(step, *parts)
 
-    def _load(self, path: Path, way_out: str) -> Weights:
-        return load_tensors(path, next(iter(self.like.values())).device, way_out)
+    def _read(self, path: Path, prefixes: Sequence[str], way_out: str) -> list[Weights]:
+        """The state dicts in one file, told apart by prefixes, in the order of `like`: a file has an order
+        of its own, and a sum over tensors (the norm of a gradient) rounds by the order."""
+        tensors = load_tensors(path, next(iter(self.like.values())).device, way_out)
+        trained = [name.removeprefix("trained.") for name in sorted(tensors) if name.startswith("trained.")]
+        names = dict.fromkeys(prefixes, list(self.like)) | {"trained.": trained}
+        if trained:  # not the policy itself; and the moments are of what is trained
+            names |= {"exp_avg.": trained, "exp_avg_sq.": trained}
+        missing = [prefix + name for prefix in prefixes for name in names[prefix] if prefix + name not in tensors]
+        if missing:
+            raise ValueError(f"{path} lacks the tensor {missing[0]!r}; {way_out}")
+        return [{name: tensors[prefix + name] for name in names[prefix]} for prefix in prefixes]
 
     def _drop_states(self, i: int, m: int, keep: int | None = None) -> None:
         for path in self.run(i, m).glob("state-*.safetensors"):
@@ -179,8 +185,7 @@ class RunFolder:
         way_out = f"remove {folder} to train that run again"
         if not self._vouched(folder, way_out):
             return None
-        paths = [folder / f"{part}.safetensors" for part in ("policy", "anchor")]
-        return tuple(_part(self._load(path, way_out), "", self.like, path, way_out) for path in paths)
+        return tuple(self._read(folder / f"{part}.safetensors", [""], way_out)[0] for part in ("policy", "anchor"))
 
     def finish_iteration(self, i: int) -> None:
         """Write DONE with the hashes of the merged policy and of the next init; if it is there, check it."""
@@ -289,15 +294,6 @@ def load_tensors(path: Path, device, way_out: str) -> dict[str, torch.Tensor]:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {path}: {first_line(error)}; is it truncated? {way_out}") from error
-
-
-def _part(tensors: Weights, prefix: str, names: Iterable[str], path: Path, way_out: str) -> Weights:
-    """The state dict under a prefix, in the order of `names`: a file has an order of its own, and a sum over
-    tensors (the norm of a gradient) rounds by the order."""
-    missing = [prefix + name for name in names if prefix + name not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks the tensor {missing[0]!r}; {way_out}")
-    return {name: tensors[prefix + name] for name in names}
 
 
 def sha256(path: Path) -> str:

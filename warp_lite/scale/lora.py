@@ -330,6 +330,22 @@ def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
     return (whole, 0.0) if rank is None else truncate(whole, rank)
 
 
+def compare_merges(result, adapters: Sequence[Adapter], rank: int,
+                   etas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[dict]:
+    """Three ways to merge the adapters of a first iteration, measured on a WarpResult's held-out prompts.
+
+    ΔW merged; that at a rank; and the factors merged separately, which is the mistake. A dict each: `name`,
+    `error` (relative, of ΔW at η = 1) and `points` (η · ΔW on the SFT policy), which `plots.draw_merges` draws.
+    """
+    exact = merge_adapters(adapters)
+    small, _ = truncate(exact, rank)
+    ways = {"ΔW merged": exact, f"ΔW merged, rank {rank}": small, "A and B merged separately": factors_merged(adapters)}
+    metrics = result.measure([fold(result.sft, way, eta) for way in ways.values() for eta in etas])
+    points = [{"eta": eta, **m.as_dict()} for m, eta in zip(metrics, [*etas] * len(ways))]
+    return [{"name": name, "error": relative_error(way, exact), "points": points[n * len(etas):(n + 1) * len(etas)]}
+            for n, (name, way) in enumerate(ways.items())]
+
+
 # --- stage 1 on adapters ---
 
 
@@ -408,8 +424,9 @@ class AdapterTrainer:
     def save(self, folder, run: Run, state: RunState) -> None:
         """Write the adapter of a finished run beside its policy: a PEFT folder on the iteration's init."""
         base = folder.path / "sft" if run.iteration == 1 else folder.iteration(run.iteration - 1) / "next-init"
-        folder.write_folder(folder.run(run.iteration, run.number) / "adapter",
-                            lambda made: save_adapter(self.adapter(state.trained), made, base))
+        target = folder.run(run.iteration, run.number) / "adapter"
+        if not target.is_dir():
+            save_adapter(self.adapter(state.trained), target, base)
 
     def adapter(self, factors: Weights) -> Adapter:
         """The adapter of a run's factors, under the names of the weights that it changes."""

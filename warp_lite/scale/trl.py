@@ -299,7 +299,7 @@ def find_source(reward_funcs) -> dict | None:
 
 def chosen(args) -> dict:
     """The user's own choices among TRL's arguments, as JSON: what differs from the defaults and is not WARP's."""
-    values = {}
+    values = {"num_generations": args.num_generations}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.name in OWN or value in (field.default, [], {}) or not isinstance(value, JSON):
