@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -427,6 +428,21 @@ def test_merged_folders_are_dense_policies_or_adapters_of_a_rank(result, tokeniz
     save_policy(policy_of("llama", dtype=torch.float32), tokenizer, other)
     assert main(["merge", "--init", str(other), "--policies", *adapters, "--out", str(tmp_path / "no")]) == 2
     assert "has not; were they trained on it?" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_the_command_line_trains_adapters(policy_of, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    save_policy(policy_of("llama", dtype=torch.float32), tokenizer, tmp_path / "policy")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["run", "--policy", str(tmp_path / "policy"), "--reward", "short_run:score", "--prompts",
+               str(tmp_path / "prompts.txt"), "--lora-rank", "3", "--out", str(tmp_path / "run")]
+    for change in ("iterations=1", "runs=2", "steps=2", "batch_size=3", "max_new_tokens=4", "eval_every=0", "lr=0.01"):
+        command += ["--set", change]
+    assert main(command) == 0, capsys.readouterr().err
+    assert (tmp_path / "run/front.json").is_file()
+    assert load_adapter(tmp_path / "run/iteration-1/run-2/adapter").rank == 3
+    assert main([*command, "--lora-rank", "0", "--out", str(tmp_path / "no")]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
