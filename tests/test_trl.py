@@ -261,7 +261,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_and_nothing_is_written(polic
 
 @pytest.mark.all
 def test_two_processes_train_and_the_first_merges(policy, tokenizer, tmp_path):
-    """`accelerate launch` on two processes of the CPU: half a batch each, one anchor, one run folder."""
+    """Two processes on the CPU: half a batch each, one anchor, one run folder."""
     save_policy(policy, tokenizer, tmp_path / "policy")
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(f"""
@@ -272,13 +272,13 @@ def test_two_processes_train_and_the_first_merges(policy, tokenizer, tmp_path):
         torch.set_num_threads(1)
         args = RLOOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], num_generations=2,
                           per_device_train_batch_size=2, max_completion_length=5, learning_rate=1e-2)
-        run_warp_trl({str(tmp_path / "policy")!r}, score, PROMPTS, CONFIG.replace(steps=2), args,
+        run_warp_trl({str(tmp_path / "policy")!r}, score, PROMPTS, CONFIG.replace(steps=2, runs=2, iterations=1), args,
                      out={str(tmp_path / "run")!r})
     """))
-    launch = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+              str(script)]
     here = Path(__file__).resolve().parent
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=300, env={
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=600, env={
         **os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     result = load_result(tmp_path / "run", score)
@@ -303,7 +303,7 @@ def test_trls_front_and_ours_agree_within_their_intervals(world, tmp_path):
                               out=tmp_path / str(seed), tokenizer=world.tokenizer, eval_prompts=world.eval_prompts)
         theirs.append(load_result(folder, world.reward))
     ours = run_experiment(world.model, world.tokenizer, world.reward, world.train_prompts,
-                          {"ema": SETTINGS, "sft": SETTINGS.replace(anchor="sft")}, range(4),
+                          {"ema": SETTINGS, "sft": SETTINGS.replace(anchor="sft")}, range(6),
                           eval_prompts=world.eval_prompts, progress=False).results
 
     def measured(results):
