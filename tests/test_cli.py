@@ -332,7 +332,7 @@ def test_help_names_every_option(capsys, arguments, words):
 @pytest.mark.parametrize("error, code, message", [
     (KeyboardInterrupt(), 130, "warp-lite: interrupted; nothing was written\n"),
     (KeyboardInterrupt("step 3 is saved"), 130, "warp-lite: interrupted: step 3 is saved; continue with --resume\n"),
-    (FloatingPointError("the gradient is not finite\nmore"), 2, "warp-lite: the gradient is not finite\n"),
+    (OSError("cannot write x: the disk is full\nmore"), 2, "warp-lite: cannot write x: the disk is full\n"),
     (ValueError(), 2, "warp-lite: ValueError\n")])
 def test_what_stops_a_command_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, message):
     def fail(*args):

@@ -23,9 +23,9 @@ def test_the_defaults_and_every_preset_are_valid_and_frozen():
 
 
 REFUSED = [
-    *((name, value, "1 or more") for name in ("iterations", "runs", "steps", "max_new_tokens", "save_every")
+    *((name, value, "1 or more") for name in ("iterations", "runs", "steps", "max_new_tokens")
       for value in (0, -1)),
-    *((name, -1, "0 or more") for name in ("warmup_steps", "seed", "beta", "eval_every")),
+    *((name, -1, "0 or more") for name in ("warmup_steps", "seed", "beta", "eval_every", "save_every")),
     *((name, value, "above 0") for name in ("lr", "temperature", "max_grad_norm", "adam_eps") for value in (0, -0.1)),
     *((name, value, "between 0 and 1") for name in ("mu", "eta") for value in (-0.01, 1.01)),
     *((name, value, r"lie in \[0, 1\)") for name in ("adam_beta1", "adam_beta2") for value in (-0.01, 1)),

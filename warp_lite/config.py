@@ -25,7 +25,9 @@ class WarpConfig:
     single run (`runs=1`); `eta=1` starts the next iteration from the merge itself.
 
     The loss is divided by `max_new_tokens`, which only matters to where `max_grad_norm`
-    begins to clip. Raises ValueError or TypeError on a value that cannot be used.
+    begins to clip. `eval_every` is how many steps lie between two points of a trajectory (0: none), and
+    `save_every` between two saves of a run in its folder; 0, the default, saves as often as takes a
+    fiftieth of the time. Raises ValueError or TypeError on a value that cannot be used.
     """
 
     iterations: int = 2
@@ -47,7 +49,7 @@ class WarpConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     eval_every: int = 20
-    save_every: int = 100
+    save_every: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -58,10 +60,10 @@ class WarpConfig:
                                 if field.type != "str" else f"{field.name} must be a str, not {value!r}")
             if field.type == "float" and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, not {value!r}")
-        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens", "save_every"):
+        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("warmup_steps", "seed", "beta", "eval_every"):
+        for name in ("warmup_steps", "seed", "beta", "eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("lr", "temperature", "max_grad_norm", "adam_eps"):

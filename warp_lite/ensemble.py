@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,14 +47,15 @@ class Ensemble:
             start += size
         return result
 
-    def step(self, loss: Tensor, lr_factor: float) -> Tensor:
+    def step(self, loss: Tensor, lr_factor: float, check: Callable[[Tensor], None] = lambda norms: None) -> Tensor:
         """Differentiate the sum of the policies' losses, clip each one's gradient, update.
 
-        Returns the norms before clipping, (E,).
+        Returns the norms before clipping, (E,). `check` sees them first; if it raises, nothing is updated.
         """
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
         torch._foreach_copy_(list(self.views(self.grads).values()), list(gradients))
         norms = torch.linalg.vector_norm(self.grads, dim=1)
+        check(norms)
         self.grads *= (self.max_norm / (norms + 1e-6)).clamp(max=1).unsqueeze(1)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .files import first_line
+
 Weights = Mapping[str, Tensor]
 
 
@@ -285,12 +287,6 @@ def room_for_prompts(model, max_new_tokens: int) -> int | None:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
                          "completion together; lower it")
     return None if limit is None else limit - max_new_tokens
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 class quiet:
