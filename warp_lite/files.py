@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, DONE files that vouch for others by hash, and a folder's lock.
 
 Nothing here knows of models: what is written is JSON or safetensors, beside its place under the
-name `.NAME.PID.part`, brought to disk and renamed.
+name `.NAME.PID.part`, and renamed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,12 +39,9 @@ def whole(path: Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield made
-            for part in (*made.rglob("*"), made):
-                sync(part)
             if path.is_dir():
                 shutil.rmtree(path)
             made.replace(path)
-            sync(path.parent)
     finally:
         remove(made)
 
@@ -73,15 +70,19 @@ def remove(path: Path) -> None:
             pass
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk: a rename may be there before what it renames."""
+def sync(files: Iterable[Path]) -> None:
+    """Wait until files and their folders are on disk: before what they replace is removed, as a machine that
+    loses power may have the removal and not the files. Raises CannotWrite."""
+    files = list(files)
     if os.name == "nt":  # folders cannot be opened there, nor files synced that are open for reading
         return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in [*files, *{path.parent for path in files}]:
+        with writing(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -198,10 +199,7 @@ def sha256(path: Path) -> str:
 
 
 def vouch(folder: Path, files: Sequence[Path], name: str = "DONE", **facts) -> None:
-    """Write DONE (or another name) with the hashes of files of a folder, which are brought to disk first."""
-    with writing(folder / name):
-        for path in files:
-            sync(path)
+    """Write DONE (or another name) with the hashes of files of a folder."""
     hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
     write_json(folder / name, {**facts, "sha256": hashes})
 

@@ -143,13 +143,13 @@ class RunFolder:
     def save_states(self, i: int, numbers: Sequence[int], states: Sequence[RunState]) -> None:
         """Save runs of iteration i that train together. What was saved before goes once all of these
         stand, so there is always a step that all of them have."""
-        for m in numbers:  # the logs first: what they say up to this step is not measured again
-            for path in self.run(i, m).glob("*.jsonl"):
-                with writing(path):
-                    sync(path)
+        written = []
         for m, state in zip(numbers, states):
             tensors = {f"{part}.{name}": tensor for part in STATE for name, tensor in getattr(state, part).items()}
-            save_tensors(tensors, self.run(i, m) / f"state-{state.step}.safetensors")
+            written.append(self.run(i, m) / f"state-{state.step}.safetensors")
+            save_tensors(tensors, written[-1])
+            written += self.run(i, m).glob("*.jsonl")  # what they say up to this step is not measured again
+        sync(written)
         for m, state in zip(numbers, states):
             self._drop_states(i, m, keep=state.step)
 
@@ -223,10 +223,9 @@ class RunFolder:
             save_tensors(getattr(state, part), folder / f"{part}.safetensors")
         names = ("policy.safetensors", "anchor.safetensors", "metrics.jsonl", "trajectory.jsonl")
         files = [folder / name for name in names if (folder / name).is_file()]
-        if failure is None:
-            vouch(folder, files, step=state.step)
-        else:
-            vouch(folder, files, "FAILED", step=state.step, reason=failure)
+        done, why = ("DONE", {}) if failure is None else ("FAILED", {"reason": failure})
+        vouch(folder, files, done, step=state.step, **why)
+        sync([*files, folder / done])
         self._drop_states(i, m)
 
     def finished_run(self, i: int, m: int) -> tuple[Weights, Weights] | None:
