@@ -1,4 +1,4 @@
-"""Nothing is lost: whatever a process that was killed left behind, and on a disk that is full, a run goes on from it."""
+"""Nothing is lost: whatever a process that was killed left behind, and on a full disk, a run goes on from it."""
 
 import errno
 import json

@@ -228,7 +228,7 @@ def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
     """
     folder = str(name_or_folder)
     with reading("a policy", folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")  # the library makes up one without words
         model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype)
@@ -261,7 +261,8 @@ def reading(what: str, folder: str):
 def from_pretrained(auto, folder: str, **options):
     """The library's loading, safetensors only, refusing a file that lacks weights: it would make them up."""
     model, info = auto.from_pretrained(
-        folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+        folder, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        output_loading_info=True, **options)
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"its tensor {name!r} has shape {tuple(found)} where its config asks for {tuple(wanted)}")
     missing = sorted(info["missing_keys"])

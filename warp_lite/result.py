@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,7 +255,7 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
             which = f"run {missing[0]} of iteration {i}" if missing else f"the merge of iteration {i}"
             raise ValueError(f"{path} is not finished: {which} is missing; continue it with `warp-lite run --resume`")
     if reward is None:
-        reward, gold, texts = find_reward(settings.get("source") or {})
+        reward, gold, texts = find_reward(settings.get("source"), path)
     prompts = read_json(path / "prompts.json")
     if not isinstance(prompts, dict) or not {"train", "eval", "eval_columns"} <= prompts.keys():
         raise ValueError(f"{path / 'prompts.json'} is not what config.json vouches for; {COPY}")
@@ -284,15 +285,26 @@ def load_result(path, reward=None, gold=None, texts=None) -> WarpResult:
     return result
 
 
-def find_reward(source: dict):
-    """Reward, gold reward and held-out texts from what config.json says of their source."""
+def find_reward(source, folder: Path):
+    """Reward, gold reward and held-out texts from what a run folder's config.json says of their source.
+
+    Raises ValueError where it says nothing, and where it names code that cannot be a reward of the user's own: a
+    function of the standard library, or a module that would be found in the folder itself.
+    """
+    source = source if isinstance(source, dict) else {}
     if "preset" in source:
         from .tasks.reviews import reviews_world
-        world = reviews_world(source["architecture"])
+        world = reviews_world(source.get("architecture"))
         return world.reward, world.gold, world.texts
-    if "reward" in source:
-        return load_reward(source["reward"]), None, None
-    raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
+    spec = source.get("reward")
+    if not isinstance(spec, str):
+        raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
+    if ":" in spec and not Path(spec).exists():
+        inside = Path.cwd().resolve().is_relative_to(folder.resolve())  # modules are found where we are
+        if inside or spec.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
+            raise ValueError(f"{folder / 'config.json'} names the code {spec!r} as the reward, which is not run for "
+                             "it; if it is yours, pass it: load_result(path, reward=…)")
+    return load_reward(spec), None, None
 
 
 def copy_weights(weights: Weights) -> Weights:

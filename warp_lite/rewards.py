@@ -167,7 +167,8 @@ class BradleyTerry:
         """What `save` wrote. Raises ValueError in one line when it cannot be read."""
         with reading("a reward model", str(folder)):
             trunk = from_pretrained(AutoModel, str(folder), dtype=torch.float32)
-            model = cls(trunk.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder))
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = cls(trunk.eval().requires_grad_(False), tokenizer)
             head = load_file(Path(folder) / "reward_head.safetensors")
         model.head = head["head"]
         model.mean, model.std = head["mean_std"].tolist()
@@ -209,7 +210,7 @@ class ClassifierReward:
     def __init__(self, name_or_folder, label: int = -1, log_probability: bool = False, device="cpu", batch: int = 64):
         folder = str(name_or_folder)
         with reading("a reward model", folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.model = from_pretrained(AutoModelForSequenceClassification, folder)
         labels = self.model.config.num_labels
         if not -labels <= label < labels:

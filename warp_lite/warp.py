@@ -224,10 +224,11 @@ def leave_out(error: RunFailed, group: list[Run], states: list[RunState], folder
     on_failure="stop" the error is raised.
     """
     iteration, numbers = group[0].iteration, [run.number for run in group]
-    if folder is not None:
+    begun = folder is not None and states[0].step > 0  # else there is nothing to save yet
+    if begun:
         folder.save_states(iteration, numbers, states)
     if on_failure == "stop":
-        saved = f"; step {states[0].step} is saved in {folder.path}" if folder else ""
+        saved = f"; step {states[0].step} is saved in {folder.path}" if begun else ""
         text = f"{error}{saved}; on-failure=continue would merge the other runs without it"
         raise RunFailed({**error.reasons, min(error.reasons): text}) from error
     failures = []
