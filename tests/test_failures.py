@@ -94,7 +94,7 @@ def test_the_bytes_of_the_others_are_those_without_it_where_the_batches_are_as_w
     short = {**SETTINGS, "max_new_tokens": 1}
 
     def fails(prompts, completions, completion_ids, calls=iter(range(10**6))):  # noqa: B008
-        return [math.nan if next(calls) == 7 else len(c) for c in completions]
+        return [math.nan if next(calls) == 7 else len(c) for c in completions]  # the second of its third step
 
     def likes(prompts, completions):
         return [float(len(c)) for c in completions]
@@ -186,11 +186,14 @@ def test_what_a_failed_run_left_is_vouched_for_too(policy, tokenizer, poisoned, 
 
 @pytest.mark.parametrize("executor", ["batched", "serial"])
 def test_when_all_runs_fail_there_is_nothing_to_merge(policy, tokenizer, tmp_path, executor):
-    def reward(prompts, completions, calls=iter(range(10**6))):  # noqa: B008
-        return [math.nan if next(calls) > 12 else float(len(c)) for c in completions]
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(1)  # six in the trial of three runs, then one a step
+        return [math.nan if len(calls) > 12 else float(len(c)) for c in completions]
 
     options = {**SETTINGS, "steps": 20, "out": tmp_path / "run", "on_failure": "continue", "executor": executor}
-    for resume in (False, True):
+    for resume in (False, True):  # one after the other, the second and the third fail at their first step
         with pytest.raises(ValueError, match="all 3 runs of iteration 1 failed, the first because the reward is nan in "
                                              "iteration 1, run 1, step .*; to train them again, remove .*iteration-1"):
             short_run(policy, tokenizer, reward, resume=resume, **options)

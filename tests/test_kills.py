@@ -156,6 +156,8 @@ def test_what_was_being_written_when_it_was_killed_is_not_read_and_goes(policy_o
     whole = files(tmp_path / "run")
     for name in (".config.json.77.part", "iteration-2/run-1/.state-1.safetensors.77.part"):
         (tmp_path / "run" / name).write_bytes(b"torn")
+    (tmp_path / "run/iteration-1/run-1/.policy.safetensors.77.part").mkdir()
+    (tmp_path / "run/iteration-1/run-1/.policy.safetensors.77.part/.tmpxSA8ES").write_bytes(b"torn")
     (tmp_path / "run/iteration-1/.merged.77.part").mkdir()
     (tmp_path / "run/iteration-1/.merged.77.part/model.safetensors").write_bytes(b"torn")
     shutil.copy(tmp_path / "run/iteration-1/run-1/policy.safetensors",

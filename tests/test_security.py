@@ -39,7 +39,7 @@ def unsafe(tree) -> list[str]:
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if call in UNSAFE_CALLS:
                 found.append(call)
-            if call.endswith("from_pretrained") and options.get("trust_remote_code") != "False":
+            if call.endswith(".from_pretrained") and options.get("trust_remote_code") != "False":
                 found.append(f"{call} without trust_remote_code=False")
             found += [f"{name}={options[name]}" for name, safe in (
                 ("trust_remote_code", "False"), ("allow_pickle", "False"), ("weights_only", "True"), ("shell", "False"),

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, DONE files that vouch for others by hash, and a folder's lock.
 
-Nothing here knows of models: what is written is JSON or safetensors, beside its place under the
-name `.NAME.PID.part`, and renamed.
+Nothing here knows of models: what is written is JSON or safetensors, in a folder `.NAME.PID.part`
+beside its place, and renamed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ class CannotWrite(OSError):
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder to; it takes the place of `path` at the end, and on
-    any error it is removed and `path` stays as it was.
+    """A place to write a file or folder to, in a folder of its own beside `path`; it takes the place of `path` at
+    the end, and on any error it is removed and `path` stays as it was.
 
+    A folder of its own, since who writes may make further files there: safetensors has a temporary one.
     Raises CannotWrite.
     """
-    made = path.with_name(f".{path.name}.{os.getpid()}.part")
+    place = path.with_name(f".{path.name}.{os.getpid()}.part")
+    made = place / path.name
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
             yield made
             if path.is_dir():
                 shutil.rmtree(path)
             made.replace(path)
     finally:
-        remove(made)
+        remove(place)
 
 
 @contextmanager
