@@ -27,7 +27,7 @@ class WarpConfig:
     The loss is divided by `max_new_tokens`, which only matters to where `max_grad_norm`
     begins to clip. `eval_every` is how many steps lie between two points of a trajectory (0: none), and
     `save_every` between two saves of a run in its folder; 0, the default, saves as often as takes a
-    fiftieth of the time. Raises ValueError or TypeError on a value that cannot be used.
+    hundredth of the time. Raises ValueError or TypeError on a value that cannot be used.
     """
 
     iterations: int = 2

@@ -275,7 +275,7 @@ class RunFolder:
 
 
 class SaveClock:
-    """When to save: every so many steps, or, if `every` is 0, as often as takes a fiftieth of the time.
+    """When to save: every so many steps, or, if `every` is 0, as often as takes a hundredth of the time.
 
     Until a save has been timed it is taken to write `size` bytes at 200 MB a second.
     """
@@ -288,7 +288,7 @@ class SaveClock:
         """Whether to save after `step` steps."""
         if self.every:
             return step % self.every == 0
-        return self.now() - self.last >= 50 * self.cost
+        return self.now() - self.last >= 100 * self.cost
 
     @contextmanager
     def timed(self) -> Iterator[None]:
