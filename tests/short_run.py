@@ -23,10 +23,10 @@ def other_score(prompts, completions, **kwargs):
 
 
 def short_run(policy, tokenizer, reward=score, prompts=PROMPTS, out=None, resume=False, executor="batched", stop=None,
-              eval_prompts=None, gold=None, lora=None, **changes):
+              eval_prompts=None, gold=None, lora=None, on_failure="stop", **changes):
     """`run_warp` with CONFIG, changed."""
     return run_warp(policy, tokenizer, reward, prompts, CONFIG.replace(**changes), out, resume, executor,
-                    eval_prompts=eval_prompts, gold=gold, stop=stop, progress=False, lora=lora)
+                    eval_prompts=eval_prompts, gold=gold, stop=stop, on_failure=on_failure, progress=False, lora=lora)
 
 
 def stop_after(calls: int):

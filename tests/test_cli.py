@@ -332,7 +332,7 @@ def test_help_names_every_option(capsys, arguments, words):
 @pytest.mark.parametrize("error, code, message", [
     (KeyboardInterrupt(), 130, "warp-lite: interrupted; nothing was written\n"),
     (KeyboardInterrupt("step 3 is saved"), 130, "warp-lite: interrupted: step 3 is saved; continue with --resume\n"),
-    (FloatingPointError("the gradient is not finite\nmore"), 2, "warp-lite: the gradient is not finite\n"),
+    (OSError("cannot write x: the disk is full\nmore"), 2, "warp-lite: cannot write x: the disk is full\n"),
     (ValueError(), 2, "warp-lite: ValueError\n")])
 def test_what_stops_a_command_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, message):
     def fail(*args):
@@ -351,6 +351,55 @@ def test_ctrl_c_while_the_front_is_measured_keeps_the_runs(here, capsys, monkeyp
         assert main(own("--out", "out")) == 130
     assert "every run in out is kept; continue with --resume" in capsys.readouterr().err
     assert main(own("--resume", "--out", "out")) == 0 and (here / "out" / "front.json").is_file()
+
+
+@pytest.mark.parametrize("signals, message", [
+    ("SIGTERM", "step 3 of iteration 1 is saved in out; continue with --resume"),
+    ("SIGINT SIGINT", "stopped at once; the last saved step is kept; continue with --resume"),
+    ("SIGTERM SIGINT", "stopped at once; the last saved step is kept; continue with --resume")])
+def test_a_process_told_to_end_saves_and_told_twice_ends_at_once(here, capsys, signals, message):
+    """The reward, called four times in the trial and thrice until then, tells it in the third step."""
+    module = "told_" + signals.replace(" ", "_")
+    (here / f"{module}.py").write_text(f"""
+import signal
+from cli_reward import score as own
+calls = []
+
+def score(prompts, completions, completion_ids):
+    calls.append(1)
+    if len(calls) == 8:
+        for name in {signals.split()}:
+            signal.raise_signal(getattr(signal, name))
+    return own(prompts, completions, completion_ids)
+""")
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    arguments = [*own("--out", "out"), "--reward", f"{module}:score"]
+    assert main(arguments) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1] == f"warp-lite: interrupted: {message}"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    (state,) = (here / "out/iteration-1/run-2").glob("state-*")
+    assert state.name == ("state-3.safetensors" if signals == "SIGTERM" else "state-2.safetensors")
+    assert main([*arguments, "--resume"]) == 0 and main([*arguments, "--out", "whole"]) == 0
+    assert files(here / "out") == files(here / "whole")
+
+
+def test_ctrl_c_after_the_last_step_is_not_forgotten(here, capsys, monkeypatch):
+    from warp_lite import warp
+
+    write = warp.write_iteration
+
+    def told(folder, result, i):
+        write(folder, result, i)
+        if i == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(warp, "write_iteration", told)
+        assert main(own("--out", "out")) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("interrupted: every run in out is kept; continue with --resume\n")
+    assert not (here / "out/front.json").exists() and main(own("--resume", "--out", "out")) == 0
 
 
 @pytest.mark.slow

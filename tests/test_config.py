@@ -24,9 +24,9 @@ def test_the_defaults_and_every_preset_are_valid_and_frozen():
 
 
 REFUSED = [
-    *((name, value, "1 or more") for name in ("iterations", "runs", "steps", "max_new_tokens", "save_every")
+    *((name, value, "1 or more") for name in ("iterations", "runs", "steps", "max_new_tokens")
       for value in (0, -1)),
-    *((name, -1, "0 or more") for name in ("warmup_steps", "seed", "beta", "eval_every", "micro_batch",
+    *((name, -1, "0 or more") for name in ("warmup_steps", "seed", "beta", "eval_every", "save_every", "micro_batch",
                                            "sample_batch", "logit_chunk")),
     *((name, value, "above 0") for name in ("lr", "temperature", "max_grad_norm", "adam_eps") for value in (0, -0.1)),
     *((name, value, "between 0 and 1") for name in ("mu", "eta") for value in (-0.01, 1.01)),

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, naive_completion
 from warp_lite import WarpConfig
 from warp_lite.policies import encode_prompts, parameters
 from warp_lite.randomness import prompt_indices, token_uniforms
-from warp_lite.reinforce import Run, train_batched, train_serial
+from warp_lite.reinforce import Run, RunFailed, train_batched, train_serial
 
 EXECUTORS = [train_serial, train_batched]
 PROMPTS = ["this film", "that plot was great and i loved it but", "i", "this film was dull .", "the"]  # ragged
@@ -355,11 +355,12 @@ def test_a_gradient_that_is_not_finite_names_run_and_step_before_it_gets_into_an
         executor, policy_of, tokenizer):
     def explodes(prompts, completions, count=[0]):  # noqa: B006
         count[0] += 1
-        return [(1e308 if b % 2 else -1e308) if count[0] == 4 else 0.0 for b in range(len(prompts))]
+        return [(1e308 if b == 2 else -1e308 * (b == 3)) if count[0] == 4 else 0.0 for b in range(len(prompts))]
 
     model = policy_of("gpt2")
     kept = []
-    with pytest.raises(FloatingPointError, match="gradient is not finite in iteration 1, run 2, step 4; lower lr"):
+    culprit = PROMPTS[prompt_indices((0, 1, 2), 3, CONFIG.batch_size, len(PROMPTS))[2]]
+    with pytest.raises(RunFailed, match=f"(gradient|loss) is .* in iteration 1, run 2, step 4, .*{culprit}'; lower lr"):
         train(executor, model, tokenizer, make_runs(model, reward=[likes_film, explodes]),
               on_step=lambda runs, step, states, metrics: kept.extend(states()))
     for state in kept:

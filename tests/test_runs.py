@@ -8,18 +8,10 @@ import torch
 from short_run import CONFIG, PROMPTS, files, other_score, score, short_run, stop_after
 
 from warp_lite import load_result
+from warp_lite.files import read_json, read_lines, weights_hash, whole, write_json
 from warp_lite.policies import parameters
 from warp_lite.reinforce import RunState
-from warp_lite.runs import (
-    RunFolder,
-    check_out,
-    pinned_threads,
-    provenance,
-    read_json,
-    read_lines,
-    weights_hash,
-    write_json,
-)
+from warp_lite.runs import RunFolder, check_out, pinned_threads, provenance
 
 SETTINGS = {"config": {"lr": 1.0, "steps": 3}, "source": None}
 LIKE = {"b": torch.zeros(2), "a": torch.zeros(3, 2)}
@@ -35,17 +27,17 @@ def policy(policy_of):
 
 
 @pytest.fixture(scope="module")
-def whole(policy, tokenizer, tmp_path_factory):
+def finished(policy, tokenizer, tmp_path_factory):
     """A finished run folder, shared: copy it to change it."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
+    folder = tmp_path_factory.mktemp("runs") / "finished"
     short_run(policy, tokenizer, out=folder)
     return folder
 
 
 @pytest.fixture
-def run(whole, tmp_path):
+def run(finished, tmp_path):
     """A copy of a finished run folder."""
-    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -100,18 +92,17 @@ def test_resume_with_another_policy_is_refused(policy_of, tokenizer, run):
 
 
 def test_a_folder_is_filled_beside_its_place_and_vanishes_on_failure(tmp_path):
-    folder = RunFolder(tmp_path / "run", SETTINGS, LIKE)
-
-    def broken(path):
-        (path / "half").write_text("half")
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "sft") as made:
+        made.mkdir()
+        (made / "half").write_text("half")
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        folder.write_folder(folder.path / "sft", broken)
-    assert [p.name for p in folder.path.iterdir()] == ["config.json"]
-    folder.write_folder(folder.path / "sft", lambda path: (path / "whole").write_text("1"))
-    folder.write_folder(folder.path / "sft", broken)  # it is there: nothing is written
-    assert (folder.path / "sft" / "whole").is_file()
+    assert list(tmp_path.iterdir()) == []
+    for content in ("1", "2"):
+        with whole(tmp_path / "sft") as made:
+            made.mkdir()
+            (made / content).write_text(content)
+            assert not (tmp_path / "sft" / content).exists()
+        assert [p.name for p in tmp_path.rglob("*")] == ["sft", content]
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -167,19 +158,20 @@ def damage(path):
 @pytest.mark.parametrize("name", [
     "iteration-1/run-2/policy.safetensors", "iteration-2/run-1/anchor.safetensors", "iteration-1/run-1/metrics.jsonl",
     "iteration-1/run-1/trajectory.jsonl", "iteration-2/merged/model.safetensors", "iteration-1/next-init/config.json",
-    "sft/model.safetensors", "prompts.json"])
+    "sft/model.safetensors", "sft/tokenizer.json", "prompts.json"])
 def test_an_altered_file_is_named(policy, tokenizer, run, name):
     if name == "prompts.json":
         (run / name).write_text((run / name).read_text().replace("this film was", "that film was"))
     else:
         damage(run / name)
-    vouched = "config.json" if name in ("sft/model.safetensors", "prompts.json") else "DONE"
-    part = "sft" if name.startswith("sft") else name
-    with pytest.raises(ValueError, match=f"{part} is not what {vouched} vouches for; "):
+    before = files(run)
+    message = f"{name} is not what {'config.json' if name == 'prompts.json' else 'DONE'} vouches for; "
+    message += "take it from a copy" if name.startswith(("sft", "prompts")) else "remove .*"
+    with pytest.raises(ValueError, match=message):
         load_result(run, score)
-    if vouched == "DONE":
-        with pytest.raises(ValueError, match=f"{part} is not what DONE vouches for; remove .*"):
-            short_run(policy, tokenizer, out=run, resume=True)
+    with pytest.raises(ValueError, match=message):
+        short_run(policy, tokenizer, out=run, resume=True)
+    assert files(run) == before
 
 
 def test_a_missing_file_is_named(run):
@@ -188,18 +180,18 @@ def test_a_missing_file_is_named(run):
         load_result(run, score)
 
 
-def test_the_way_out_of_an_altered_run_leads_out(policy, tokenizer, run, whole):
+def test_the_way_out_of_an_altered_run_leads_out(policy, tokenizer, run, finished):
     damage(run / "iteration-2/run-1/policy.safetensors")
     shutil.rmtree(run / "iteration-2/run-1")
     short_run(policy, tokenizer, out=run, resume=True)
-    altered = {name for name, data in files(run).items() if data != files(whole).get(name)}
+    altered = {name for name, data in files(run).items() if data != files(finished).get(name)}
     assert all(name.startswith("iteration-2/run-1/") for name in altered), "alone it may round otherwise"
     damage(run / "iteration-1/merged/model.safetensors")
     for name in ("DONE", "merged", "next-init"):
         path = run / "iteration-1" / name
         path.unlink() if path.is_file() else shutil.rmtree(path)
     short_run(policy, tokenizer, out=run, resume=True)
-    assert files(run)["iteration-1/merged/model.safetensors"] == files(whole)["iteration-1/merged/model.safetensors"]
+    assert files(run)["iteration-1/merged/model.safetensors"] == files(finished)["iteration-1/merged/model.safetensors"]
 
 
 def test_a_truncated_state_is_named_with_a_way_out(policy, tokenizer, tmp_path):

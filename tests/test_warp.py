@@ -378,7 +378,7 @@ def test_a_run_that_crashed_goes_on_from_the_last_saved_step(
         return wrapped
 
     with monkeypatch.context() as patch:
-        for name in ("append", "save_states", "finish_run", "write_folder", "finish_iteration"):
+        for name in ("append", "save_states", "finish_run", "write_start", "finish_iteration"):
             patch.setattr(RunFolder, name, fragile(getattr(RunFolder, name)))
         with pytest.raises(OSError, match="the disk is gone"):
             short_run(policy, tokenizer, out=tmp_path / "run")

@@ -8,23 +8,24 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 class Stop:
-    """Whether Ctrl-C was pressed. A run asks after every step, so that it stops between two; pressed
-    twice, it stops at once."""
+    """Whether Ctrl-C was pressed, or the process told to end (SIGTERM). A run asks after every step, so that it
+    stops between two; the second time it stops at once."""
 
     def __init__(self):
         self.requested = False
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self._request)
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exc):
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self.requested
@@ -33,6 +34,8 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt("stopped at once; the last saved step is kept")
         self.requested = True
+        with suppress(OSError, ValueError):  # not print: whatever it was writing may have been cut in two
+            os.write(sys.stderr.fileno(), b"warp-lite: stopping after this step; once more stops at once\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("WARP_LITE_DEBUG"):
             raise
         lines = str(error).strip().splitlines()
@@ -95,6 +98,9 @@ def parser() -> argparse.ArgumentParser:
                      help="train the runs as one program, or one after the other (default: batched)")
     run.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank (LoRA)")
     add_device(run)
+    run.add_argument("--on-failure", choices=("stop", "continue"), default="stop",
+                     help="when the reward, loss or gradient of a run is not finite: stop, or merge the other runs "
+                          "without it (default: stop)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
     run.add_argument("--out", metavar="DIR", required=True, help="the run folder to write")
     run.set_defaults(command=run_command)
@@ -174,12 +180,16 @@ def run_command(arguments) -> int:
         if arguments.reward_output is not None:
             reward_options["log_probability"] = arguments.reward_output == "log-probability"
 
+    from .files import is_taken
     from .front import complete_front
     from .runs import check_out
     from .warp import run_warp
 
     check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
-    options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": arguments.executor}
+    if is_taken(arguments.out):
+        raise ValueError(f"{arguments.out} is in use by another process; wait until it has ended, or choose another")
+    options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": arguments.executor,
+               "on_failure": arguments.on_failure}
     if arguments.lora_rank is not None:
         from .scale.lora import LoraSettings
         options["lora"] = LoraSettings(arguments.lora_rank)
@@ -201,6 +211,8 @@ def run_command(arguments) -> int:
     with Stop() as stop:
         result = run_warp(*task, stop=stop, **options)
     with keeping(f"every run in {arguments.out} is kept"):
+        if stop():  # asked for after the last step
+            raise KeyboardInterrupt
         complete_front(result, Path(arguments.out), again=False)
     return 0
 

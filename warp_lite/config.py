@@ -28,7 +28,9 @@ class WarpConfig:
     single run (`runs=1`); `eta=1` starts the next iteration from the merge itself.
 
     The loss is divided by `max_new_tokens`, which only matters to where `max_grad_norm`
-    begins to clip.
+    begins to clip. `eval_every` is how many steps lie between two points of a trajectory (0: none), and
+    `save_every` between two saves of a run in its folder; 0, the default, saves as often as takes a
+    hundredth of the time.
 
     Memory and precision; none of these changes what is computed, beyond rounding:
 
@@ -68,7 +70,7 @@ class WarpConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     eval_every: int = 20
-    save_every: int = 100
+    save_every: int = 0
     # Not in the repr, which names what is computed and by which results are found again.
     precision: str = dataclasses.field(default="auto", repr=False)
     micro_batch: int = dataclasses.field(default=0, repr=False)
@@ -85,10 +87,11 @@ class WarpConfig:
                 raise TypeError(f"{field.name} must be a {kind}, not {value!r}")
             if field.type == "float" and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, not {value!r}")
-        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens", "save_every"):
+        for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("warmup_steps", "seed", "beta", "eval_every", "micro_batch", "sample_batch", "logit_chunk"):
+        for name in ("warmup_steps", "seed", "beta", "eval_every", "save_every", "micro_batch", "sample_batch",
+                     "logit_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("lr", "temperature", "max_grad_norm", "adam_eps"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,9 +60,13 @@ class Ensemble:
         else:
             torch._foreach_copy_(into, list(gradients))
 
-    def step(self, lr_factor: float) -> Tensor:
-        """Clip each policy's gradient and update. Returns the norms before clipping, (E,)."""
+    def step(self, lr_factor: float, check: Callable[[Tensor], None] = lambda norms: None) -> Tensor:
+        """Clip each policy's gradient and update.
+
+        Returns the norms before clipping, (E,). `check` sees them first; if it raises, nothing is updated.
+        """
         norms = torch.linalg.vector_norm(self.grads, dim=1)
+        check(norms)
         self.grads *= (self.max_norm / (norms + 1e-6)).clamp(max=1).unsqueeze(1)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor

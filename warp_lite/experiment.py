@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
+from .files import load_tensors, read_json, save_tensors, weights_hash, write_json
 from .liti import liti
 from .memory import free_memory, training_memory
 from .policies import Weights, check_ids, encode_prompts, parameters, room_for_prompts, stack
@@ -24,7 +25,7 @@ from .precision import full_precision
 from .reinforce import SHARED, Run, train_batched
 from .result import ETAS, Iteration, WarpResult, copy_weights
 from .rewards import reward_name
-from .runs import json_hash, load_tensors, read_json, save_tensors, weights_hash, write_json
+from .runs import json_hash
 from .slerp import lerp
 from .warp import MEMORY_SHARE, merge
 

@@ -84,7 +84,7 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
 
 def _keys(result, lambdas) -> list[tuple[int, int, float | None]]:
     """(iteration, merged runs, λ or None) of every line. All numbers of runs up to 5, then every doubling."""
-    total = len(result.iterations[0].policies)
+    total = min(len(iteration.policies) for iteration in result.iterations)
     counts = range(1, total + 1) if total <= 5 else [*(2**k for k in range(total.bit_length()) if 2**k < total), total]
     return [(i, m, lam) for i in range(1, len(result.iterations) + 1) for m in counts
             for lam in (lambdas if m == 2 else (None,))]

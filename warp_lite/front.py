@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__
 from .evaluation.limit import best_of_n_front, optimal_front, reference_rewards
+from .files import load_tensors, locked, read_json, save_tensors, weights_hash, whole, write_json
 from .plots import draw_front
 from .policies import parameters
 from .result import ETAS, EVALUATION_SAMPLES, WarpResult
 from .rewards import BradleyTerry, ClassifierReward
-from .runs import json_hash, pinned_threads, read_config, read_json, save_tensors, weights_hash, write_json
+from .runs import json_hash, pinned_threads, read_config
 from .tasks.reviews import cache_folder
 
 OWN_UNIT = "reward units"  # of a reward function that names none
@@ -33,19 +32,27 @@ def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETA
     at these η. Returns what front.json holds.
     """
     folder = Path(folder)
-    with pinned_threads(read_config(folder)["provenance"]["threads"]):
+    threads = read_config(folder)["provenance"]["threads"]
+    with locked(folder), pinned_threads(threads):
         key = fingerprint(result, etas)
         front = None if again else measured_before(folder / "front.json", key)
         if front is None:
             front = measure_front(result, etas) | {"fingerprint": key}
             write_json(folder / "front.json", front)
         completions = completions_table(result)
-    figure = draw_front(front["points"], front["limit"], front["trajectories"], front["best_of_n"], front["unit"])
-    made = folder / ".front.png.part"
-    figure.savefig(made, format="png", dpi=150)
-    made.replace(folder / "front.png")
-    print(f"{front_table(front)}\n\n{completions}\n\nwritten: {folder / 'front.json'}, {folder / 'front.png'}")
+        figure = draw_front(front["points"], front["limit"], front["trajectories"], front["best_of_n"], front["unit"])
+        with whole(folder / "front.png") as made:
+            figure.savefig(made, format="png", dpi=150)
+    print(f"{front_table(front)}\n\n{completions}\n\n{left_out(result)}"
+          f"written: {folder / 'front.json'}, {folder / 'front.png'}")
     return front
+
+
+def left_out(result: WarpResult) -> str:
+    """A line that says which runs failed and are in no merge; empty if none did."""
+    failed = [f"run {failure.run} of iteration {i} after step {failure.step} ({failure.reason})"
+              for i, iteration in enumerate(result.iterations, 1) for failure in iteration.failures]
+    return f"left out of the merges: {'; '.join(failed)}\n" if failed else ""
 
 
 def measure_front(result: WarpResult, etas: Sequence[float] = ETAS) -> dict:
@@ -101,9 +108,9 @@ def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tenso
         path = cache_folder() / f"limit-{key[:12]}.safetensors"
     if path is not None and path.is_file():
         try:
-            kept = load_file(path)
+            kept = load_tensors(path, "cpu", "")
             return kept["reward"], kept.get("gold")
-        except (SafetensorError, OSError, KeyError):  # damaged: sampled again
+        except (ValueError, KeyError):  # damaged: sampled again
             path.unlink()
     wanted = [judge] if gold is None else [judge, gold]
     with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None, leave=False) as bar:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from .files import first_line
 from .hub import HUB_NAME, local, reach
 
 Weights = Mapping[str, Tensor]
@@ -416,7 +417,8 @@ def load_tokenizer(folder: str, **options):
 def from_pretrained(auto, folder: str, **options):
     """The library's loading, safetensors only, refusing a file that lacks weights: it would make them up."""
     model, info = auto.from_pretrained(
-        folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+        folder, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        output_loading_info=True, **options)
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"its tensor {name!r} has shape {tuple(found)} where its config asks for {tuple(wanted)}")
     missing = sorted(info["missing_keys"])
@@ -442,12 +444,6 @@ def room_for_prompts(model, max_new_tokens: int) -> int | None:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
                          "completion together; lower it")
     return None if limit is None else limit - max_new_tokens
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 class quiet:

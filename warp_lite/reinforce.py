@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -90,6 +91,21 @@ class Run:
         return 0.0 if self.config.anchor == "sft" else self.config.mu
 
 
+class RunFailed(ValueError):
+    """The reward, loss or gradient of runs that train together is not finite.
+
+    `reasons` says by a run's place among them what it is, at which step and for which prompt. The policies
+    of all are as the step before left them.
+    """
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__(reasons)
+        self.reasons = reasons
+
+    def __str__(self) -> str:
+        return next(iter(self.reasons.values()))
+
+
 # on_step(runs, step, states, metrics): called after each step with the runs that took it, the
 # number of steps taken, a function that gives their present RunStates, and their metrics.
 OnStep = Callable[[Sequence[Run], int, Callable[[], list[RunState]], list[dict]], None]
@@ -115,8 +131,7 @@ def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
                  on_step: OnStep | None = None) -> list[RunState]:
     """Train the runs one after the other with the library's module, Adam and clipping.
 
-    Raises ValueError, naming run, step and prompt, when a reward is not finite, and
-    FloatingPointError, naming run and step, when a gradient is not.
+    Raises RunFailed, naming run, step and prompt, when a reward, a loss or a gradient is not finite.
     """
     return [_train_one(model, tokenizer, prompts, run, on_step) for run in runs]
 
@@ -161,7 +176,7 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
         logp, r_beta, loss = differentiate(forward, policy, rollout, rewards, anchor_logp, run.beta, config,
                                            lambda loss, add: loss.backward())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        check_gradients([run], step, norm.view(1))
+        check_finite([run], step, rollout, r_beta, loss, norm.view(1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup(config, step)
         if kept is not theta:
@@ -242,8 +257,7 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_st
         rewards = checked_rewards(runs, step, rollout, tokenizer)                        # (E, B)
         logp, r_beta, loss = differentiate(forward, ensemble.weights, rollout, rewards, anchor_logp, beta, config,
                                            ensemble.backward)
-        norms = ensemble.step(warmup(config, step))
-        check_gradients(runs, step, norms)
+        norms = ensemble.step(warmup(config, step), partial(check_finite, runs, step, rollout, r_beta, loss))
         anchor.update()
         if on_step is not None:
             anchor_logp = logp if anchor_logp is None else anchor_logp
@@ -303,24 +317,38 @@ def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Ten
 def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer) -> Tensor:
     """Rewards (E, B) in float64, every one finite; runs may have rewards of their own."""
     rewards = rollout_rewards([run.reward for run in runs], rollout, tokenizer)
-    bad = (~torch.isfinite(rewards)).nonzero()
-    if len(bad):
-        e, b = bad[0].tolist()
-        prompt = rollout.prompts.texts[e * rewards.shape[1] + b]
-        raise ValueError(
-            f"the reward is {rewards[e, b].item()} in iteration {runs[e].iteration}, run {runs[e].number}, "
-            f"step {step + 1}, for a completion of the prompt {prompt[:80]!r}; rewards must be finite")
+    finite = torch.isfinite(rewards)
+    if not finite.all():
+        bad = {e: int((~row).nonzero()[0]) for e, row in enumerate(finite) if not row.all()}
+        raise RunFailed({e: f"the reward is {rewards[e, b].item()} {where(runs[e], step, rollout, e, b)}; rewards "
+                            "must be finite" for e, b in bad.items()})
     return rewards
 
 
-def check_gradients(runs: Sequence[Run], step: int, norms: Tensor) -> None:
-    """Stop before a NaN gets into an average."""
-    bad = (~torch.isfinite(norms)).nonzero()
-    if len(bad):
-        run = runs[bad[0].item()]
-        raise FloatingPointError(
-            f"the gradient is not finite in iteration {run.iteration}, run {run.number}, step {step + 1}; "
-            f"lower lr (now {run.config.lr:g}) or raise beta (now {run.config.beta:g})")
+def check_finite(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor, loss: Tensor, norms: Tensor) -> None:
+    """Stop before a loss (E,) or a gradient's norm (E,) that is not finite gets into a policy. Raises RunFailed.
+
+    The prompt that is named is that of the first r_β (E, B) that is not finite, or else of the farthest
+    from the mean.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(norms)
+    if not finite.all():
+        reasons = {}
+        for e in (~finite).nonzero()[:, 0].tolist():
+            run, away = runs[e], (r_beta[e] - r_beta[e].mean()).abs()
+            away[~torch.isfinite(r_beta[e])] = torch.inf
+            b = int(away.nan_to_num(0).argmax())
+            what = "gradient is not finite" if torch.isfinite(loss[e]) else f"loss is {loss[e].item()}"
+            reasons[e] = (f"the {what} {where(run, step, rollout, e, b)}; lower lr (now {run.config.lr:g}) or raise "
+                          f"beta (now {run.config.beta:g})")
+        raise RunFailed(reasons)
+
+
+def where(run: Run, step: int, rollout: Rollout, e: int, b: int) -> str:
+    """Iteration, run, step and prompt, for the message of a failure."""
+    prompt = rollout.prompts.texts[e * rollout.ids.shape[1] + b]
+    return (f"in iteration {run.iteration}, run {run.number}, step {step + 1}, for a completion of the prompt "
+            f"{prompt[:80]!r}")
 
 
 def warmup(config: WarpConfig, step: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +16,7 @@ import torch
 
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many, evaluation_uniforms, policies_at_once
+from .files import first_line, locked, read_json, vouched, weights_hash
 from .forward import make_forward
 from .liti import liti
 from .policies import (
@@ -32,7 +34,7 @@ from .policies import (
 )
 from .reinforce import RunState
 from .rewards import call_reward, load_reward, reward_name
-from .runs import RunFolder, json_hash, read_config, read_json, weights_hash, write_json
+from .runs import COPY, RunFolder, check_out, json_hash, read_config
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts
@@ -41,14 +43,33 @@ WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are stacked to be measured toge
 
 
 @dataclass
+class Failure:
+    """A run that was left out of its iteration's merge: its number, its last good step, policy and anchor, and why."""
+
+    run: int
+    step: int
+    reason: str
+    policy: Weights
+    anchor: Weights
+
+
+@dataclass
 class Iteration:
-    """One iteration: θ_init, the M policies and their anchors, θ_slerp, and the θ_init of the next."""
+    """One iteration: θ_init, the policies that were merged and their anchors, θ_slerp, the θ_init of the next, and
+    the runs that were left out."""
 
     init: Weights
     policies: list[Weights]
     anchors: list[Weights]
     merged: Weights
     next_init: Weights
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[int]:
+        """The numbers of the runs (from 1) whose policies were merged."""
+        failed = {failure.run for failure in self.failures}
+        return [m for m in range(1, len(self.policies) + len(failed) + 1) if m not in failed]
 
 
 @dataclass
@@ -166,14 +187,20 @@ class WarpResult:
 
     def save(self, path) -> None:
         """The whole result as a run folder, which `load_result` reads. Raises ValueError if it is not empty."""
-        folder = RunFolder(path, run_settings(self), self.sft)
-        write_start(folder, self)
-        for i, iteration in enumerate(self.iterations, 1):
-            for m, (policy, anchor) in enumerate(zip(iteration.policies, iteration.anchors), 1):
-                rows = [row for row in self.trajectories if (row["iteration"], row["run"]) == (i, m)]
-                folder.append(i, m, "trajectory.jsonl", rows)
-                folder.finish_run(i, m, RunState(self.config.steps, policy, anchor, {}, {}))
-            write_iteration(folder, self, i)
+        settings, steps = run_settings(self), self.config.steps
+        check_out(path)
+        with locked(Path(path)):
+            folder = RunFolder(path, settings, self.sft)
+            write_start(folder, self)
+            for i, iteration in enumerate(self.iterations, 1):
+                ends = [(m, steps, *weights, None)
+                        for m, *weights in zip(iteration.runs, iteration.policies, iteration.anchors)]
+                ends += [(f.run, f.step, f.policy, f.anchor, f.reason) for f in iteration.failures]
+                for m, step, policy, anchor, failure in ends:
+                    rows = [row for row in self.trajectories if (row["iteration"], row["run"]) == (i, m)]
+                    folder.append(i, m, "trajectory.jsonl", rows)
+                    folder.finish_run(i, m, RunState(step, policy, anchor, {}, {}), failure)
+                write_iteration(folder, self, i)
 
 
 def mean_reward(rewards: Sequence[Callable]) -> Callable:
@@ -210,18 +237,17 @@ def run_settings(result: WarpResult) -> dict:
 
 def write_start(folder: RunFolder, result: WarpResult) -> None:
     """θ_sft and the prompts."""
-    folder.write_folder(folder.path / "sft", lambda path: save_policy(result.model, result.tokenizer, path))
-    write_json(folder.path / "prompts.json", {"train": result.train_prompts, "eval": result.eval_prompts,
-                                              "eval_columns": result.eval_columns})
+    prompts = {"train": result.train_prompts, "eval": result.eval_prompts, "eval_columns": result.eval_columns}
+    folder.write_start(prompts, lambda path: save_policy(result.model, result.tokenizer, path))
 
 
 def write_iteration(folder: RunFolder, result: WarpResult, i: int) -> None:
     """The merge of iteration i and the init of the next, each a Hugging Face folder."""
+    def model_of(weights):
+        return lambda path: save_policy(load_weights(copy.deepcopy(result.model), weights), result.tokenizer, path)
+
     iteration = result.iterations[i - 1]
-    for name, weights in (("merged", iteration.merged), ("next-init", iteration.next_init)):
-        folder.write_folder(folder.iteration(i) / name, lambda path, weights=weights: save_policy(
-            load_weights(copy.deepcopy(result.model), weights), result.tokenizer, path))
-    folder.finish_iteration(i)
+    folder.finish_iteration(i, {"merged": model_of(iteration.merged), "next-init": model_of(iteration.next_init)})
 
 
 def load_result(path, reward=None, gold=None, texts=None, device="cpu") -> WarpResult:
@@ -233,45 +259,71 @@ def load_result(path, reward=None, gold=None, texts=None, device="cpu") -> WarpR
     """
     path = Path(path)
     settings = read_config(path)["settings"]
-    config = WarpConfig(**settings["config"])
+    try:
+        config = WarpConfig(**settings["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'} holds no settings that can be read: {first_line(error)}") from None
+    vouched(path / "sft", ["."], COPY)
     model, tokenizer = load_policy(path / "sft", dtype="auto", device=device)
     sft = copy_weights(parameters(model))
     folder = RunFolder(path, settings, sft, resume=True)
     for i in range(1, config.iterations + 1):
-        missing = [m for m in range(1, config.runs + 1) if not (folder.run(i, m) / "DONE").is_file()]
+        missing = [m for m in range(1, config.runs + 1)
+                   if not any((folder.run(i, m) / name).is_file() for name in ("DONE", "FAILED"))]
         if missing or not folder.finished_iteration(i):
             which = f"run {missing[0]} of iteration {i}" if missing else f"the merge of iteration {i}"
             raise ValueError(f"{path} is not finished: {which} is missing; continue it with `warp-lite run --resume`")
     if reward is None:
-        reward, gold, texts = find_reward(settings.get("source") or {}, device)
+        reward, gold, texts = find_reward(settings.get("source"), path, device)
     prompts = read_json(path / "prompts.json")
+    if not isinstance(prompts, dict) or not {"train", "eval", "eval_columns"} <= prompts.keys():
+        raise ValueError(f"{path / 'prompts.json'} is not what config.json vouches for; {COPY}")
     result = WarpResult(
         config, model, tokenizer, reward, prompts["eval"], sft, gold=gold, texts=texts,
         train_prompts=prompts["train"], eval_columns=prompts["eval_columns"], source=settings.get("source"),
         dtype=NARROW.get(settings.get("dtype")))
     found = run_settings(result)
     for name, part in (("policy", "sft"), ("prompts", "prompts.json")):
-        if found[name] != settings[name]:
-            raise ValueError(f"{path / part} is not what config.json vouches for; take it from a copy, or run again")
+        if found[name] != settings.get(name):
+            raise ValueError(f"{path / part} is not what config.json vouches for; {COPY}")
     theta_init = result.sft
     for i in range(1, config.iterations + 1):
-        finished = [folder.finished_run(i, m) for m in range(1, config.runs + 1)]
+        finished, failures = [], []
+        for m in range(1, config.runs + 1):
+            failed = folder.failed_run(i, m)
+            if failed is None:
+                finished.append(folder.finished_run(i, m))
+            else:
+                failures.append(Failure(m, *failed))
+            result.trajectories += folder.trajectory(i, m)
+        if not finished:
+            raise ValueError(f"every run of iteration {i} in {path} failed, so there is no merge; run it again")
         merged = parameters(load_policy(folder.iteration(i) / "merged", dtype="auto", device=device)[0])
         next_init = liti(theta_init, merged, config.eta)
-        result.iterations.append(Iteration(theta_init, *map(list, zip(*finished)), merged, next_init))
-        result.trajectories += [row for m in range(1, config.runs + 1) for row in folder.trajectory(i, m)]
+        result.iterations.append(Iteration(theta_init, *map(list, zip(*finished)), merged, next_init, failures))
         theta_init = next_init
     return result
 
 
-def find_reward(source: dict, device="cpu"):
-    """Reward, gold reward and held-out texts from what config.json says of their source."""
+def find_reward(source, folder: Path, device="cpu"):
+    """Reward, gold reward and held-out texts from what a run folder's config.json says of their source.
+
+    Raises ValueError where it says nothing, and where it names code that cannot be a reward of the user's own: a
+    function of the standard library, or a module that would be found in the folder itself.
+    """
+    source = source if isinstance(source, dict) else {}
     if "world" in source:
         from .tasks import load_rewards
         return load_rewards(source["world"], device)
-    if "reward" in source:
-        return load_reward(source["reward"], device, **source.get("reward_options", {})), None, None
-    raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
+    spec = source.get("reward")
+    if not isinstance(spec, str):
+        raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
+    if ":" in spec and not Path(spec).exists():
+        inside = Path.cwd().resolve().is_relative_to(folder.resolve())  # modules are found where we are
+        if inside or spec.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
+            raise ValueError(f"{folder / 'config.json'} names the code {spec!r} as the reward, which is not run for "
+                             "it; if it is yours, pass it: load_result(path, reward=…)")
+    return load_reward(spec, device, **source.get("reward_options", {})), None, None
 
 
 def copy_weights(weights: Weights) -> Weights:

@@ -1,10 +1,10 @@
-"""The run folder: what is in it, how it is written whole, and how a run goes on from it.
+"""The run folder: what is in it, and how a run goes on from it.
 
     config.json  prompts.json  sft/  iteration-1/{run-1/…, merged/, next-init/, DONE}  front.json  front.png
 
-A file or folder appears under its name only when it is complete (written beside and renamed).
-A run or iteration that is finished has a DONE file with the hashes of what it vouches for; a run
-that is not has the state of the last saved step. Weights are safetensors, everything else JSON.
+A file or folder appears under its name only when it is complete (files.py). A run or iteration that is
+finished has a DONE file with the hashes of what it vouches for, a run that was left out has FAILED in its
+place, and a run that is not finished has the state of the last saved step.
 """
 
 from __future__ import annotations
@@ -15,20 +15,36 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from .policies import Weights, first_line
+from .files import (
+    LOCK,
+    PARTS,
+    load_tensors,
+    read_json,
+    read_lines,
+    remove,
+    save_tensors,
+    sync,
+    vouch,
+    vouched,
+    whole,
+    write_bytes,
+    write_json,
+    writing,
+)
+from .policies import Weights
 from .reinforce import RunState
 
-PARTS = ("policy", "anchor", "exp_avg", "exp_avg_sq", "trained")
+STATE = ("policy", "anchor", "exp_avg", "exp_avg_sq", "trained")
+COPY = "take it from a copy, or run again"  # the way out where nothing makes a file anew
+MERGED = ("merged", "next-init")
 HASHES = {"policy": "of another policy", "prompts.sha256": "on other prompts"}  # settings whose values say nothing
 
 
@@ -41,7 +57,7 @@ def check_out(path, resume: bool = False, settings: dict | None = None) -> bool:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; --out wants a folder")
-    if not path.is_dir() or not any(entry.name != ".config.json.part" for entry in path.iterdir()):
+    if not path.is_dir() or all(entry.name == LOCK or entry.match(PARTS) for entry in path.iterdir()):
         return False
     before = _flat(read_config(path, "is not empty and not a run folder; choose another")["settings"])
     if not resume:
@@ -60,6 +76,9 @@ def read_config(path, otherwise: str = "is not a run folder") -> dict:
     if config.is_file():
         content = read_json(config)
         if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+            facts = content.get("provenance")
+            if not isinstance(facts, dict) or type(facts.get("threads")) is not int or facts["threads"] < 1:
+                raise ValueError(f"{config} does not say how many threads the run has; take it from a copy")
             return content
     raise ValueError(f"{path} {otherwise}")
 
@@ -76,14 +95,24 @@ def _flat(settings: dict) -> dict:
 class RunFolder:
     """A run folder opened for writing: new, or the unfinished or finished one of the same settings."""
 
-    def __init__(self, path, settings: dict, like: Weights, resume: bool = False):
+    def __init__(self, path, settings: dict, like: Weights, resume: bool = False, executor: str | None = None):
         """`settings` is what must be equal for a run to go on; weights are read to the device of `like`
-        and in its order. Raises ValueError, the folder untouched, as `check_out` does."""
+        and in its order; `executor` is noted. Raises ValueError, the folder untouched, as `check_out` does."""
         self.path, self.like = Path(path), like
         if not check_out(path, resume, settings):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", {"settings": settings, "provenance": provenance()})
-        self.threads = read_config(path)["provenance"]["threads"]
+            made_by = {**provenance(), "executor": executor}
+            write_json(self.path / "config.json", {"settings": settings, "provenance": made_by})
+        facts = read_config(path)["provenance"]
+        self.threads, self.executor = facts["threads"], facts.get("executor")
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed left behind: what is half-written, and the states of runs
+        that are finished. Only for who holds the folder."""
+        for path in self.path.rglob(PARTS):
+            remove(path)
+        for path in self.path.glob("iteration-*/run-*/state-*.safetensors"):
+            if any((path.parent / name).is_file() for name in ("DONE", "FAILED")):
+                remove(path)
 
     def iteration(self, i: int) -> Path:
         """The folder of iteration i (from 1)."""
@@ -93,40 +122,48 @@ class RunFolder:
         """The folder of run m of iteration i (both from 1)."""
         return self.iteration(i) / f"run-{m}"
 
-    def write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a temporary folder and put it in the place of `target`, unless that is there."""
-        if target.is_dir():
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        try:
-            write(made)
-            made.chmod(0o755)
-            made.rename(target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    def write_start(self, prompts: dict, write_sft: Callable[[Path], None]) -> None:
+        """θ_sft and the prompts; where they are there already, they are checked."""
+        sft = self.path / "sft"
+        if sft.is_dir():
+            vouched(sft, ["."], COPY)
+        else:
+            with whole(sft) as made:
+                made.mkdir()
+                write_sft(made)
+                vouch(made, [path for path in made.iterdir() if path.is_file()])
+        path = self.path / "prompts.json"
+        if not path.is_file():
+            write_json(path, prompts)
+        elif read_json(path) != json.loads(json.dumps(prompts)):
+            raise ValueError(f"{path} is not what config.json vouches for; {COPY}")
 
     # --- runs that are not finished ---
 
     def save_states(self, i: int, numbers: Sequence[int], states: Sequence[RunState]) -> None:
         """Save runs of iteration i that train together. What was saved before goes once all of these
         stand, so there is always a step that all of them have."""
+        written = []
         for m, state in zip(numbers, states):
-            tensors = {f"{part}.{name}": tensor for part in PARTS for name, tensor in getattr(state, part).items()}
-            save_tensors(tensors, self.run(i, m) / f"state-{state.step}.safetensors")
+            tensors = {f"{part}.{name}": tensor for part in STATE for name, tensor in getattr(state, part).items()}
+            written.append(self.run(i, m) / f"state-{state.step}.safetensors")
+            save_tensors(tensors, written[-1])
+            written += self.run(i, m).glob("*.jsonl")  # what they say up to this step is not measured again
+        sync(written)
         for m, state in zip(numbers, states):
             self._drop_states(i, m, keep=state.step)
 
     def load_states(self, i: int, numbers: Sequence[int]) -> list[RunState | None]:
         """Runs of iteration i at the last step that all of them have saved; None for each if there is none."""
-        saved = [{int(path.stem.removeprefix("state-")) for path in self.run(i, m).glob("state-*.safetensors")}
+        names = [[path.stem.removeprefix("state-") for path in self.run(i, m).glob("state-*.safetensors")]
                  for m in numbers]
+        saved = [{int(name) for name in some if name.isdecimal()} for some in names]
         common = set.intersection(*saved) if saved else set()
         return [self._load_state(i, m, max(common)) if common else None for m in numbers]
 
     def _load_state(self, i: int, m: int, step: int) -> RunState:
         path = self.run(i, m) / f"state-{step}.safetensors"
-        parts = self._read(path, [f"{part}." for part in PARTS], "remove it to train that run again from its start")
+        parts = self._read(path, [f"{part}." for part in STATE], "remove it to train that run again from its start")
         return RunState(step, *parts)
 
     def _read(self, path: Path, prefixes: Sequence[str], way_out: str) -> list[Weights]:
@@ -151,16 +188,27 @@ class RunFolder:
 
     def append(self, i: int, m: int, name: str, rows: list[dict]) -> None:
         """Append rows to a log of run m of iteration i."""
-        folder = self.run(i, m)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / name).open("a") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        path = self.run(i, m) / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
-    def cut_logs(self, i: int, m: int, step: int) -> None:
-        """Forget what the logs say of steps after `step`, which are taken anew."""
-        for path in self.run(i, m).glob("*.jsonl"):
-            rows = [row for row in read_lines(path) if row["step"] <= step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def cut_logs(self, i: int, m: int, step: int, measured: Sequence[int] = ()) -> None:
+        """Forget what the logs say of steps after `step`, which are taken anew.
+
+        Raises ValueError where they lack a step before: metrics.jsonl has every one, trajectory.jsonl those
+        that are `measured`.
+        """
+        for name, wanted in (("metrics.jsonl", range(1, step + 1)),
+                             ("trajectory.jsonl", [s for s in measured if s <= step])):
+            path = self.run(i, m) / name
+            rows = [row for row in read_lines(path) if row["step"] <= step] if path.is_file() else []
+            if [row["step"] for row in rows] != list(wanted):
+                raise ValueError(f"{path} was altered: it has {len(rows)} of the {len(wanted)} rows up to step {step}, "
+                                 f"which is saved; remove {path.parent} to train that run again")
+            if path.is_file():
+                write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def trajectory(self, i: int, m: int) -> list[dict]:
         """What was measured of run m of iteration i while it trained."""
@@ -169,47 +217,91 @@ class RunFolder:
 
     # --- what is finished ---
 
-    def finish_run(self, i: int, m: int, state: RunState) -> None:
-        """Write the policy and its anchor, and DONE with their hashes; the state goes."""
+    def finish_run(self, i: int, m: int, state: RunState, failure: str | None = None) -> None:
+        """Write the policy and its anchor, and DONE with their hashes; the state goes.
+
+        With the reason of a `failure` the run is left out, and FAILED stands in the place of DONE.
+        """
         folder = self.run(i, m)
         for part in ("policy", "anchor"):
             save_tensors(getattr(state, part), folder / f"{part}.safetensors")
         names = ("policy.safetensors", "anchor.safetensors", "metrics.jsonl", "trajectory.jsonl")
         files = [*(folder / name for name in names), *(folder / "adapter").glob("*")]
-        self._vouch(folder, [path for path in files if path.is_file()], step=state.step)
+        files = [path for path in files if path.is_file()]
+        done, why = ("DONE", {}) if failure is None else ("FAILED", {"reason": failure})
+        vouch(folder, files, done, step=state.step, **why)
+        sync([*files, folder / done])
         self._drop_states(i, m)
 
     def finished_run(self, i: int, m: int) -> tuple[Weights, Weights] | None:
         """Policy and anchor of a finished run, checked against DONE; None if it is not finished."""
+        return self._weights(i, m) if self._vouched_run(i, m, "DONE") else None
+
+    def failed_run(self, i: int, m: int) -> tuple[int, str, Weights, Weights] | None:
+        """Last good step, reason, policy and anchor of a run that was left out, checked against FAILED; or None."""
+        failed = self._vouched_run(i, m, "FAILED")
+        if failed is None:
+            return None
+        if type(failed.get("step")) is not int or not isinstance(failed.get("reason"), str):
+            raise ValueError(f"{self.run(i, m) / 'FAILED'} does not say at which step and why; "
+                             f"remove {self.run(i, m)} to train that run again")
+        return failed["step"], failed["reason"], *self._weights(i, m)
+
+    def _vouched_run(self, i: int, m: int, name: str) -> dict | None:
         folder = self.run(i, m)
         way_out = f"remove {folder} to train that run again"
-        if not self._vouched(folder, way_out):
-            return None
-        return tuple(self._read(folder / f"{part}.safetensors", [""], way_out)[0] for part in ("policy", "anchor"))
+        return vouched(folder, ("policy.safetensors", "anchor.safetensors"), way_out, name)
 
-    def finish_iteration(self, i: int) -> None:
-        """Write DONE with the hashes of the merged policy and of the next init; if it is there, check it."""
+    def _weights(self, i: int, m: int) -> list[Weights]:
+        folder = self.run(i, m)
+        return [self._read(folder / f"{part}.safetensors", [""], f"remove {folder} to train that run again")[0]
+                for part in ("policy", "anchor")]
+
+    def finish_iteration(self, i: int, write: dict[str, Callable[[Path], None]]) -> None:
+        """Write the folders `merged` and `next-init`, each by its function, and DONE with their hashes.
+
+        If DONE is there the folders are checked instead; without it they are written anew, since nothing
+        vouches for what may stand there.
+        """
         folder = self.iteration(i)
-        if not self.finished_iteration(i):
-            self._vouch(folder, [path for name in ("merged", "next-init") for path in (folder / name).iterdir()])
+        if self.finished_iteration(i):
+            return
+        for name, function in write.items():
+            with whole(folder / name) as made:
+                made.mkdir()
+                function(made)
+        vouch(folder, [path for name in MERGED for path in (folder / name).iterdir()])
 
     def finished_iteration(self, i: int) -> bool:
         """Whether iteration i is finished; its files are checked against DONE."""
         folder = self.iteration(i)
-        return self._vouched(folder, f"remove {folder / 'DONE'}, {folder / 'merged'} and {folder / 'next-init'}, "
-                                     "and merge again with --resume")
+        way_out = f"remove {folder / 'DONE'} and merge again with --resume"
+        return vouched(folder, MERGED, way_out) is not None
 
-    def _vouch(self, folder: Path, files: Sequence[Path], **facts) -> None:
-        hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
-        write_json(folder / "DONE", {**facts, "sha256": hashes})
 
-    def _vouched(self, folder: Path, way_out: str) -> bool:
-        if not (folder / "DONE").is_file():
-            return False
-        for name, expected in read_json(folder / "DONE")["sha256"].items():
-            if not (folder / name).is_file() or sha256(folder / name) != expected:
-                raise ValueError(f"{folder / name} is not what DONE vouches for; {way_out}")
-        return True
+class SaveClock:
+    """When to save: every so many steps, or, if `every` is 0, as often as takes a hundredth of the time.
+
+    Until a save has been timed it is taken to write `size` bytes at 200 MB a second.
+    """
+
+    def __init__(self, every: int, size: int, now: Callable[[], float] = time.perf_counter):
+        self.every, self.now = every, now
+        self.cost, self.last = size / 200e6, now()
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` steps."""
+        if self.every:
+            return step % self.every == 0
+        return self.now() - self.last >= 100 * self.cost
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time a save."""
+        begin = self.now()
+        yield
+        self.last = self.now()
+        self.cost = self.last - begin
 
 
 @contextmanager
@@ -242,67 +334,6 @@ def provenance() -> dict:
             "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"}
 
 
-def weights_hash(weights: Weights) -> str:
-    """A hash of names and values; the same for the same weights on any device."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def json_hash(value) -> str:
     """A hash of what JSON can hold. Raises TypeError where it cannot."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON so that the file is there whole or not at all. NaN has no place in it."""
-    _replace(Path(path), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> dict:
-    """Read JSON; ValueError names a file that is not."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {first_line(error)}") from error
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a log; a last line that was cut off by a crash is dropped."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def save_tensors(tensors: Weights, path: Path) -> None:
-    """Write a safetensors file whole or not at all, and its folder if absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, made)
-    made.replace(path)
-
-
-def load_tensors(path: Path, device, way_out: str) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; ValueError names one that is truncated or missing, and the way out."""
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {first_line(error)}; is it truncated? {way_out}") from error
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    made = path.with_name(f".{path.name}.part")
-    made.write_bytes(data)
-    made.replace(path)

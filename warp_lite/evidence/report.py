@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.statistics import hierarchical_bootstrap
+from ..files import write_json
 from ..plots import COLOURS, KL_LABEL, style
-from ..runs import provenance, write_json
+from ..runs import provenance
 from .bench import DRAWS, TUNING_SEEDS, WORLDS, draw_of
 from .claims import METHODS, Claim, Rows, decide, level_of, named, share
 from .noise import PREDICTORS, correlations

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..runs import json_hash, provenance, read_json, write_json
+from ..files import read_json, write_json
+from ..runs import json_hash, provenance
 from . import settings
 from .bench import LIMIT_SAMPLES, SAMPLES, Bench, draw_of
 from .tuning import PARTS, grids, tuned_configs, tuning

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import WarpConfig
-from ..runs import read_json
+from ..files import read_json
 from .bench import TUNING_SEEDS, Bench
 from .settings import ANCHORS, EMA_BETAS, EQUAL, ETAS, LARGE, SFT_BETAS, WEAK, WEAK_ETAS, WIDE, area
 

@@ -36,11 +36,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import appearing_whole, carry_over, free_folder, open_checkpoint
 from ..ensemble import Ensemble
+from ..files import load_tensors, read_json
 from ..liti import check_eta
 from ..policies import Prompts, Weights, load_weights
 from ..randomness import ADAPTERS, generator
 from ..reinforce import OnStep, Run, RunState, train_batched
-from ..runs import load_tensors, read_config, read_json
+from ..runs import read_config
 from ..slerp import slerp_coefficients
 from ..weights import check_weights, widen
 

@@ -20,11 +20,12 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..files import weights_hash
 from ..hub import local, reach
 from ..policies import first_line, load_policy, parameters, save_policy
 from ..randomness import WORLD, generator
 from ..rewards import load_reward, pad_right
-from ..runs import json_hash, weights_hash
+from ..runs import json_hash
 from .reviews import World, cache_folder
 
 
