@@ -23,7 +23,6 @@ LOCK_TEXT = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 LOCK = [Requirement(line.split("#")[0]) for line in LOCK_TEXT.splitlines() if re.match(r"\w", line)]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 
-NOT_LOCKED = {"ray"}  # 200 MB unpacked, and only one executor needs it
 CHOSEN_BY_TORCH = re.compile(r"nvidia|cuda|triton")  # differs between builds of one torch version
 
 PLATFORMS = {
@@ -48,10 +47,8 @@ def only_version(pin):
 
 
 def direct_dependencies():
-    """Requirements of the core and of the extras that the lock covers."""
-    texts = list(PROJECT["dependencies"])
-    for extra, dependencies in PROJECT["optional-dependencies"].items():
-        texts += [] if extra in NOT_LOCKED else dependencies
+    """Requirements of the core and of the extras."""
+    texts = sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])
     requirements = [Requirement(text) for text in texts]
     return [r for r in requirements if r.name != PROJECT["name"]]
 
@@ -85,7 +82,7 @@ def test_every_dependency_is_pinned_inside_its_range():
 
 
 def test_everything_that_is_imported_is_declared():
-    declared = {canonicalize_name(r.name) for r in direct_dependencies()} | NOT_LOCKED
+    declared = {canonicalize_name(r.name) for r in direct_dependencies()}
     distributions = metadata.packages_distributions()
     for path in [*(ROOT / "warp_lite").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for module in imported_modules(path):
@@ -93,9 +90,9 @@ def test_everything_that_is_imported_is_declared():
             assert names & declared, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml does not name"
 
 
-def test_the_dev_extra_brings_every_other_locked_extra():
+def test_the_dev_extra_brings_every_other_extra():
     (own,) = [Requirement(t) for t in PROJECT["optional-dependencies"]["dev"] if t.startswith(PROJECT["name"])]
-    assert own.extras == set(PROJECT["optional-dependencies"]) - NOT_LOCKED - {"dev"}
+    assert own.extras == set(PROJECT["optional-dependencies"]) - {"dev"}
 
 
 def test_the_core_has_lower_bounds_and_no_caps():
