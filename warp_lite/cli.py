@@ -94,8 +94,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--eval-prompts", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
     run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                      help="change a setting of WarpConfig; may be repeated")
-    run.add_argument("--executor", choices=("batched", "serial"), default="batched",
-                     help="train the runs as one program, or one after the other (default: batched)")
+    run.add_argument("--executor", choices=("batched", "serial", "ray"), default="batched",
+                     help="train the runs as one program, one after the other, or as tasks of Ray (default: batched)")
+    run.add_argument("--ray-address", metavar="ADDRESS", help="the Ray cluster to join: auto or HOST:PORT "
+                     "(default: $RAY_ADDRESS, or a Ray of its own on this machine)")
+    run.add_argument("--ray-cpus", type=int, metavar="N", help="CPUs, and threads, of a run on Ray (default: 1)")
+    run.add_argument("--ray-gpus", type=float, metavar="X", help="GPUs of a run on Ray (default: 0)")
     run.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank (LoRA)")
     add_device(run)
     run.add_argument("--on-failure", choices=("stop", "continue"), default="stop",
@@ -179,6 +183,7 @@ def run_command(arguments) -> int:
             reward_options["label"] = label_of(arguments.reward_label)
         if arguments.reward_output is not None:
             reward_options["log_probability"] = arguments.reward_output == "log-probability"
+    executor = chosen_executor(arguments)
 
     from .files import is_taken
     from .front import complete_front
@@ -188,7 +193,7 @@ def run_command(arguments) -> int:
     check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
     if is_taken(arguments.out):
         raise ValueError(f"{arguments.out} is in use by another process; wait until it has ended, or choose another")
-    options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": arguments.executor,
+    options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": executor,
                "on_failure": arguments.on_failure}
     if arguments.lora_rank is not None:
         from .scale.lora import LoraSettings
@@ -215,6 +220,19 @@ def run_command(arguments) -> int:
             raise KeyboardInterrupt
         complete_front(result, Path(arguments.out), again=False)
     return 0
+
+
+def chosen_executor(arguments):
+    """What --executor and the options of Ray say."""
+    names = ("address", "cpus", "gpus")
+    given = {name: getattr(arguments, f"ray_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.executor == "ray":
+        from .scale.ray import RayExecutor
+        return RayExecutor(**given)
+    if given:
+        raise ValueError(f"--ray-{next(iter(given))} is for --executor ray")
+    return arguments.executor
 
 
 def merge_command(arguments) -> int:

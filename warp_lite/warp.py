@@ -48,14 +48,14 @@ from .runs import RunFolder, SaveClock, check_out, pinned_threads
 from .slerp import lerp, slerp
 from .weights import is_finite
 
-EXECUTORS = {"batched": train_batched, "serial": train_serial}
+EXECUTORS = {"batched": train_batched, "serial": train_serial, "ray": train_serial}  # a Ray worker trains one run
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
 WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
 
 
 def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConfig | None = None, out=None,
-             resume: bool = False, executor: str = "batched", *, on_failure: str = "stop", eval_prompts=None,
+             resume: bool = False, executor="batched", *, on_failure: str = "stop", eval_prompts=None,
              gold=None, texts=None, progress: bool = True, stop: Callable[[], bool] | None = None,
              source: dict | None = None, lora=None) -> WarpResult:
     """Algorithm 1 on any Hugging Face causal LM, whose own weights are left as they were.
@@ -64,7 +64,8 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     policy: a model, or a name or folder (then its tokenizer comes with it). reward: a function of
     TRL's signature, or a list with one for each of the M runs. prompts: a list of str, or a data set
     with a `prompt` column; without `eval_prompts` a fifth of them is held out. executor: "batched"
-    trains the M runs as one program where that fits in memory, "serial" one after the other.
+    trains the M runs as one program where that fits in memory, "serial" one after the other, "ray" (or a
+    `RayExecutor` with settings) as tasks of Ray, with the policies that "serial" gives.
     out: a run folder, written as the run goes; with resume=True an unfinished one is continued.
     on_failure: what follows when the reward, loss or gradient of a run is not finite: "stop", with the last
     good step of every run saved, or "continue", with that run left out of its iteration's merge.
@@ -79,6 +80,9 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     """
     if isinstance(policy, (str, Path)):
         policy, tokenizer = load_policy(policy)
+    executor, workers = remote_workers(executor)
+    if workers is not None and lora is not None:
+        raise ValueError("adapters (lora) train in this process alone; leave out executor='ray', or lora")
     result, prompts, rewards = checked_input(policy, tokenizer, reward, prompts, config or WarpConfig(), executor,
                                              on_failure, eval_prompts, gold, texts, source)
     result.lora = lora
@@ -86,12 +90,16 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     adapters = None if lora is None else adapter_trainer(result.model, lora)
     executor = fitting_executor(executor, result.model, prompts, config, progress)
     try:
+        if workers is not None:
+            out = workers.start(out, result, prompts)
         with (open_folder(out, resume, result, prompts, rewards, executor) as folder,
               pinned_threads(folder.threads if folder else torch.get_num_threads())):
             train = EXECUTORS[same_executor(executor, folder)]
             theta_init = theta_sft = result.sft
             for i in range(1, config.iterations + 1):
                 runs = [Run(config, i, m, theta_init, theta_sft, r) for m, r in enumerate(rewards, 1)]
+                if workers is not None:  # they leave their runs in the folder, finished; here these are taken up
+                    workers.train(runs, folder, progress, stop, on_failure)
                 states, failures = train_runs(train, runs, prompts, result, folder, progress, stop, on_failure,
                                               adapters)
                 policies = [state.policy for state in states]
@@ -105,7 +113,17 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     finally:
         load_weights(policy, result.sft).train(was_training)
         policy.zero_grad(set_to_none=True)
+        if workers is not None:
+            workers.close()
     return result
+
+
+def remote_workers(executor) -> tuple[str, object]:
+    """The executor's name, and what takes runs to other processes (scale/ray.py); None if they train in this one."""
+    if executor == "ray":
+        from .scale.ray import RayExecutor
+        executor = RayExecutor()
+    return (executor, None) if not hasattr(executor, "train") else ("ray", executor)
 
 
 def adapter_trainer(policy, settings):
@@ -132,12 +150,12 @@ def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig
     shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
     free = free_memory(policy.device)
     there, told, apart = f"{free / 2**30:.2f} GiB are free", "", ""
-    needed = training_memory(policy, 1 if executor == "serial" else config.runs, *shape, executor == "batched")
+    needed = training_memory(policy, config.runs if executor == "batched" else 1, *shape, executor == "batched")
     if executor == "batched" and needed.total > MEMORY_SHARE * free:
         told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
         apart = "the runs do not fit together and they train one after the other; even "
         executor, needed = "serial", training_memory(policy, 1, *shape, together=False)
-    if executor == "serial" and needed.total > MEMORY_SHARE * free:
+    if executor != "batched" and needed.total > MEMORY_SHARE * free:
         changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, together=False)
         advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
         told = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
@@ -149,7 +167,7 @@ def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig
 def same_executor(executor: str, folder: RunFolder | None) -> str:
     """The executor, or "serial" where a folder's runs began one after the other: together they would have no
     step in common to go on from, and would round otherwise."""
-    if folder is not None and executor == "batched" and folder.executor == "serial":
+    if folder is not None and executor == "batched" and folder.executor in ("serial", "ray"):
         print(f"warp-lite: the runs in {folder.path} began one after the other and go on so", file=sys.stderr)
         return "serial"
     return executor

@@ -1,1 +1,1 @@
-"""What real models need beyond a loop on one machine; each module wants an extra of its own."""
+"""More than one machine, and models that do not fit one: each module needs an extra of its own."""
