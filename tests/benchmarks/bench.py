@@ -46,6 +46,7 @@ from warp_lite.runs import provenance
 from warp_lite.tasks.reviews import reviews_world
 
 HERE = Path(__file__).resolve().parent
+PARTS = ("steps", "sampling", "experiment", "merge", "ray", "growth")
 LENGTH = 24  # tokens of every completion on the tiny model; none ends early, so that all sides do the same work
 
 
@@ -358,6 +359,28 @@ def bench_experiment(world) -> list[dict]:
     return rows
 
 
+def bench_ray(world, scratch: Path) -> list[dict]:
+    """Two workers of Ray against one process, from when Ray is up: run folders of one iteration of M = 4 runs."""
+    import ray
+
+    from warp_lite import run_warp
+    from warp_lite.runs import pinned_threads
+
+    config = WarpConfig(iterations=1, steps=300, eval_every=0)
+
+    def side(executor: str) -> None:
+        with pinned_threads(1), tempfile.TemporaryDirectory(dir=scratch) as folder:
+            run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, config, Path(folder) / "run",
+                     executor=executor, eval_prompts=world.eval_prompts, progress=False)
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    t = interleaved(3, ray=lambda: side("ray"), serial=lambda: side("serial"))
+    ray.shutdown()
+    return [row("run_warp on two workers of Ray against serial, M=4, 300 steps, one thread each", t["ray"], t["serial"],
+                1.7)]
+
+
 def gpt2_folder(folder: Path, layers: int = 12, seed: int = 0) -> Path:
     """A random GPT-2-shaped fp32 checkpoint with 124M parameters at 12 layers."""
     if not (folder / "model.safetensors").is_file():
@@ -541,14 +564,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="+", choices=("steps", "sampling", "experiment", "merge", "growth"))
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--trl", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     if arguments.trl:
         return trl_process(Path(arguments.trl[0]), int(arguments.trl[1]), arguments.trl[2] == "1")
     world = reviews_world()
-    chosen = arguments.only or ("steps", "sampling", "experiment", "merge", "growth")
+    chosen = arguments.only or PARTS
     rows, growth = [], None
     with tempfile.TemporaryDirectory(prefix="warp-bench-") as scratch:
         scratch = Path(scratch)
@@ -557,6 +580,7 @@ def main() -> None:
             "sampling": lambda: bench_sampling(world, arguments.rounds, scratch),
             "experiment": lambda: bench_experiment(world),
             "merge": lambda: bench_merge(arguments.rounds, scratch),
+            "ray": lambda: bench_ray(world, scratch),
         }
         for name in tqdm([c for c in chosen if c != "growth"], desc="benchmarks", disable=None):
             rows += parts[name]()
