@@ -312,13 +312,27 @@ def test_prompts_keep_their_spaces_and_lose_a_byte_order_mark(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == ["this film ", "  that"]
 
 
+def test_a_line_of_json_may_hold_a_separator_that_is_no_new_line(tmp_path):
+    prompts = ["one\u2028two", "three\x85four", "five\x0csix"]
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "p.jsonl").write_bytes("\r\n".join(rows).encode())
+    assert read_prompts(tmp_path / "p.jsonl") == prompts
+
+
+def test_a_line_of_json_too_deep_to_read_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1 of .*p.jsonl is no JSON object"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
 # --- help, pipes, Ctrl-C --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--help"], ["run", "merge", "front"]),
     (["run", "--help"], ["--preset", "tiny-gemma", "--policy", "--reward", "--prompts", "--eval-prompts",
-                         "--set NAME=VALUE", "--executor", "--resume", "--out", "a fifth of"]),
+                         "--set NAME=VALUE", "--executor", "--ray-address", "--ray-cpus", "--ray-gpus", "--resume",
+                         "--out", "a fifth of"]),
     (["merge", "--help"], ["--init", "--policies", "--method", "--eta", "--out", "default: slerp"]),
     (["front", "--help"], ["DIR", "--etas", "--prompts", "front.json and front.png"])])
 def test_help_names_every_option(capsys, arguments, words):

@@ -55,6 +55,11 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name):
             WarpConfig(**{name: value})
 
 
+def test_a_whole_number_that_no_float_holds_is_refused():
+    with pytest.raises(ValueError, match="lr must be finite, not 1000"):
+        WarpConfig(lr=10**400)
+
+
 def test_the_ends_of_every_interval_are_accepted():
     WarpConfig(mu=0, eta=0, beta=0, warmup_steps=0, eval_every=0, seed=0, adam_beta1=0, adam_beta2=0.0)
     WarpConfig(mu=1, eta=1.0, runs=1, merge="none", steps=1, iterations=1, batch_size=2, max_new_tokens=1)

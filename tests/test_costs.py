@@ -11,8 +11,8 @@ from short_run import CONFIG, short_run, stop_after
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from warp_lite.costs import ITERATIONS, PAPER_POLICIES, RUNS, amount, costs, main, on_paper, tables
+from warp_lite.files import read_lines
 from warp_lite.policies import save_policy
-from warp_lite.runs import read_lines
 
 TINY = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=40, vocab_size=18, bos_token_id=1, eos_token_id=2,
                   pad_token_id=0)
@@ -132,8 +132,8 @@ def test_the_tables_have_every_scheme_and_bytes_are_readable(policy):
     for name in ("mine", "mine, LoRA of rank 2"):
         assert text.count(f"| {name} | ") == 1 + 3 * len(RUNS)
     assert text.count("| policy | M | ") == 3 and text.count(f"I = {ITERATIONS[-1]} |") == 4
-    assert [amount(n) for n in (0, 999, 1000, 12_345_678, 1_400_000_000_000)] == ["0 B", "999 B", "1.0 kB", "12 MB",
-                                                                                 "1.4 TB"]
+    counts = (0, 999, 1000, 12_345_678, 1_400_000_000_000, 3 * 10**15, 10**19)
+    assert [amount(n) for n in counts] == ["0 B", "999 B", "1.0 kB", "12 MB", "1.4 TB", "3.0 PB", "10000 PB"]
 
 
 def test_the_command_prints_tables_for_a_folder(policy, tokenizer, tmp_path, capsys):

@@ -247,6 +247,7 @@ def test_rows_of_a_rollout_keep_their_prompts_and_columns_when_policies_are_sele
 @pytest.mark.parametrize("prompts, kind, words", [
     ([], ValueError, "no prompts"),
     (["this film", ""], ValueError, "prompt 1 is empty"),
+    (["this film", "that \ud83d"], ValueError, "prompt 1 has half a character .a surrogate. in it"),
     (["this", 3], TypeError, "prompt 1 is int, not str: '3'"),
     (["this", None], TypeError, "prompt 1 is NoneType"),
     ("this film", TypeError, "list of str"),

@@ -15,6 +15,7 @@ import torch
 from short_run import CONFIG, PROMPTS, files, score, short_run
 from tiny import make_policy, make_tokenizer
 
+from warp_lite import run_warp
 from warp_lite.cli import main
 from warp_lite.files import read_lines, weights_hash
 from warp_lite.policies import encode_prompts, parameters, save_policy
@@ -175,6 +176,16 @@ def test_what_a_run_raises_is_raised_as_it_was_and_the_others_are_saved(started,
     assert 1 <= steps(tmp_path / "run", 1) < 12
     (state,) = (tmp_path / "run/iteration-1/run-1").glob("state-*.safetensors")
     assert state.stem == f"state-{steps(tmp_path / 'run', 1)}"
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_left_out_where_that_was_asked_for(started, policy, tokenizer, tmp_path):
+    rewards = [Watched(tmp_path / "log-1")]
+    rewards.append(Watched(tmp_path / "log-2", fails_after=rewards[0]))
+    result = run_warp(policy, tokenizer, rewards, PROMPTS, CONFIG.replace(**LONG), tmp_path / "run", executor="ray",
+                      on_failure="continue", progress=False)
+    (iteration,) = result.iterations
+    assert len(iteration.policies) == 1 and [(f.run, f.step) for f in iteration.failures] == [(2, 2)]
 
 
 @pytest.mark.slow

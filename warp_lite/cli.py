@@ -338,7 +338,8 @@ def parse_etas(text: str) -> tuple[float, ...]:
 def read_prompts(path: str) -> list[str]:
     """Prompts of a .txt file, a line each, or of a .jsonl file whose lines have a "prompt"."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        # Not splitlines, which also ends a line at separators that a prompt may have in it.
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts in {path}: {error}") from error
     if not lines:
@@ -349,7 +350,7 @@ def read_prompts(path: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"line {number} of {path} is no JSON object with a \"prompt\"") from None
     return prompts
 

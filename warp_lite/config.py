@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from dataclasses import dataclass
 
 ANCHORS = ("ema", "sft", "none")
@@ -85,8 +85,8 @@ class WarpConfig:
             if not isinstance(value, KINDS[field.type]) or isinstance(value, bool) != (field.type == "bool"):
                 kind = f"number of type {field.type}" if field.type in ("int", "float") else field.type
                 raise TypeError(f"{field.name} must be a {kind}, not {value!r}")
-            if field.type == "float" and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, not {value!r}")
+            if field.type == "float" and not abs(value) <= sys.float_info.max:  # NaN, or an int that no float holds
+                raise ValueError(f"{field.name} must be finite, not {value!r}"[:120])
         for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")

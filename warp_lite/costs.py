@@ -149,9 +149,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def amount(count: int) -> str:
     """Bytes as people say them, in powers of 1000: 498 MB, 1.4 TB."""
-    power = 0 if count < 1 else min(4, int(math.log10(count)) // 3)
+    power = 0 if count < 1 else min(5, int(math.log10(count)) // 3)
     number = count / 1000**power
-    return f"{number:.{0 if number >= 10 or power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return f"{number:.{0 if number >= 10 or power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def main(argv=None) -> None:

@@ -112,8 +112,8 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
 
     A prompt may be a conversation as in TRL, a list of {"role", "content"}; the tokenizer's chat
     template turns it into text. `room` is the number of tokens that prompt and completion may take
-    together, less the completion. Raises ValueError for no prompts, one that is empty, or one that
-    leaves no room for a completion, and for conversations without a template.
+    together, less the completion. Raises ValueError for no prompts, one that is empty or no sound
+    text, or one that leaves no room for a completion, and for conversations without a template.
     """
     names = getattr(prompts, "column_names", None)
     if names is not None and "prompt" not in names:
@@ -126,13 +126,16 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
         raise ValueError("there are no prompts; give at least one")
     if is_conversation(given[0]):
         texts = conversation_texts(tokenizer, given)
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them
     else:
         texts = given
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"prompt {i} is {type(text).__name__}, not str: {str(text)[:60]!r}")
-        rows = tokenizer(texts)["input_ids"]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"prompt {i} is {type(text).__name__}, not str: {str(text)[:60]!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"prompt {i} has half a character (a surrogate) in it, which no tokenizer reads: "
+                             f"{text[:60]!r}")
+    # a conversation's template has written the special tokens
+    rows = tokenizer(texts, add_special_tokens=texts is given)["input_ids"]
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty after tokenisation: {texts[i]!r}")
