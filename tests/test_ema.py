@@ -148,3 +148,15 @@ def test_the_anchor_stays_among_the_points_it_has_seen(path, mu):
     seen, average = torch.stack([state["w"] for state in states]), anchor.state_dict()["w"]
     assert torch.isfinite(average).all()
     assert (average >= seen.amin(0) - 1e-6).all() and (average <= seen.amax(0) + 1e-6).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(points, min_size=2, max_size=8), st.floats(0, 1))
+def test_the_anchor_is_the_sum_of_its_policies_with_weights_that_fall_geometrically(path, mu):
+    states = [torch.tensor(point, dtype=torch.float64) for point in path]
+    anchor = EMAAnchor({"w": states[0]}, mu)
+    for state in states[1:]:
+        anchor.update({"w": state})
+    n = len(states) - 1
+    expected = (1 - mu) ** n * states[0] + sum(mu * (1 - mu) ** (n - k) * states[k] for k in range(1, n + 1))
+    torch.testing.assert_close(anchor.state_dict()["w"], expected, atol=1e-7, rtol=1e-9)

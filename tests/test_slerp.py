@@ -342,6 +342,22 @@ def test_lerp_lies_between_the_policies_in_any_order(case, random):
     torch.testing.assert_close(merged, expected, atol=1e-9, rtol=1e-9)
 
 
+@settings(deadline=None, max_examples=100)
+@given(merges(), st.sampled_from([0.25, 2.0, 1024.0]))
+def test_slerp_of_two_has_no_first_policy_and_no_unit(case, scale):
+    init, policies, weights = case
+    policies, total = policies[:2], sum(weights[:2])
+    if total == 0:
+        return
+    weights = [w / total for w in weights[:2]]
+    merged = slerp(init, policies, weights)["w"]
+    swapped = slerp(init, policies[::-1], weights[::-1])["w"]
+    torch.testing.assert_close(swapped, merged, atol=1e-7, rtol=1e-7)
+    larger = [{"w": scale * theta["w"]} for theta in (init, *policies)]
+    scaled = slerp(larger[0], larger[1:], weights)["w"]
+    torch.testing.assert_close(scaled, scale * merged, atol=1e-7 * scale, rtol=1e-7)
+
+
 def test_lerp_is_the_uniform_mean_by_default():
     merged = lerp(single(0.0), [single(1.0), single(2.0), single(6.0)])
     assert merged["w"].item() == pytest.approx(3)
