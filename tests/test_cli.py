@@ -312,6 +312,15 @@ def test_prompts_keep_their_spaces_and_lose_a_byte_order_mark(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == ["this film ", "  that"]
 
 
+def test_a_front_that_was_altered_is_measured_again(here, capsys):
+    assert main(own("--out", "out")) == 0
+    path = here / "out" / "front.json"
+    before, front = path.read_bytes(), json.loads(path.read_bytes())
+    for altered in ({n: v for n, v in front.items() if n != "unit"}, {**front, "points": []}, {**front, "prompts": 7}):
+        path.write_text(json.dumps(altered))
+        assert main(own("--resume", "--out", "out")) == 0 and path.read_bytes() == before
+
+
 def test_a_line_of_json_may_hold_a_separator_that_is_no_new_line(tmp_path):
     prompts = ["one\u2028two", "three\x85four", "five\x0csix"]
     rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]

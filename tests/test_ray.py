@@ -22,6 +22,8 @@ from warp_lite.policies import encode_prompts, parameters, save_policy
 from warp_lite.scale.ray import Job, RayExecutor, last_row, train_run
 
 ray = pytest.importorskip("ray")
+# Of a Ray that did not start in time and was begun again.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Popen.__del__:pytest.PytestUnraisableExceptionWarning")
 LONG = {"iterations": 1, "steps": 12, "save_every": 2, "eval_every": 0}
 
 

@@ -37,7 +37,8 @@ def complete_front(result: WarpResult, folder: Path, etas: Sequence[float] = ETA
         key = fingerprint(result, etas)
         front = None if again else measured_before(folder / "front.json", key)
         if front is None:
-            front = measure_front(result, etas) | {"fingerprint": key}
+            front = measure_front(result, etas)
+            front["fingerprint"] = json_hash([key, front])
             write_json(folder / "front.json", front)
         completions = completions_table(result)
         figure = draw_front(front["points"], front["limit"], front["trajectories"], front["best_of_n"], front["unit"])
@@ -80,12 +81,13 @@ def fingerprint(result: WarpResult, etas: Sequence[float]) -> str:
 
 
 def measured_before(path: Path, key: str) -> dict | None:
-    """front.json, if it is there and has this fingerprint."""
+    """front.json, if it is there, was measured of this and is as it was written."""
     if not path.is_file():
         return None
     try:
         front = read_json(path)
-        return front if front.get("fingerprint") == key else None
+        content = {name: value for name, value in front.items() if name != "fingerprint"}
+        return front if front.get("fingerprint") == json_hash([key, content]) else None
     except (ValueError, AttributeError):  # damaged: measured again
         return None
 

@@ -105,11 +105,13 @@ class RayExecutor:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning at every start
         options = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.address == "local":
-            try:
-                self.ray.init("local", include_dashboard=False, **options)
-            except Exception as error:  # Ray raises plain Exceptions when a process of its own is not up in time
-                raise ConnectionError(f"Ray did not start on this machine: {first_line(error)}") from error
-            return
+            for last in (False, True):  # Ray gives itself 30 s to start, too few on a machine that is busy
+                try:
+                    self.ray.init("local", include_dashboard=False, **options)
+                    return
+                except Exception as error:  # it raises plain Exceptions
+                    if last:
+                        raise ConnectionError(f"Ray did not start on this machine: {first_line(error)}") from error
         try:
             known = os.environ.get("RAY_ADDRESS", "") if self.address == "auto" else self.address
             if place := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", known):
