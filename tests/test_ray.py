@@ -299,6 +299,21 @@ def test_a_worker_trains_no_other_weights_than_the_drivers_and_says_which_reward
     assert len(read_lines(tmp_path / "run/iteration-1/run-1/metrics.jsonl")) == CONFIG.steps
 
 
+def no_number(prompts, completions, **kwargs):
+    return [np.nan] * len(prompts)
+
+
+def test_a_worker_leaves_out_a_run_that_fails_only_where_that_was_asked_for(policy, tokenizer, tmp_path):
+    short_run(policy, tokenizer, out=tmp_path / "run", executor="serial", **LONG)
+    shutil.rmtree(tmp_path / "run/iteration-1/run-2")
+    task = job(tokenizer, ray.cloudpickle.dumps(([score, no_number], None)))
+    arguments = str(tmp_path / "run"), 1, 2, weights_hash(parameters(policy)), task
+    with pytest.raises(ValueError, match="the reward is nan in iteration 1, run 2, step 1"):
+        train_run(*arguments)
+    assert train_run(*arguments, on_failure="continue")
+    assert (tmp_path / "run/iteration-1/run-2/FAILED").is_file()
+
+
 def test_the_last_whole_row_of_a_log_is_read_while_it_is_written(tmp_path):
     log = tmp_path / "log.jsonl"
     assert last_row(log) is None

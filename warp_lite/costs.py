@@ -167,7 +167,8 @@ def main(argv=None) -> None:
     try:
         config = PAPER_CONFIG.with_text(given.set)
         names = [given.policy] if given.policy else PAPER_POLICIES
-        policies = {name: on_paper(AutoConfig.from_pretrained(name) if given.policy else name) for name in names}
+        policies = {name: on_paper(AutoConfig.from_pretrained(name, trust_remote_code=False) if given.policy else name)
+                    for name in names}
         text = tables(policies, config, given.lora_rank, prompt_tokens=given.prompt_tokens, at_once=given.at_once,
                       weight_bytes=given.weight_bytes)
     except (ValueError, TypeError, OSError) as error:
