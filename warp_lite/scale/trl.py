@@ -174,12 +174,11 @@ def merge(folder: RunFolder, config: WarpConfig, i: int) -> None:
     """Stages 2 and 3 of iteration i, from file to file: θ_slerp and the next θ_init."""
     init, target = init_folder(folder, i), folder.iteration(i)
     policies = [folder.run(i, m) / "policy.safetensors" for m in range(1, config.runs + 1)]
-    if not (target / "merged").is_dir():
-        method = "lerp" if config.runs == 1 else config.merge  # of a policy with itself: the policy
-        merge_checkpoints(init, policies if config.runs > 1 else policies * 2, target / "merged", method)
-    if not (target / "next-init").is_dir():
-        merge_checkpoints(init, [target / "merged"] * 2, target / "next-init", "lerp", config.eta)
-    folder.finish_iteration(i)
+    method = "lerp" if config.runs == 1 else config.merge  # of a policy with itself: the policy
+    folder.finish_iteration(i, {
+        "merged": lambda path: merge_checkpoints(
+            init, policies if config.runs > 1 else policies * 2, path, method),
+        "next-init": lambda path: merge_checkpoints(init, [target / "merged"] * 2, path, "lerp", config.eta)})
 
 
 def init_folder(folder: RunFolder, i: int) -> Path:
