@@ -169,15 +169,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, made, metadata={"sha256": weights_hash(dict(sorted(tensors.items())))})
 
 
-def load_tensors(path: Path, device, way_out: str) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote; ValueError names a file that is missing, cut off or altered, and the way out."""
+def load_tensors(path: Path, device, way_out: str, ours: bool = True) -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError names one that is missing or cut off, and the way out.
+
+    One of `ours`, written by `save_tensors`, must have the tensors whose hash it carries; another's has no hash.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             expected = (file.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {path}: {first_line(error)}; is it truncated? {way_out}") from error
-    if weights_hash(dict(sorted(tensors.items()))) != expected:
+    if ours and weights_hash(dict(sorted(tensors.items()))) != expected:
         raise ValueError(f"{path} was altered: its tensors have not the hash that it carries; {way_out}")
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 

@@ -402,12 +402,12 @@ def load_tokenizer(folder: str, **options):
     says (a Llama tokenizer in a Qwen 2 folder, say), and the policy would read other tokens than it was
     trained on. Where that is so the file is followed, and a line on stderr says so.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if type(tokenizer) is PreTrainedTokenizerFast:  # which reads the file and adds nothing
         return tokenizer
     if cached_file(folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options) is None:
         return tokenizer
-    as_saved = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    as_saved = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **options)
     library, saved = (t(PROBE, add_special_tokens=False)["input_ids"] for t in (tokenizer, as_saved))
     if library == saved:
         return tokenizer

@@ -198,7 +198,7 @@ class FlatAnchor:
     def __init__(self, ensemble: Ensemble, states: Sequence[Weights], rates: Sequence[float]):
         self.ensemble = ensemble
         self.flat = Ensemble.flatten(states, ensemble.flat.device)                       # (E, P)
-        self.mu = self.flat.new_tensor(rates).unsqueeze(1)                               # (E, 1)
+        self.mu = torch.tensor(rates, dtype=self.flat.dtype).unsqueeze(1).to(self.flat.device)   # (E, 1)
 
     @property
     def weights(self) -> Weights:
@@ -331,6 +331,7 @@ def check_finite(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tenso
     The prompt that is named is that of the first r_β (E, B) that is not finite, or else of the farthest
     from the mean.
     """
+    loss, norms = loss.detach().cpu(), norms.cpu()  # with offload they are on two devices
     finite = torch.isfinite(loss) & torch.isfinite(norms)
     if not finite.all():
         reasons = {}

@@ -87,7 +87,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
                                              on_failure, eval_prompts, gold, texts, source)
     result.lora = lora
     config, was_training = result.config, policy.training
-    adapters = None if lora is None else adapter_trainer(result.model, lora)
+    adapters = None if lora is None else adapter_trainer(policy, lora)
     executor = fitting_executor(executor, result.model, prompts, config, progress)
     try:
         if workers is not None:

@@ -239,7 +239,7 @@ def load_adapter(folder) -> Adapter:
     if start.startswith(("pissa", "olora", "corda", "loftq")):
         raise ValueError(f"{folder} was trained from init_lora_weights={start!r}, which changes the base model too; "
                          "convert it to plain LoRA when you save it (PEFT's path_initial_model_for_weight_conversion)")
-    tensors = load_tensors(folder / TENSORS, "cpu", "copy or save the adapter again")
+    tensors = load_tensors(folder / TENSORS, "cpu", "copy or save the adapter again", ours=False)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, factor = key.removeprefix(PREFIX).rpartition(".lora_")
@@ -301,7 +301,7 @@ def merge_adapter_folders(init, policies: Sequence, out, method: str = "slerp", 
         raise ValueError(f"the adapters change {name!r}, which {init} has not; were they trained on it?")
     with appearing_whole(free_folder(out)) as made:
         for file in checkpoint.headers:
-            tensors = load_tensors(checkpoint.folder / file, "cpu", "copy or save it again")
+            tensors = load_tensors(checkpoint.folder / file, "cpu", "copy or save it again", ours=False)
             tensors |= {name: changed(tensors, merged, name, 1.0) for name in tensors.keys() & merged.factors.keys()}
             save_file(tensors, made / file, metadata={"format": "pt"})
         carry_over(checkpoint, made)
