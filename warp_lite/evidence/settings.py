@@ -36,7 +36,7 @@ EQUAL = {
 WEAK = NOISY.replace(steps=150, batch_size=8, lr=7e-4, merge="lerp")
 WIDE = WEAK.replace(runs=1, batch_size=32, merge="none")
 # The nearest to the limit, at any compute.
-LARGE = WarpConfig(runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
+LARGE = WarpConfig(iterations=1, runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
 
 
 def area(points: Sequence[dict], kl_max: float = KL_MAX, kind: str = "reward") -> float:

@@ -31,8 +31,7 @@ def grids(part: str | None = None) -> dict[str, dict[str, WarpConfig]]:
     found["weak"] = {f"{name}, β = {beta:g}": {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
                                                for lr in (1.5e-4, 3e-4, 7e-4, 1.5e-3)}
                      for beta in (0.0, 0.01) for name, config in (("merged", WEAK), ("batch of 32", WIDE))}
-    found["best"] = {"best WARP": {f"I={count}, β={beta:g}": LARGE.replace(iterations=count, beta=beta)
-                                   for count in (1, 2, 3) for beta in (0.6, 1.0)}}
+    found["best"] = {"best WARP": {f"β={beta:g}": LARGE.replace(beta=beta) for beta in (0.6, 1.0)}}
     if part is not None:
         return found[part]
     return {purpose: some for purposes in found.values() for purpose, some in purposes.items()}
