@@ -66,7 +66,11 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     length = prompt_tokens + new_tokens
     rows = policies * min(batch, settings.micro_batch or batch)
     a_token_and_layer = (12 * width + 2 * inner + 2 * heads * length) * (0.75 if narrow else 1)
-    kept = layers * width + a_token_and_layer if settings.checkpointing else layers * a_token_and_layer
+    # with checkpoints about three layers' worth is alive at the peak, as measured: one computed a second time, its
+    # gradients, and what the allocator has not yet given back
+    kept = layers * a_token_and_layer
+    if settings.checkpointing:
+        kept = min(kept, layers * width + 3 * a_token_and_layer)
     positions, head = rows * new_tokens, 0
     if settings.logit_chunk and policies * settings.logit_chunk < positions:
         positions, head = policies * settings.logit_chunk, policies * words * width  # its gradient, in two parts

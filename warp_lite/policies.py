@@ -134,8 +134,8 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"prompt {i} has half a character (a surrogate) in it, which no tokenizer reads: "
                              f"{text[:60]!r}")
-    # a conversation's template has written the special tokens
-    rows = tokenizer(texts, add_special_tokens=texts is given)["input_ids"]
+    written = {} if texts is given else {"add_special_tokens": False}  # a conversation's template has written them
+    rows = tokenizer(texts, **written)["input_ids"]
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty after tokenisation: {texts[i]!r}")
