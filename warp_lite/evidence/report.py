@@ -112,9 +112,11 @@ def studies_of(claims: Sequence[Claim], whole: bool) -> list[str]:
 
 def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], seeds: Sequence[int],
            whole: bool) -> dict:
-    """What claims.json holds: every verdict, by what seeds, and with `whole` the tables."""
+    """What claims.json holds: every verdict, by what seeds, and with `whole` the tables. A claim whose study
+    `evidence` lacks in a world has no verdict there."""
     found = {
-        "claims": [decide(claim, evidence[world, claim.study]) for claim in claims for world in worlds],
+        "claims": [decide(claim, evidence[world, claim.study]) for claim in claims for world in worlds
+                   if (world, claim.study) in evidence],
         "seeds": list(seeds), "tuning_seeds": list(TUNING_SEEDS),
         "draws": sorted({draw_of(seed) for seed in seeds}), "tuning_draws": sorted({draw_of(s) for s in TUNING_SEEDS}),
         "worlds": {world: WORLDS[world] for world in worlds}, "level": 0.95, "provenance": provenance(),
@@ -181,7 +183,8 @@ def curves(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str]) -
     """The mean curves of the lines that claims compare and of the methods held against the limit."""
     wanted = {}
     for world in worlds:
-        pairs = [(claim.study, line) for claim in claims for line in lines_of(claim, evidence[world, claim.study])]
+        pairs = [(claim.study, line) for claim in claims if (world, claim.study) in evidence
+                 for line in lines_of(claim, evidence[world, claim.study])]
         wanted |= {(world, study, str(line)): line for study, line in [*pairs, *METHODS.values()]}
     return [{"world": world, "study": study, "line": line, "points": mean_curve(evidence[world, study], line)}
             for (world, study, _), line in wanted.items()]
