@@ -18,6 +18,12 @@ from warp_lite.policies import Rollout, chosen_logprobs, encode_prompts, logprob
 from warp_lite.precision import compute_dtype, full_precision
 from warp_lite.reinforce import Run, train_batched, train_serial
 
+
+def named(value) -> str:
+    """A test's name for a parameter, the same in every process."""
+    return getattr(value, "__name__", str(value))
+
+
 EXECUTORS = [train_serial, train_batched]
 PROMPTS = ["this film", "that plot was great and i loved it but", "i", "this film was dull .", "the"]  # ragged
 CONFIG = WarpConfig(steps=3, batch_size=5, lr=1e-2, beta=0.3, mu=0.1, warmup_steps=1, max_new_tokens=6)
@@ -64,7 +70,7 @@ SAVINGS = [{"micro_batch": 1}, {"micro_batch": 2}, {"sample_batch": 2}, {"logit_
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("savings", SAVINGS, ids=str)
+@pytest.mark.parametrize("savings", SAVINGS, ids=named)
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3"])
 def test_a_run_that_saves_memory_is_the_same_run(executor, savings, architecture, policy_of, tokenizer):
     """Policies, anchors and Adam's moments, in float64, from the gradient of the whole batch."""
@@ -80,7 +86,7 @@ def test_a_run_that_saves_memory_is_the_same_run(executor, savings, architecture
 
 
 @pytest.mark.parametrize("executor, architecture", [
-    *((train_serial, a) for a in ARCHITECTURES), (train_batched, "gpt2")], ids=str)
+    *((train_serial, a) for a in ARCHITECTURES), (train_batched, "gpt2")], ids=named)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointed_layers_give_the_same_run(executor, architecture, precision, policy_of, tokenizer):
     """With dropout in the user's config, which must stay off in the layers that are computed again."""
@@ -129,7 +135,7 @@ def test_policies_that_cannot_be_checkpointed_together_are_refused_in_one_line(p
 # --- logits in chunks ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, architecture", FORWARDS, ids=str)
+@pytest.mark.parametrize("kind, architecture", FORWARDS, ids=named)
 @pytest.mark.parametrize("temperature, chunk", [(1.0, 1), (0.7, 5), (1.0, 1000)])
 def test_logprobs_in_chunks_are_those_of_all_logits_and_so_are_their_gradients(
         kind, architecture, temperature, chunk, policy_of, tokenizer):
@@ -213,7 +219,7 @@ def test_a_cap_on_the_logits_is_heeded_and_other_heads_are_refused(tokenizer):
 # --- bfloat16 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, architecture", FORWARDS, ids=str)
+@pytest.mark.parametrize("kind, architecture", FORWARDS, ids=named)
 def test_in_bfloat16_logprobs_are_those_of_float32_within_its_tolerance(kind, architecture, policy_of, tokenizer):
     """Sampled, in one pass, and in chunks; with a cache in bfloat16; gradients and weights in float32."""
     model = policy_of(architecture, dtype=torch.float32)
@@ -260,7 +266,7 @@ def test_the_vocabulary_head_stays_in_float32(tokenizer):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("weights, precision", [(torch.bfloat16, "fp32"), (torch.float32, "bf16"),
-                                                (torch.float16, "bf16")], ids=str)
+                                                (torch.float16, "bf16")], ids=named)
 def test_policy_and_anchor_move_by_the_exact_float32_amount(executor, weights, precision, policy_of, tokenizer):
     """At a learning rate of 1e-6, each step of which would be rounded away in half precision."""
     model = policy_of("gpt2", dtype=weights)
