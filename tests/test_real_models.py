@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, pi
 
 from warp_lite import ClassifierReward, WarpConfig, load_policy, load_result, run_warp
 from warp_lite.cli import main
+from warp_lite.files import LOCK
 from warp_lite.policies import encode_prompts, load_tokenizer, parameters, save_policy
 from warp_lite.randomness import prompt_indices, token_uniforms
 from warp_lite.rewards import PipelineReward, call_reward
@@ -135,7 +136,8 @@ for folder in sys.argv[1:]:
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
-    suffixes = {path.suffix for architecture in ARCHITECTURES for path in finished(architecture).rglob("*.*")}
+    suffixes = {path.suffix for architecture in ARCHITECTURES for path in finished(architecture).rglob("*.*")
+                if path.name != LOCK}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".jinja", ".png"}
 
 
