@@ -1,6 +1,7 @@
 """What the tests share: a tiny tokenizer, random tiny policies of four architectures, the trained tiny world."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network; read when the library is imported
 
@@ -57,3 +58,13 @@ def world(tmp_path_factory):
     yield made
     if given is None:
         del os.environ["WARP_LITE_CACHE"]
+
+
+@pytest.fixture
+def here(task, tmp_path, monkeypatch):
+    """A copy of the folder `task` of a test module, in which we are; evaluation with few samples."""
+    shutil.copytree(task, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 32)
+    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
+    return tmp_path

@@ -24,7 +24,7 @@ import warp_lite.tasks.reviews  # noqa: F401
 import warp_lite.warp  # noqa: F401
 from warp_lite.cli import main
 
-RUN = ["run", "--policy", "policy", "--reward", "cli_reward:score", "--prompts", "prompts.txt", "--set=iterations=2",
+RUN = ["run", "--policy", "policy", "--reward", "kills_reward:score", "--prompts", "prompts.txt", "--set=iterations=2",
        "--set=runs=2", "--set=steps=8", "--set=batch_size=4", "--set=lr=1e-2", "--set=max_new_tokens=5",
        "--set=eval_every=4", "--set=save_every=1"]
 

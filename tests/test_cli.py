@@ -52,16 +52,6 @@ def task(policy_of, tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(task, tmp_path, monkeypatch):
-    """A copy of the task, in which we are; evaluation with few samples."""
-    shutil.copytree(task, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
-    return tmp_path
-
-
 def own(*more):
     """`warp-lite run` on the task, a short run."""
     return ["run", "--policy", "policy", "--reward", "cli_reward:score", "--prompts", "prompts.txt", *SHORT, *more]

@@ -60,7 +60,7 @@ def task(policy_of, tokenizer, tmp_path_factory):
     """A folder with a policy, a reward module and prompts."""
     folder = tmp_path_factory.mktemp("kills")
     save_policy(policy_of("gpt2", dtype=torch.float32), tokenizer, folder / "policy")
-    (folder / "cli_reward.py").write_text(REWARD)
+    (folder / "kills_reward.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder
 
@@ -71,21 +71,11 @@ def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
-@pytest.fixture
-def here(task, tmp_path, monkeypatch):
-    """A copy of the task, in which we are; evaluation with few samples."""
-    shutil.copytree(task, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
-    return tmp_path
-
-
 def own(*more):
     """`warp-lite run` on the task: two iterations of two runs of two steps."""
     settings = ("iterations=2", "runs=2", "steps=2", "batch_size=3", "lr=1e-2", "max_new_tokens=5", "eval_every=1",
                 "save_every=1")
-    return ["run", "--policy", "policy", "--reward", "cli_reward:score", "--prompts", "prompts.txt",
+    return ["run", "--policy", "policy", "--reward", "kills_reward:score", "--prompts", "prompts.txt",
             *(f"--set={setting}" for setting in settings), *more]
 
 
@@ -137,7 +127,7 @@ def test_a_run_killed_before_any_write_resumes_to_identical_bytes(here, capsys):
     assert len(kinds) > 20 and len(snapshots) > 60, kinds
     policy, tokenizer = load_policy("policy")
     config = WarpConfig(**json.loads((out / "config.json").read_text())["settings"]["config"])
-    source = {"policy": "policy", "reward": "cli_reward:score"}
+    source = {"policy": "policy", "reward": "kills_reward:score"}
     for n in sorted(kinds.values()) if KILLS < 40 else range(len(snapshots)):
         place, _, moment = snapshots[n]
         if (place / "iteration-2" / "DONE").is_file():
@@ -205,7 +195,7 @@ def test_a_disk_that_fails_from_some_write_on_is_one_line_and_the_run_goes_on_la
     for name, resume in ((out, True), (here / "whole", False)):
         run_warp(policy, tokenizer, score, PROMPTS, WarpConfig(iterations=2, runs=2, batch_size=3, lr=1e-2,
                  max_new_tokens=5, steps=2, eval_every=1, save_every=1), name, resume, progress=False,
-                 source={"policy": "policy", "reward": "cli_reward:score"})
+                 source={"policy": "policy", "reward": "kills_reward:score"})
     assert files(out) == files(here / "whole")
 
 

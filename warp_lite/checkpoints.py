@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from warp_lite.files import sync_path
 from warp_lite.liti import check_eta, interpolate
 from warp_lite.slerp import CHUNK, combine, gram, slerp_coefficients, undisputed
 from warp_lite.weights import check_equal_buffers, check_finite, check_no_overflow, check_weights
@@ -117,7 +118,7 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
         _in_threads(merge_one, sorted(init.tensors, key=lambda name: -init.tensors[name].size))
         bytes_read = sum(reader.bytes_read for reader in readers)
         for file in init.headers:
-            _sync(partial / file)
+            sync_path(partial / file)
         carry_over(init, partial)
     return MergeSummary(len(init.tensors), bytes_read, total, time.perf_counter() - begin)
 
@@ -343,14 +344,14 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync(partial)
+        sync_path(partial)
         if out.exists():
             out.rmdir()  # it was empty; if it no longer is, this fails and so does the merge
         partial.rename(out)
     except BaseException:  # Ctrl-C too
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(out.parent)
+    sync_path(out.parent)
 
 
 def carry_over(init: Checkpoint, partial: Path) -> None:
@@ -360,18 +361,7 @@ def carry_over(init: Checkpoint, partial: Path) -> None:
         wanted = path.suffix in CARRIED and path.name not in NOT_CARRIED and not is_index
         if path.is_file() and (wanted or path.name == INDEX and SINGLE not in init.headers):
             (partial / path.name).write_bytes(path.read_bytes())
-            _sync(partial / path.name)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    if os.name == "nt":  # folders cannot be opened there, nor files synced that are open for reading
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_path(partial / path.name)
 
 
 @contextmanager

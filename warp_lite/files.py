@@ -76,15 +76,20 @@ def sync(files: Iterable[Path]) -> None:
     """Wait until files and their folders are on disk: before what they replace is removed, as a machine that
     loses power may have the removal and not the files. Raises CannotWrite."""
     files = list(files)
-    if os.name == "nt":  # folders cannot be opened there, nor files synced that are open for reading
-        return
     for path in [*files, *{path.parent for path in files}]:
         with writing(path):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until one file or folder is on disk."""
+    if os.name == "nt":  # folders cannot be opened there, nor files synced that are open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
