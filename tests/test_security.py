@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from short_run import PROMPTS, files, score, short_run
 
 from warp_lite import load_result
@@ -111,6 +112,34 @@ def test_a_done_that_vouches_for_nothing_is_refused_in_one_line(run, where, cont
     with pytest.raises(ValueError) as caught:
         load_result(run, score)
     assert "\n" not in str(caught.value) and str(run / where) in str(caught.value) or "null byte" in str(caught.value)
+
+
+@pytest.mark.parametrize("altered", ["sft/model.safetensors", "iteration-1/run-2/policy.safetensors",
+                                     "iteration-1/merged/config.json"])
+def test_a_merge_refuses_what_a_run_folder_does_not_vouch_for(run, tmp_path, altered, capsys):
+    """The files are sound in themselves: only the hashes tell. Moved away from its DONE, a file is the user's own."""
+    runs = [run / "iteration-1" / f"run-{m}" / "policy.safetensors" for m in (1, 2)]
+    init = run / ("iteration-1/merged" if "merged" in altered else "sft")
+    command = ["merge", "--policies", *map(str, runs), "--init", str(init), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "out")
+    path = run / altered
+    if path.suffix == ".json":
+        path.write_text(path.read_text() + " ")
+    else:
+        state = load_file(path)
+        state[min(state)] += 1
+        save_file(state, path, metadata={"format": "pt"})
+    before = files(run)
+    capsys.readouterr()
+    assert main(command) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert f"{path} is not what DONE vouches for; " in line
+    assert files(run) == before and not (tmp_path / "out").exists()
+    moved = shutil.copytree(init, tmp_path / "own")
+    (moved / "DONE").unlink(missing_ok=True)
+    own = [shutil.copy(policy, tmp_path / f"{m}.safetensors") for m, policy in enumerate(runs)]
+    assert main(["merge", "--policies", *map(str, own), "--init", str(moved), "--out", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("reward", ["subprocess:call", "os:system", "builtins:exec", "os.path:exists"])

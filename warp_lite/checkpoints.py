@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warp_lite.files import sync_path
+from warp_lite.files import check_vouched, sync_path
 from warp_lite.liti import check_eta, interpolate
 from warp_lite.slerp import CHUNK, combine, gram, slerp_coefficients, undisputed
 from warp_lite.weights import check_equal_buffers, check_finite, check_no_overflow, check_weights
@@ -77,9 +77,10 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     Folders are Hugging Face folders with `model.safetensors`, or shards and their index; config and
     tokenizer come from `init`. A policy may also be a single safetensors file. `out` must be absent
     or empty, and appears only when it is complete.
-    Float16 and bfloat16 are computed in float32 and rounded once, at the end.
-    Raises ValueError, before any work, for folders that do not fit together, that are damaged, or that
-    hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
+    Float16 and bfloat16 are computed in float32 and rounded once, at the end. What a run folder's DONE
+    vouches for is checked first.
+    Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
+    that hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
     A merge that is killed leaves at most `.NAME.….partial` beside `out`, which can be deleted.
     """
     begin = time.perf_counter()
@@ -91,9 +92,12 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
         raise ValueError(f"{len(policies)} policy to merge; pass at least two folders")
     eta, weights = check_eta(eta), check_weights(weights, len(policies))
     out = free_folder(out)
-    init, *policies = [open_checkpoint(Path(folder)) for folder in (init, *policies)]
+    inputs = (init, *policies)
+    init, *policies = [open_checkpoint(Path(folder)) for folder in inputs]
     for policy in policies:
         _check_fits(init, policy)
+    for path in dict.fromkeys(map(Path, inputs)):
+        check_vouched(path, "train it again, or move it away from there to merge it as your own")
     total = sum(stored.size for stored in init.tensors.values())
     with appearing_whole(out) as partial, ExitStack() as stack, _one_thread():
         advance = stack.enter_context(_progress_bar(total, progress))

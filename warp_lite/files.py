@@ -224,16 +224,8 @@ def vouched(folder: Path, parts: Sequence[str], way_out: str, name: str = "DONE"
     done = folder / name
     if not done.is_file():
         return None
-    content = read_json(done)
-    hashes = content.get("sha256") if isinstance(content, dict) else None
-    if not isinstance(hashes, dict):
-        raise ValueError(f"{done} holds no hashes; {way_out}")
-    for file, expected in hashes.items():
-        path = folder / file
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{done} names {file!r}, which is outside its folder; {way_out}")
-        if not path.is_file() or sha256(path) != expected:
-            raise ValueError(f"{path} is not what {name} vouches for; {way_out}")
+    content, hashes = _hashes(done, way_out)
+    _check(folder, name, hashes, way_out)
     for part in parts:
         path = folder / part
         there = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")] if path.is_dir() else [path]
@@ -241,6 +233,39 @@ def vouched(folder: Path, parts: Sequence[str], way_out: str, name: str = "DONE"
             if file.relative_to(folder).as_posix() not in hashes and file != done:
                 raise ValueError(f"{file} is not what {name} vouches for; {way_out}")
     return content
+
+
+def check_vouched(path: Path, way_out: str) -> None:
+    """Check a file, or the files of a folder, against the DONE (or FAILED) beside or in it, if that vouches for them.
+
+    Raises ValueError as `vouched`. A path that nothing vouches for is left to who gave it.
+    """
+    path = Path(path).absolute()  # "." has no name
+    for folder, part in ((path, ""), (path.parent, path.name)):
+        for name in ("DONE", "FAILED"):
+            if (folder / name).is_file():
+                hashes = _hashes(folder / name, way_out)[1]
+                _check(folder, name, {file: expected for file, expected in hashes.items()
+                                      if part in ("", file) or file.startswith(f"{part}/")}, way_out)
+
+
+def _hashes(done: Path, way_out: str) -> tuple[dict, dict[str, str]]:
+    """What a DONE file says, and the hashes in it."""
+    content = read_json(done)
+    hashes = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(hashes, dict):
+        raise ValueError(f"{done} holds no hashes; {way_out}")
+    return content, hashes
+
+
+def _check(folder: Path, name: str, hashes: Mapping[str, str], way_out: str) -> None:
+    """Whether the files of a folder have these hashes."""
+    for file, expected in hashes.items():
+        path = folder / file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / name} names {file!r}, which is outside its folder; {way_out}")
+        if not path.is_file() or sha256(path) != expected:
+            raise ValueError(f"{path} is not what {name} vouches for; {way_out}")
 
 
 def first_line(error: BaseException) -> str:

@@ -77,11 +77,12 @@ class Bench:
                      for m in metrics]
         return rows
 
-    def fronts(self, lines: Sequence[tuple[dict, Weights]], etas: Sequence[float], texts: bool = False) -> list[dict]:
+    def fronts(self, lines: Sequence[tuple[dict, Weights]], etas: Sequence[float], texts: bool = False,
+               samples: int = SAMPLES) -> list[dict]:
         """The LITI fronts from θ_sft to each of the weights: a row a point, that of η = 0 included."""
         places = [(label, weights, float(eta)) for label, weights in lines for eta in etas]
         states = [self.sft, *(liti(self.sft, weights, eta) for _, weights, eta in places)]
-        start, *rest = self.measure(states, texts=texts)
+        start, *rest = self.measure(states, samples, texts)
         return [{**label, "eta": 0.0, **start} for label, _ in lines] + [
             {**label, "eta": eta, **row} for (label, _, eta), row in zip(places, rest)]
 

@@ -50,6 +50,18 @@ class Rows:
         (row,) = [row for row in self.by_line[line] if row["seed"] == seed]
         return row["value"]
 
+    def mean_curve(self, line: str | dict, seeds: Sequence[int] | None = None) -> list[dict]:
+        """The mean over seeds and runs of every number at each η, or step."""
+        fronts = [front for seed in seeds or self.seeds for front in self.fronts(line, seed)]
+        place = "step" if "step" in fronts[0][0] else "eta"
+        numbers = ("kl", "reward", "gold", "length", "distinct", "perplexity")
+        found = []
+        for at in sorted({row[place] for front in fronts for row in front}):
+            some = [row for front in fronts for row in front if row[place] == at]
+            found.append({place: at, **{name: round(float(np.mean([row[name] for row in some])), 5)
+                                        for name in numbers if name in some[0]}})
+        return found
+
 
 @dataclass
 class Effect:
@@ -183,6 +195,11 @@ def limit_area(limit: Sequence[dict], start: float) -> float:
 def named(line, rows: Rows):
     """A line, or the one that a function of the world names."""
     return line(rows.world) if callable(line) else line
+
+
+def lines_of(claim: Claim, rows: Rows) -> list:
+    """The lines that a claim compares, for curves and figures."""
+    return [named(line, rows) for line in claim.lines if line is not None]
 
 
 def best_sft(world: str) -> str:
@@ -339,6 +356,8 @@ CLAIMS: tuple[Claim, ...] = (
           ("wide", "lerp", "batch of 32", "LERP of four keeps more gold reward than one run of equal samples"))),
     Claim("limit-90", "–", "The best WARP attains 90 % of the limit's area", "best", share("best WARP"), "above",
           "share of the limit's area", 0.9),
+    Claim("limit-90-past", "–", "The same, with its front drawn on past the merge to η = 2", "best",
+          share("best WARP, η to 2"), "above", "share of the limit's area", 0.9),
 )
 
 
@@ -380,4 +399,5 @@ METHODS: Mapping[str, tuple[str, str | dict]] = {
     # what the distance to the limit is shown of: the study and line of each
     **{name: ("equal", name) for name in (*EQUAL, "checkpoint average")},
     "single run, noisy setting": ("merging", "run"), "LITI of SLERP, M = 4": ("merging", "slerp-4"),
-    "EMA anchor, one run": ("anchors", "EMA"), "best WARP": ("best", "best WARP")}
+    "EMA anchor, one run": ("anchors", "EMA"), "best WARP": ("best", "best WARP"),
+    "best WARP, η to 2": ("best", "best WARP, η to 2")}

@@ -1,4 +1,4 @@
-"""The evidence as JSON, a Markdown table and a figure a claim."""
+"""The evidence as JSON and a Markdown table, with its figures beside them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..evaluation.statistics import hierarchical_bootstrap
 from ..files import write_json
-from ..plots import COLOURS, KL_LABEL, style
 from ..runs import provenance
-from .bench import DRAWS, TUNING_SEEDS, WORLDS, draw_of
-from .claims import METHODS, Claim, Rows, decide, level_of, named, share
+from .bench import TUNING_SEEDS, WORLDS, draw_of
+from .claims import METHODS, Claim, Rows, decide, level_of, lines_of, share
+from .figures import claim_figure, limit_figure
 from .noise import PREDICTORS, correlations
 from .runner import run_units, units_of
 from .settings import EQUAL, KL_MAX
 from .tuning import PARTS, chosen_settings, tuned
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
-VERDICT_COLOURS = {"holds": COLOURS["liti"], "fails": COLOURS["sft"], "unclear": COLOURS["single"]}
-LINE_COLOURS = (COLOURS["slerp"], COLOURS["lerp"])
+VERDICTS = ("holds", "fails", "unclear")
 
 
 def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds: Sequence[int],
@@ -133,7 +131,7 @@ def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], s
 
 def chance(verdicts: Sequence[dict]) -> dict:
     """How many verdicts there are, and how many would be clear by chance if nothing had any effect."""
-    counts = {name: sum(v["verdict"] == name for v in verdicts) for name in VERDICT_COLOURS}
+    counts = {name: sum(v["verdict"] == name for v in verdicts) for name in VERDICTS}
     return {**counts, "verdicts": len(verdicts), "expected_clear_by_chance": round(0.05 * len(verdicts), 1)}
 
 
@@ -186,7 +184,7 @@ def curves(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str]) -
         pairs = [(claim.study, line) for claim in claims if (world, claim.study) in evidence
                  for line in lines_of(claim, evidence[world, claim.study])]
         wanted |= {(world, study, str(line)): line for study, line in [*pairs, *METHODS.values()]}
-    return [{"world": world, "study": study, "line": line, "points": mean_curve(evidence[world, study], line)}
+    return [{"world": world, "study": study, "line": line, "points": evidence[world, study].mean_curve(line)}
             for (world, study, _), line in wanted.items()]
 
 
@@ -206,24 +204,6 @@ def interval_of(values: Mapping[int, float]) -> dict:
     seeds = sorted(values)
     interval = hierarchical_bootstrap([values[seed] for seed in seeds], [draw_of(seed) for seed in seeds])
     return {"mean": interval.mean, "ci_low": interval.low, "ci_high": interval.high, "seeds": interval.count}
-
-
-def lines_of(claim: Claim, rows: Rows) -> list:
-    """The lines that a claim's figure draws."""
-    return [named(line, rows) for line in claim.lines if line is not None]
-
-
-def mean_curve(rows: Rows, line, seeds: Sequence[int] | None = None) -> list[dict]:
-    """The mean over seeds and runs of every number at each η, or step."""
-    fronts = [front for seed in seeds or rows.seeds for front in rows.fronts(line, seed)]
-    place = "step" if "step" in fronts[0][0] else "eta"
-    numbers = ("kl", "reward", "gold", "length", "distinct", "perplexity")
-    found = []
-    for at in sorted({row[place] for front in fronts for row in front}):
-        some = [row for front in fronts for row in front if row[place] == at]
-        found.append({place: at, **{name: round(float(np.mean([row[name] for row in some])), 5)
-                                    for name in numbers if name in some[0]}})
-    return found
 
 
 # --- the table ---
@@ -293,111 +273,6 @@ def cell(claim: dict) -> str:
 def bound(value: float | None, digits: int = 2) -> str:
     """An end of an interval, which one draw alone has not."""
     return "–" if value is None else f"{value:+.{digits}f}"
-
-
-# --- the figures ---
-
-
-def claim_figure(claim: Claim, verdicts: Sequence[dict], evidence: Evidence) -> Figure:
-    """For each world the curves that are compared, each draw's mean thin and the mean of all thick, and the
-    effect of every seed with the interval that decides."""
-    verdicts = [v for v in verdicts if v["name"] == claim.name]
-    curved = bool(claim.lines) and claim.study != "weak" or claim.study == "weak"
-    with style():
-        figure = Figure(figsize=(5.4 * len(verdicts) if curved else 3.6 * len(verdicts), 3.6), layout="constrained")
-        figure.suptitle(claim.statement, x=0.01, ha="left", fontsize=11)
-        panels = figure.subplots(1, len(verdicts) * (2 if curved else 1), squeeze=False,
-                                 width_ratios=(2.2, 1) * len(verdicts) if curved else None)[0]
-        for n, found in enumerate(verdicts):
-            rows = evidence[found["world"], claim.study]
-            if curved:
-                draw_lines(panels[2 * n], claim, rows, found)
-            draw_effect(panels[2 * n + 1 if curved else n], found)
-    return figure
-
-
-def draw_lines(axes, claim: Claim, rows: Rows, found: dict) -> None:
-    """The curves that a claim compares."""
-    proxy = claim.study == "weak"
-    what = "gold" if proxy or claim.unit == "gold reward" else "perplexity" if claim.unit == "per token" else {
-        "tokens": "length", "share of pairs": "distinct"}.get(claim.unit, "reward")
-    x = "reward" if proxy else "kl"
-    for line, colour in zip(lines_of(claim, rows), LINE_COLOURS):
-        for draw in sorted({draw_of(seed) for seed in rows.seeds}):
-            some = mean_curve(rows, line, [seed for seed in rows.seeds if draw_of(seed) == draw])
-            axes.plot([p[x] for p in some], [p[what] for p in some], color=colour, lw=0.7, alpha=0.45)
-        whole = mean_curve(rows, line)
-        axes.plot([p[x] for p in whole], [p[what] for p in whole], color=colour, marker="o", ms=3, label=label(line))
-    if found.get("level") is not None:
-        axes.axvline(found["level"], color="black", lw=0.8, ls=":")
-    if proxy:
-        axes.set(xlim=(-0.2, 2), ylim=(-4, 1.5))
-    elif claim.study == "anchors":
-        axes.set_xlim(0, 12)
-    axes.set(xlabel="proxy reward" if proxy else KL_LABEL, ylabel={"gold": "gold reward"}.get(what, what),
-             title=f"{found['world']}")
-    axes.legend(loc="best")
-
-
-def label(line) -> str:
-    """A line's name for a legend."""
-    if isinstance(line, str):
-        return line
-    return line["line"] + "".join(f", {name} {value:g}" for name, value in line.items() if name != "line")
-
-
-def draw_effect(axes, found: dict) -> None:
-    """The effect of each seed by draw, the mean and its interval, the null and the margin."""
-    colour = VERDICT_COLOURS[found["verdict"]]
-    values = {int(seed): value for seed, value in found["values"].items()}
-    for n, draw in enumerate(sorted({draw_of(seed) for seed in values})):
-        some = [value for seed, value in sorted(values.items()) if draw_of(seed) == draw]
-        axes.plot(np.full(len(some), n), some, "o", color=colour, alpha=0.4, ms=4, mew=0)
-    if found["effect"] is not None:
-        x = DRAWS + 0.3
-        if found["ci_low"] is not None:
-            axes.plot([x, x], [found["ci_low"], found["ci_high"]], color=colour, lw=2.5)
-        axes.plot([x], [found["effect"]], "D", color=colour, ms=6)
-    axes.axhline(found["null"], color="black", lw=0.8)
-    if found["margin"]:
-        axes.axhspan(found["null"] - found["margin"], found["null"] + found["margin"], color="black", alpha=0.07, lw=0)
-    axes.set(xticks=[], xlabel=f"{found['draws']} draws and all\n({found['seeds']} seeds)", ylabel=found["unit"])
-    axes.set_title(found["verdict"], color=colour)
-
-
-SHOWN = {"best WARP": COLOURS["slerp"], "WARP": COLOURS["liti"], "batch of 16": COLOURS["sft"],
-         "one long run": COLOURS["single"]}  # the methods whose fronts stand beside the limit
-
-
-def limit_figure(found: dict) -> Figure:
-    """For each world the fronts of some methods under the limit, and the share of its area of every method."""
-    worlds = list(found["worlds"])
-    with style():
-        figure = Figure(figsize=(11, 3.9 * len(worlds)), layout="constrained")
-        panels = figure.subplots(len(worlds), 2, squeeze=False, width_ratios=(1.25, 1))
-        for (left, right), world in zip(panels, worlds):
-            limit = found["limits"][world]
-            left.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="black", ls="--", lw=1.4)
-            left.annotate("limit", (limit[-1]["kl"], limit[-1]["reward"]), (4, 0), textcoords="offset points")
-            for name, colour in SHOWN.items():
-                (line,) = [c["points"] for c in found["curves"] if (c["world"], c["line"]) == (world, name)
-                           and c["study"] == METHODS[name][0]]
-                left.plot([p["kl"] for p in line], [p["reward"] for p in line], color=colour, marker="o", ms=3,
-                          label=name)
-            left.set(xlim=(0, 4.4), ylim=(None, limit[-1]["reward"] + 0.15), xlabel=KL_LABEL,
-                     ylabel="reward (standard deviations of SFT samples)", title=world)
-            left.legend(loc="lower right")
-            shares = sorted((s for s in found["limit_share"] if s["world"] == world), key=lambda s: s["mean"])
-            for y, some in enumerate(shares):
-                colour = SHOWN.get(some["method"], COLOURS["single"])
-                right.barh(y, some["mean"], color=colour, alpha=0.85 if some["method"] in SHOWN else 0.4)
-                right.plot([some["ci_low"], some["ci_high"]], [y, y], color="black", lw=1.2)
-                right.annotate(f"{some['mean']:.0%}", (0.01, y), va="center", color="white", fontsize=9)
-            right.set(yticks=range(len(shares)), yticklabels=[some["method"] for some in shares], xlim=(0, 1),
-                      xlabel="share of the limit's area above SFT, 0 to 4 nats")
-            right.set_title(f"{shares[0]['seeds']} seeds; bars: 95 % intervals")
-            right.grid(axis="y", visible=False)
-    return figure
 
 
 def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folder: Path) -> str:

@@ -10,6 +10,7 @@ from ..evaluation.front import hypervolume
 ETAS = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 BEYOND = (*ETAS, 1.25, 1.5, 2.0)  # past the merge: LERP takes shorter steps than SLERP
 TAX_ETAS = tuple(k / 10 for k in range(1, 11))
+PAST_ETAS = (1.2, 1.4, 1.6, 1.8, 2.0)  # further along the line from θ_sft through the merge
 WEAK_ETAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # where single runs go far from θ_sft
 REFRESH_BETAS = (0.03, 0.1, 0.3, 1.0)
 KL_MAX = 4.0  # nats up to which areas are taken
@@ -19,7 +20,7 @@ NOISY = WarpConfig(iterations=1, runs=4, steps=100, batch_size=4, lr=1e-3, beta=
 # Longer runs of batches of 8, on which anchors are compared.
 ANCHORS = WarpConfig(iterations=1, runs=1, steps=240, batch_size=8, lr=1e-3, beta=0.3, mu=0.01, merge="none",
                      eval_every=20)
-EMA_BETAS = (0.1, 0.3, 0.5, 1.0)
+EMA_BETAS = (0.1, 0.3, 0.5, 1.0, 2.0)
 SFT_BETAS = (0.1, 0.3, 0.6)
 # The noise map: batch size × learning rate.
 NOISE_GRID = tuple(NOISY.replace(batch_size=batch, lr=lr) for batch in (2, 4, 8, 16, 32) for lr in (3e-4, 1e-3, 3e-3))
