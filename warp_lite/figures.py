@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
 
+from .evaluation.front import reward_at_kl
 from .evaluation.statistics import Interval, bootstrap
 from .plots import COLOURS, column
 
@@ -45,6 +46,36 @@ def rows_from_start(experiment) -> list[dict]:
     return first + rows
 
 
+def sweep(experiment, results: Sequence, make: Callable, values: Sequence[float]) -> list[dict]:
+    """The metrics of the weights `make(result, value)`, on the held-out prompts: a row a seed and value."""
+    rows = []
+    for result in results:
+        found = experiment.measure(make(result, value) for value in values)
+        rows += [{"seed": result.config.seed, "value": value, **metrics.as_dict()}
+                 for value, metrics in zip(values, found)]
+    return rows
+
+
+def number(rows: Sequence[dict], name: str, value: float | None = None) -> np.ndarray:
+    """A number of the rows of a sweep: (seeds, values), or (seeds,) at one value."""
+    at, array = by_seed(rows, name, over="value")
+    return array if value is None else array[:, np.flatnonzero(np.isclose(at, value))[0]]
+
+
+def level(*curves: Sequence[dict]) -> float:
+    """The largest KL, in nats, that every seed of every sweep reaches, in whole tenths where it is over 1."""
+    reached = min(number(rows, "kl").max(1).min() for rows in curves)
+    return np.floor(10 * reached) / 10 if reached > 1 else reached
+
+
+def at_kl(rows: Sequence[dict], kl: float, name: str = "reward") -> np.ndarray:
+    """A number where each seed's front crosses a KL, in nats: (seeds,); nan where it does not."""
+    fronts: dict[int, list[dict]] = {}
+    for row in rows:
+        fronts.setdefault(row["seed"], []).append({"kl": row["kl"], "reward": row[name]})
+    return np.array([reward_at_kl(fronts[seed], kl) for seed in sorted(fronts)])
+
+
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, lower and upper end over seeds of values (seeds, points)."""
     intervals = [bootstrap(values[:, i]) for i in range(values.shape[1])]
@@ -69,6 +100,15 @@ def draw_curve(axes, kl: np.ndarray, reward: np.ndarray, colour: str, label: str
     if label:
         label_end(axes, x, y, label, colour)
     return x, y
+
+
+def draw_over_kl(axes, rows: Sequence[dict], colour: str, label: str, name: str = "reward",
+                 shift: tuple[float, float] = (5, 0), **line):
+    """A number of a sweep against KL with its band, as far as every seed reaches."""
+    grid = np.linspace(0.05, 1, 25) * level(rows)
+    values = np.array([at_kl(rows, kl, name) for kl in grid]).T
+    draw_sweep(axes, grid, values, colour, **line)
+    label_end(axes, grid, values.mean(0), label, colour, shift)
 
 
 def label_end(axes, x, y, text: str, colour: str, shift: tuple[float, float] = (5, 0)) -> None:

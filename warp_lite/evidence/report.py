@@ -13,7 +13,7 @@ from ..files import write_json
 from ..runs import provenance
 from .bench import TUNING_SEEDS, WORLDS, draw_of
 from .claims import METHODS, Claim, Rows, decide, level_of, lines_of, share
-from .figures import claim_figure, limit_figure
+from .drawing import claim_figure, limit_figure
 from .noise import PREDICTORS, correlations
 from .runner import run_units, units_of
 from .settings import EQUAL, KL_MAX

@@ -4,6 +4,9 @@ Driver and workers share the run folder, on storage that all of them see. A work
 there, trains its run as the serial executor does and leaves policy, anchor, metrics and DONE; the driver
 takes them up and merges. No policy passes through Ray. The run of a lost worker goes on from its last
 save on another.
+
+What does pass through Ray are the prompts and the reward functions of the one who started the run, as Ray sends any
+task: from this process to its workers, by Ray's cloudpickle. Nothing pickled is written to the folder or read from it.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def draw_effect(axes, found: dict) -> None:
     axes.set_title(found["verdict"], color=colour)
 
 
-SHOWN = {"best WARP": COLOURS["slerp"], "WARP": COLOURS["liti"], "batch of 16": COLOURS["sft"],
+SHOWN = {"best WARP, η to 2": COLOURS["slerp"], "WARP": COLOURS["liti"], "batch of 16": COLOURS["sft"],
          "one long run": COLOURS["single"]}  # the methods whose fronts stand beside the limit
 
 
