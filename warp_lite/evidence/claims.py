@@ -356,7 +356,7 @@ CLAIMS: tuple[Claim, ...] = (
           ("wide", "lerp", "batch of 32", "LERP of four keeps more gold reward than one run of equal samples"))),
     Claim("limit-90", "–", "The best WARP attains 90 % of the limit's area", "best", share("best WARP"), "above",
           "share of the limit's area", 0.9),
-    Claim("limit-90-past", "–", "The same, with its front drawn on past the merge to η = 2", "best",
+    Claim("limit-90-past", "–", "Drawn on past the merge, to η = 2, the best WARP attains 90 % of it", "best",
           share("best WARP, η to 2"), "above", "share of the limit's area", 0.9),
 )
 

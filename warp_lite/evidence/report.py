@@ -231,7 +231,8 @@ def table(found: dict) -> str:
 
 HEADLINES = ("ema-anchor", "no-kl-gold", "4-runs-against-1", "liti-trajectory", "average-two", "slerp-lerp-reward",
              "slerp-lerp-front", "angle", "iteration-2-reach", "iteration-2-front", "length", "diversity",
-             "ablation-liti", "beta-for-liti", "equal-one-long-run", "equal-batch-of-16")
+             "ablation-liti", "beta-for-liti", "equal-one-long-run", "equal-batch-of-16", "limit-90",
+             "limit-90-past")
 
 
 def headlines(found: dict) -> str:
