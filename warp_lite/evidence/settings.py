@@ -33,9 +33,11 @@ EQUAL = {
     "batch of 16": NOISY.replace(runs=1, steps=200, batch_size=16, merge="none"),
     "batch of 32": NOISY.replace(runs=1, steps=100, batch_size=32, merge="none"),
 }
+EQUAL_LRS, EQUAL_BETAS = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3), (0.15, 0.3, 0.6, 1.2)
 # Weak regularisation: merged runs of batches of 8 against one run of batches of 32.
 WEAK = NOISY.replace(steps=150, batch_size=8, lr=7e-4, merge="lerp")
 WIDE = WEAK.replace(runs=1, batch_size=32, merge="none")
+WEAK_LRS = (4e-5, 8e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3, 3e-3)
 # The nearest to the limit, at any compute.
 LARGE = WarpConfig(iterations=1, runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
 

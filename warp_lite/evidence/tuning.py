@@ -12,7 +12,21 @@ import numpy as np
 from ..config import WarpConfig
 from ..files import read_json
 from .bench import TUNING_SEEDS, Bench
-from .settings import ANCHORS, EMA_BETAS, EQUAL, ETAS, LARGE, SFT_BETAS, WEAK, WEAK_ETAS, WIDE, area
+from .settings import (
+    ANCHORS,
+    EMA_BETAS,
+    EQUAL,
+    EQUAL_BETAS,
+    EQUAL_LRS,
+    ETAS,
+    LARGE,
+    SFT_BETAS,
+    WEAK,
+    WEAK_ETAS,
+    WEAK_LRS,
+    WIDE,
+    area,
+)
 
 EVIDENCE = Path(__file__).parent
 TUNED = EVIDENCE / "tuned.json"
@@ -26,10 +40,10 @@ def grids(part: str | None = None) -> dict[str, dict[str, WarpConfig]]:
         "EMA anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta) for beta in EMA_BETAS},
         "SFT anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor="sft") for beta in SFT_BETAS}}}
     found["equal"] = {name: {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
-                             for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3) for beta in (0.3, 0.6)}
+                             for lr in EQUAL_LRS for beta in EQUAL_BETAS}
                       for name, config in EQUAL.items()}
     found["weak"] = {f"{name}, β = {beta:g}": {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
-                                               for lr in (1.5e-4, 3e-4, 7e-4, 1.5e-3)}
+                                               for lr in WEAK_LRS}
                      for beta in (0.0, 0.01) for name, config in (("merged", WEAK), ("batch of 32", WIDE))}
     found["best"] = {"best WARP": {f"β={beta:g}": LARGE.replace(beta=beta) for beta in (0.6, 1.0)}}
     if part is not None:
