@@ -109,6 +109,25 @@ def test_with_a_cache_token_by_token_logits_are_those_of_one_pass(forward, archi
 
 
 @pytest.mark.parametrize("forward, architecture", CASES)
+def test_a_cache_of_some_rows_goes_on_as_if_the_others_had_never_been_there(forward, architecture):
+    """Each policy keeps rows of its own, in an order of its own."""
+    models, weights = policies_of(architecture)
+    ids, mask = ragged()
+    kept = torch.stack([torch.randperm(ids.shape[1])[:2] for _ in models])
+    forward, some = forward(models[0]), kept.unsqueeze(-1).expand(-1, -1, ids.shape[-1])
+    prepared, start = forward.prepare(weights), 4
+    with torch.no_grad():
+        cache = forward.new_cache(*ids.shape, next(iter(weights.values())))
+        forward(prepared, ids[..., :start], mask[..., :start], cache)
+        cache = forward.cache_of(cache, kept)
+        ids, mask = ids.gather(1, some), mask.gather(1, some)
+        pieces = [forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache) for t in range(start, ids.shape[-1])]
+    expected = [[row[max(0, start - pads):] for row, pads in zip(rows, (mask[e] == 0).sum(-1).tolist())]
+                for e, rows in enumerate(alone(models, ids, mask))]
+    assert_rows_equal(torch.cat(pieces, 2), expected, mask[..., start:])
+
+
+@pytest.mark.parametrize("forward, architecture", CASES)
 @pytest.mark.parametrize("padded", [True, False])
 def test_gradients_are_those_of_the_library(forward, architecture, padded):
     models, weights = policies_of(architecture)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from tiny import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer, naive_completion
 
-from warp_lite import load_policy, save_policy
+from warp_lite import load_policy, policies, save_policy
 from warp_lite.forward import ModuleForward, make_forward
 from warp_lite.policies import (
     Prompts,
@@ -143,6 +143,28 @@ def test_a_completion_does_not_depend_on_the_batch_around_it(policy_of, tokenize
         _, _, some, _ = draw(model, tokenizer, [RAGGED[b] for b in order], uniforms=uniforms[e:e + 1, order])
         assert completion_ids(some.ids, some.mask) == [whole[e * len(RAGGED) + b] for b in order]
     assert whole[:4] != whole[4:8]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("serial", [True, False], ids=["module", "batched"])
+@pytest.mark.parametrize("prompts", [RAGGED * 4, ["this film was"] * 16], ids=["ragged", "alike"])
+def test_dropping_completions_that_ended_changes_none(architecture, serial, prompts, tokenizer, policy_of, monkeypatch):
+    models = [policy_of(architecture, seed=seed) for seed in range(3)]
+    forward = ModuleForward(models[0]) if serial else make_forward(models[0])
+    weights = forward.prepare(stack([parameters(model) for model in models]))
+    uniforms = torch.stack([token_uniforms((e,), 0, 16, LONGEST) for e in range(3)])
+    uniforms *= 0.2  # EOS is one of the vocabulary's first
+    encoded, found, widths = encode_prompts(tokenizer, prompts).repeat(3), [], []
+    cache_of = forward.cache_of
+    monkeypatch.setattr(forward, "cache_of", lambda cache, rows: widths.append(rows.shape[1]) or cache_of(cache, rows))
+    monkeypatch.setattr(policies, "DROP_AT", 0.99)
+    for at_least in (1, 10**9):
+        monkeypatch.setattr(policies, "DROP_FROM", at_least)
+        found.append(sample(forward, weights, encoded, uniforms, tokenizer))
+    dropped, whole = found
+    assert widths and widths == sorted(set(widths), reverse=True) and widths[0] < 16
+    assert torch.equal(dropped.ids, whole.ids) and torch.equal(dropped.mask, whole.mask)
+    torch.testing.assert_close(dropped.logprobs, whole.logprobs, atol=1e-12, rtol=1e-12)
 
 
 def test_sampling_stops_when_the_last_completion_has_ended(gpt2_policy, tokenizer):

@@ -7,8 +7,8 @@ Three ways with one interface:
   and takes its masks from outside; `supports` tries it, and what fails is left to `ModuleForward`.
 - `gpt2.GPT2Forward`: batched matrix products written by hand.
 
-Each has `prepare(weights)` (what many calls with the same weights share), `new_cache(...)`
-and `__call__(prepared, ids, mask=None, cache=None, keep=0)`: logits (E, B, Q − keep, V) of
+Each has `prepare(weights)` (what many calls with the same weights share), `new_cache(...)`,
+`cache_of(cache, rows)` and `__call__(prepared, ids, mask=None, cache=None, keep=0)`: logits (E, B, Q − keep, V) of
 tokens ids (E, B, Q), where `mask` (E, B, K) is 1 for tokens and 0 for left or right padding
 and None says that there is no padding. `hidden` (the same arguments but `keep`) and `head` are
 its two halves, for whom all logits at once are too many.
@@ -165,6 +165,12 @@ class ModuleForward(HalvedForward):
         """One dynamic cache a policy."""
         return [DynamicCache(config=self.model.config) for _ in range(policies)]
 
+    def cache_of(self, cache: list[DynamicCache], rows: Tensor) -> list[DynamicCache]:
+        """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+        for own, some in zip(cache, rows):
+            own.batch_select_indices(some)
+        return cache
+
     def run(self, module, w, ids: Tensor, mask: Tensor | None, cache, pick) -> Tensor:
         """What `pick` takes of the module's output, for each policy."""
         results = []
@@ -236,6 +242,11 @@ class VmapForward(HalvedForward):
         """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
         shape = (policies, batch, self.kv_heads, length, self.head_size)
         return StackedCache([like.new_zeros(shape, dtype=self.dtype) for _ in range(2 * self.layers)])
+
+    def cache_of(self, cache: StackedCache, rows: Tensor) -> StackedCache:
+        """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+        policies = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        return StackedCache([buffer[policies, rows] for buffer in cache.buffers], cache.length)
 
     def run(self, module, w, ids: Tensor, mask: Tensor | None, cache: StackedCache | None, pick) -> Tensor:
         """What `pick` takes of the module's output, for all policies."""
@@ -315,8 +326,8 @@ def _padding_without_gradient(embedding):
 class StackedCache:
     """Preallocated keys and values of every layer, (E, B, heads, length, size) each."""
 
-    def __init__(self, buffers: list[Tensor]):
-        self.buffers, self.length = buffers, 0
+    def __init__(self, buffers: list[Tensor], length: int = 0):
+        self.buffers, self.length = buffers, length
 
 
 class _Slot(DynamicLayer):

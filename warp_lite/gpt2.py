@@ -75,6 +75,13 @@ class GPT2Forward:
         rows, size = policies * batch * self.heads, self.width // self.heads
         return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)])
 
+    def cache_of(self, cache: GPT2Cache, rows: Tensor) -> GPT2Cache:
+        """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+        E = len(rows)
+        flat = (rows + offsets(rows, cache.layers[0].shape[1] // (E * self.heads))).flatten()
+        layers = [kv.unflatten(1, (-1, self.heads))[:, flat].flatten(1, 2) for kv in cache.layers]
+        return GPT2Cache(layers, cache.length)
+
     def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
         """The last hidden states before the final norm, (E, B, Q, C)."""
         E, B, Q = ids.shape
@@ -135,8 +142,8 @@ class GPT2Forward:
 class GPT2Cache:
     """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer."""
 
-    def __init__(self, layers: list[Tensor]):
-        self.layers, self.length = layers, 0
+    def __init__(self, layers: list[Tensor], length: int = 0):
+        self.layers, self.length = layers, length
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (E·B·H, Q, C/H) behind what is there; return all keys and values so far."""
@@ -181,5 +188,9 @@ def positions(mask: Tensor) -> Tensor:
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (E, …) of each policy's table (E, N, C): one flat embedding look-up."""
     E, N, C = table.shape
-    offset = torch.arange(E, device=ids.device).view(E, *[1] * (ids.dim() - 1)) * N
-    return F.embedding(ids + offset, table.reshape(E * N, C))
+    return F.embedding(ids + offsets(ids, N), table.reshape(E * N, C))
+
+
+def offsets(ids: Tensor, N: int) -> Tensor:
+    """Where the N rows of each policy begin when those of all lie one after the other, to be added to ids (E, …)."""
+    return torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.dim() - 1)) * N

@@ -26,6 +26,8 @@ from .hub import HUB_NAME, local, reach
 
 Weights = Mapping[str, Tensor]
 
+DROP_AT, DROP_FROM = 0.75, 64  # completions that ended are dropped from this share on, in batches of at least so many
+
 
 @dataclass
 class Prompts:
@@ -214,32 +216,40 @@ def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temp
         return join_rollouts(prompts, pad_id(tokenizer), [
             sample(forward, weights, prompts.rows(b, b + at_once), uniforms[:, b:b + at_once], tokenizer, temperature)
             for b in range(0, B, at_once)])
-    T, eos, like = uniforms.shape[-1], tokenizer.eos_token_id, _any_tensor(weights)
+    T, eos, pad, like = uniforms.shape[-1], tokenizer.eos_token_id, pad_id(tokenizer), _any_tensor(weights)
     mask = None
     if (prompts.mask == 0).any():
         mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
     dtype = torch.promote_types(like.dtype, torch.float32)
     below_one = 1 - torch.finfo(dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
-    u = uniforms.to(dtype).clamp(max=below_one).permute(2, 0, 1).unsqueeze(-1)           # (T, E, B, 1)
+    u = uniforms.to(dtype).clamp(max=below_one)
     cache = forward.new_cache(E, B, P + T - 1, like)
-    alive = torch.ones(E, B, 1, dtype=torch.bool, device=prompts.ids.device)
-    tokens, drawn, chosen = prompts.ids, [], []
+    ids = prompts.ids.new_full((E, B, T), pad)
+    chosen = torch.zeros(E, B, T, dtype=dtype, device=ids.device)
+    tokens, alive = prompts.ids, torch.ones(E, B, dtype=torch.bool, device=ids.device)
+    rows = torch.arange(B, device=ids.device).expand(E, B)  # the place in the batch of each that is still sampled
     for t in range(T):
         seen = None if mask is None else mask[..., :P + t]
         logits = forward(weights, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
-        logp = log_softmax(logits, temperature)                                          # (E, B, V)
+        logp = log_softmax(logits, temperature)                                          # (E, rows, V)
         cdf = logp.exp().cumsum(-1)
-        tokens = torch.searchsorted(cdf, u[t] * cdf[..., -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
-        drawn.append(tokens)                                                             # (E, B, 1) each
-        chosen.append(logp.gather(-1, tokens))
-        alive &= tokens != eos
-        if not alive.any():
+        point = u[..., t].gather(1, rows).unsqueeze(-1) * cdf[..., -1:]
+        tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
+        ids[..., t].scatter_(1, rows, tokens[..., 0])
+        chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
+        alive &= tokens[..., 0] != eos
+        left = int(alive.sum(1).max())
+        if left == 0:
             break
-    ids = torch.cat(drawn, -1)                                                           # (E, B, T)
+        if E * alive.shape[1] >= DROP_FROM and left <= DROP_AT * alive.shape[1]:
+            kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
+            alive, rows, tokens = alive.gather(1, kept), rows.gather(1, kept), tokens.gather(1, kept.unsqueeze(-1))
+            mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
+            cache = forward.cache_of(cache, kept)
+    ids, chosen = ids[..., :t + 1], chosen[..., :t + 1]                                  # (E, B, T)
     ends = ids == eos
     after = ends.cumsum(-1) - ends.long() > 0  # what a completion was given after its EOS is forgotten
-    return Rollout(prompts, ids.masked_fill(after, pad_id(tokenizer)), (~after).long(),
-                   torch.cat(chosen, -1).masked_fill(after, 0))
+    return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0))
 
 
 def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Rollout:

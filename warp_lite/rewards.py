@@ -140,13 +140,17 @@ class BradleyTerry:
         return (pooled @ self.head - self.mean) / self.std
 
     @torch.no_grad()
-    def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor, chunk: int = 256) -> Tensor:
+    def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor, chunk: int = 128) -> Tensor:
         """Rewards of completions ids (…, T) of prompts (…, P), on the reward model's device."""
         full = torch.cat([prompts.ids, ids], -1).flatten(0, -2).to(self.head.device)
         full_mask = torch.cat([prompts.mask, mask], -1).flatten(0, -2).to(self.head.device)
         score = self._fast_scores if GPT2Forward.supports(self.trunk) else self.scores
-        values = [score(full[i:i + chunk], full_mask[i:i + chunk]) for i in range(0, len(full), chunk)]
-        return torch.cat(values).view(ids.shape[:-1])
+        ends = prompts.ids.shape[-1] + mask.flatten(0, -2).sum(-1).to(self.head.device)
+        ends, order = ends.sort(descending=True, stable=True)
+        values = full.new_empty(len(full), dtype=self.head.dtype)
+        for some, end in zip(order.split(chunk), ends[::chunk].tolist()):  # those of like length together
+            values[some] = score(full[some, :end], full_mask[some, :end])
+        return values.view(ids.shape[:-1])
 
     def _fast_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`scores` by the hand-written forward, whose hidden states lack the final norm."""

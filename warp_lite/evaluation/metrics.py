@@ -196,7 +196,9 @@ def perplexity(forward, prepared, tokenizer, texts: Sequence[str], policies: int
     ids, mask = ids.to(_device(prepared)), mask.to(_device(prepared))
     total = torch.zeros(policies, dtype=torch.float64, device=ids.device)
     rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * len(tokenizer) * ids.shape[1])) // policies)
-    for some, real in zip(ids.split(rows), mask.split(rows)):
+    lengths, order = mask.sum(1).sort(descending=True, stable=True)
+    for some, end in zip(order.split(rows), lengths[::rows].tolist()):  # texts of like length together
+        some, real = ids[some, :end], mask[some, :end]
         logits = forward(prepared, some[:, :-1].expand(policies, -1, -1))
         logp = log_softmax(logits, 1.0).gather(-1, some[:, 1:].expand(policies, -1, -1).unsqueeze(-1))[..., 0]
         total += (logp.double() * real[:, 1:]).sum((1, 2))
