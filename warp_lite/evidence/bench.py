@@ -25,7 +25,7 @@ WORLDS = {"sentiment": "film reviews that should praise", "detail": "film review
 DRAWS = 4  # draws of SFT policy and reward model among which seeds are shared out
 TUNING_SEEDS = (9000, 9002)  # on which settings are chosen, never reported
 TUNING_DRAW = 101  # theirs, which no reported seed has
-LIMIT_SAMPLES = 6144  # completions a prompt, with which the limit is known to 4 nats
+LIMIT_SAMPLES = 4096  # completions a prompt: the limit is known to 4 nats, and more move its area by 0.2 % at most
 SAMPLES = 1  # completions a held-out prompt and point of a front: seeds are the error bars
 
 
