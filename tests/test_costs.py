@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from warp_lite.costs import ITERATIONS, PAPER_POLICIES, RUNS, amount, costs, main, on_paper, tables
 from warp_lite.files import read_lines
 from warp_lite.policies import save_policy
+from warp_lite.scale.lora import LoraSettings
 
 TINY = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=40, vocab_size=18, bos_token_id=1, eos_token_id=2,
                   pad_token_id=0)
@@ -45,6 +46,17 @@ def test_the_state_of_a_run_has_the_bytes_that_were_foretold(policy, tokenizer, 
     assert len(states) == CONFIG.runs and [p.stat().st_size for p in states] == pytest.approx([foretold] * 2, rel=0.03)
 
 
+def test_a_run_of_adapters_has_the_bytes_that_were_foretold(policy, tokenizer, tmp_path):
+    foretold = costs(policy, CONFIG, lora_rank=2)
+    with pytest.raises(KeyboardInterrupt):
+        short_run(policy, tokenizer, out=tmp_path / "run", stop=stop_after(2), lora=LoraSettings(rank=2))
+    states = list((tmp_path / "run").rglob("state-*.safetensors"))
+    assert [path.stat().st_size for path in states] == pytest.approx([foretold.state] * CONFIG.runs, rel=0.03)
+    short_run(policy, tokenizer, out=tmp_path / "run", resume=True, lora=LoraSettings(rank=2))
+    assert weight_bytes(tmp_path / "run") == pytest.approx(foretold.disk, rel=0.02)
+    assert weight_bytes(tmp_path / "run/iteration-1/run-1") == pytest.approx(foretold.files, rel=0.02)
+
+
 @pytest.mark.slow
 def test_a_gpt2_of_124m_has_the_files_and_the_optimiser_state_that_were_foretold(tokenizer, tmp_path):
     model = GPT2LMHeadModel(GPT2Config())
@@ -69,9 +81,11 @@ from warp_lite.costs import costs
 from warp_lite.policies import encode_prompts, parameters
 from warp_lite.reinforce import Run, train_serial
 from warp_lite.result import copy_weights
+from warp_lite.scale.lora import AdapterTrainer, LoraSettings
 from warp_lite.tasks.reviews import make_tokenizer
 
-scale = 1 if sys.platform == "darwin" else 1024
+scale, rank = 1 if sys.platform == "darwin" else 1024, int(sys.argv[1]) or None
+AdapterTrainer(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)), LoraSettings(rank=1))  # imports PEFT
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 tokenizer = make_tokenizer()
 model = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=6, n_head=4, n_positions=96, vocab_size=5000,
@@ -80,17 +94,22 @@ prompts = encode_prompts(tokenizer, ["this old film was", "that new drama was", 
 sft, init = copy_weights(parameters(model)), copy_weights(parameters(model))
 config = WarpConfig(steps=1, batch_size=2, max_new_tokens=4)
 reward = lambda prompts, completions, completion_ids: [float(len(set(ids))) for ids in completion_ids]
-train_serial(model, tokenizer, prompts, [Run(config, 2, 1, init, sft, reward)])
+runs = [Run(config, 2, 1, init, sft, reward)]
+if rank:
+    AdapterTrainer(model, LoraSettings(rank=rank)).train(tokenizer, prompts, runs)
+else:
+    train_serial(model, tokenizer, prompts, runs)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-print(peak - before, costs(model, config, prompt_tokens=prompts.ids.shape[1]).run_memory)
+print(peak - before, costs(model, config, prompt_tokens=prompts.ids.shape[1], lora_rank=rank).run_memory)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource module there")
-def test_a_run_takes_the_memory_that_was_foretold():
+@pytest.mark.parametrize("rank", [0, 8], ids=["whole", "adapters"])
+def test_a_run_takes_the_memory_that_was_foretold(rank):
     # A shell in between: the peak of a process counts what its parent had when it forked, and pytest has much.
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", MEASURE]
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", MEASURE, str(rank)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured, estimate = map(int, done.stdout.split())
     assert 0.67 < estimate / measured < 1.5
@@ -117,7 +136,7 @@ def test_merging_moves_less_than_sharing_gradients_by_the_steps_between_merges(p
     brief, long = (costs(policy, CONFIG.replace(steps=steps)) for steps in (1, 1000))
     assert brief.traffic == long.traffic and long.all_reduce == 1000 * brief.all_reduce > 100 * long.traffic
     adapters = costs(policy, CONFIG, lora_rank=1)
-    assert adapters.disk < long.disk and adapters.run_memory < long.run_memory and adapters.driver_memory > 0
+    assert adapters.state < long.state and adapters.run_memory < long.run_memory and adapters.driver_memory > 0
     half = costs(policy, CONFIG, weight_bytes=2)
     assert 2 * half.disk == long.disk and half.run_memory > long.run_memory / 2  # its anchor stays in float32
 

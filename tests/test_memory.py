@@ -21,11 +21,12 @@ from warp_lite.config import WarpConfig
 from warp_lite.memory import training_memory
 from warp_lite.policies import encode_prompts, parameters
 from warp_lite.reinforce import Run, train_batched, train_serial
+from warp_lite.scale.lora import AdapterTrainer, LoraSettings
 from warp_lite.tasks.reviews import make_tokenizer
 
 words, width, layers, batch, new_tokens, policies = map(int, sys.argv[1].split())
 settings = json.loads(sys.argv[2])
-together = settings.pop("executor", "batched") == "batched"
+together, rank = settings.pop("executor", "batched") == "batched", settings.pop("rank", 0)
 tokenizer = make_tokenizer()
 model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=4, n_positions=96, vocab_size=words,
                                    bos_token_id=1, eos_token_id=2, pad_token_id=0))
@@ -35,11 +36,16 @@ config = WarpConfig(steps=1, batch_size=batch, max_new_tokens=new_tokens, **sett
 reward = lambda prompts, completions, completion_ids: [float(len(set(ids))) for ids in completion_ids]
 runs = [Run(config, 1, m + 1, init, init, reward) for m in range(policies)]
 scale = 1 if sys.platform == "darwin" else 1024
+trainer = rank and AdapterTrainer(model, LoraSettings(rank=rank))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-(train_batched if together else train_serial)(model, tokenizer, prompts, runs[:policies if together else 1])
+if rank:
+    trainer.train(tokenizer, prompts, runs)
+else:
+    (train_batched if together else train_serial)(model, tokenizer, prompts, runs[:policies if together else 1])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 estimate = training_memory(
-    model, policies if together else 1, batch, prompts.ids.shape[1], new_tokens, config, together)
+    model, policies if together else 1, batch, prompts.ids.shape[1], new_tokens, config, together,
+    trainer.size if rank else None)
 print(peak - before, estimate.total)
 """
 
@@ -59,6 +65,7 @@ CASES = {
     "mostly weights": (WEIGHTS, {}), "mostly logits": (LOGITS, {}), "logits in chunks": (LOGITS, {"logit_chunk": 256}),
     "micro-batches, serial": (LOGITS, {"micro_batch": 4, "executor": "serial"}),
     "mostly activations": (ACTIVATIONS, {}), "checkpointing": (ACTIVATIONS, {"checkpointing": True}),
+    "adapters, mostly weights": (WEIGHTS, {"rank": 4}), "adapters, mostly activations": (ACTIVATIONS, {"rank": 4}),
 }
 
 

@@ -39,17 +39,19 @@ class Costs:
     """What a scheme costs. Bytes, steps and samples are whole numbers; a sample is one completion.
 
     parameters, trained: weights of a policy, and those that the optimiser moves (all, or the adapters).
-    policy, adapter, state: bytes of a whole policy; of what a run trains; of the state that a run saves (policy,
-    anchor, Adam's two moments).
+    policy, adapter, state, files: bytes of a whole policy; of what a run trains; of the state that a run saves
+    (policy, anchor, Adam's two moments, and the factors of adapters); of a finished run (policy, anchor, adapter).
     run_memory: bytes that one run takes in its process while it trains. Whole policies: θ, its gradient, Adam's
-    moments, the anchor, θ_sft, θ_init and the copies that are saved. Adapters: the frozen policy, and as much for
-    the adapters. Then activations and logits of `at_once` sequences (`memory.training_memory`).
+    moments, the anchor, θ_sft, θ_init and the copies that are saved. Adapters: gradient, moments and their copies
+    of the factors alone, but the anchor is of whole matrices, and whole policies are handed on. Then activations
+    and logits of `at_once` sequences (`memory.training_memory`).
     driver_memory: bytes that `run_warp` holds at the end: θ_sft, the model, and of every iteration the policies,
     their anchors, the merge and the next init. `merge_checkpoints` merges on disk and needs next to none.
     disk, disk_peak: bytes of the weights in a finished run folder, and the most while it is written, when every run
     of the last iteration has two states, the new and the old.
-    traffic: bytes that workers and driver read and write on shared storage (executor "ray"), saves of states left
-    out; saved: those. all_reduce: what M workers that shared every gradient would send, for comparison.
+    traffic: bytes that workers and driver read and write on shared storage (executor "ray"; adapters as if it took
+    them), saves of states left out; saved: those. all_reduce: what M workers that shared every gradient would
+    send, for comparison.
     sequential_steps: I·T, what one waits for with a worker a run. total_steps: I·M·T. samples: I·M·T·B.
     """
 
@@ -58,6 +60,7 @@ class Costs:
     policy: int
     adapter: int
     state: int
+    files: int
     run_memory: int
     driver_memory: int
     disk: int
@@ -80,33 +83,40 @@ def costs(model, config: WarpConfig, *, lora_rank: int | None = None, prompt_tok
     """
     N, M, T = config.iterations, config.runs, config.steps
     parameters = sum(p.numel() for p in model.parameters())
-    trained = parameters if lora_rank is None else lora_parameters(model, lora_rank)
     size = weight_bytes or next(model.parameters()).element_size()
-    policy, adapter = parameters * size, trained * size
-    wider_anchor = trained * max(4 - size, 0)  # a moving average is kept in float32 at least
-    state, one_iteration = 4 * adapter, 2 * M * adapter + 2 * policy
-    weights = 11 * policy + wider_anchor if lora_rank is None else policy + 10 * adapter + wider_anchor
-    batch = training_memory(model, 1, at_once or config.batch_size, prompt_tokens, config.max_new_tokens)
+    policy, wider = parameters * size, max(4 - size, 0)  # a moving average is kept in float32 at least
+    if lora_rank is None:
+        trained, factors = parameters, None
+        state, files, weights = 4 * policy, 2 * policy, 11 * policy + wider * parameters
+    else:
+        trained, changed = factors = adapter_numbers(model, lora_rank)
+        state, files = 2 * policy + 3 * trained * size, 2 * policy + trained * size
+        weights = 4 * policy + (2 * size + wider) * changed + 10 * trained * size
+    one_iteration, adapter = M * files + 2 * policy, trained * size
+    batch = training_memory(model, 1, at_once or config.batch_size, prompt_tokens, config.max_new_tokens,
+                            adapter=factors)
     activations = batch.activations * size // next(model.parameters()).element_size() + batch.logits
     disk = policy + N * one_iteration
     down = N * M * 2 * policy - M * policy  # θ_sft and θ_init by every run; in the first iteration they are one
     return Costs(
-        parameters=parameters, trained=trained, policy=policy, adapter=adapter, state=state,
-        run_memory=weights + activations, driver_memory=policy + disk,
+        parameters=parameters, trained=trained, policy=policy, adapter=adapter, state=state, files=files,
+        run_memory=weights + activations, driver_memory=2 * policy + N * (2 * M + 2) * policy,
         disk=disk, disk_peak=max(disk, policy + (N - 1) * one_iteration + 2 * M * state),
-        traffic=policy + down + N * (4 * M * adapter + 2 * policy),
+        traffic=policy + down + N * (2 * M * files + 2 * policy),
         saved=N * M * state * math.ceil(T / (config.save_every or T)),
         all_reduce=2 * (M - 1) * adapter * N * T,
         sequential_steps=N * T, total_steps=N * M * T, samples=N * M * T * config.batch_size)
 
 
-def lora_parameters(model, rank: int) -> int:
-    """Numbers in adapters of this rank on every linear layer but the head: rank · (inputs + outputs) for each."""
+def adapter_numbers(model, rank: int) -> tuple[int, int]:
+    """How many numbers an adapter of this rank on every linear layer but the head has, rank · (inputs + outputs)
+    for each, and the matrices that it changes."""
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be 1 or more, not {rank}")
     head = model.get_output_embeddings()
-    return sum(rank * sum(module.weight.shape) for module in model.modules()
-               if isinstance(module, (nn.Linear, Conv1D)) and module is not head)
+    matrices = [module.weight for module in model.modules()
+                if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    return sum(rank * sum(matrix.shape) for matrix in matrices), sum(matrix.numel() for matrix in matrices)
 
 
 def on_paper(architecture):
@@ -123,7 +133,7 @@ def tables(policies: dict[str, object], config: WarpConfig, lora_rank: int = RAN
                 for name, model in policies.items() for rank in (None, lora_rank)]
     parts = ["## A run", table(
         ["policy", "parameters", "trained", "memory of a run", "its saved state", "its files"],
-        [[name, f"{c.parameters:,}", f"{c.trained:,}", amount(c.run_memory), amount(c.state), amount(2 * c.adapter)]
+        [[name, f"{c.parameters:,}", f"{c.trained:,}", amount(c.run_memory), amount(c.state), amount(c.files)]
          for name, model, rank in variants for c in [costs(model, config, lora_rank=rank, **options)]])]
     for title, of in (
             ("Disk of a finished run folder, and at most on the way", lambda c: (c.disk, c.disk_peak)),

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from .config import WarpConfig
+from .gpt2 import GPT2Forward
 from .precision import compute_dtype
 
 
@@ -47,17 +48,21 @@ class MemoryEstimate:
 
 
 def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int,
-                    settings: WarpConfig | None = None, together: bool = True) -> MemoryEstimate:
+                    settings: WarpConfig | None = None, together: bool = True,
+                    adapter: tuple[int, int] | None = None) -> MemoryEstimate:
     """Estimate the memory of training `policies` copies of a causal LM at once.
 
     batch: completions a policy and step. settings: those of precision and memory count. together: as one
-    program; else the model itself is trained, and its weights are there already. It counts what a pre-norm
-    transformer keeps a layer and token: 20 times the width, and its attention weights.
+    program; else the model itself is trained, and its weights are there already. adapter: how many numbers
+    the factors of a policy's adapter have, and the matrices that it changes, where adapters are trained. It
+    counts what a pre-norm transformer keeps a layer and token: 20 times the width (40 where its GELU is written
+    out), and its attention weights.
     """
     settings, config = settings or WarpConfig(), model.config
     device = torch.device(model.device)
     narrow = compute_dtype(settings.precision, device) is not None
     numbers = policies * sum(p.numel() for p in model.parameters())
+    trained, averaged = (numbers, numbers) if adapter is None else (policies * adapter[0], policies * sum(adapter))
     size = max(4, next(model.parameters()).element_size())
     away = settings.offload and device.type != "cpu"
     width, layers, heads, words = (
@@ -65,7 +70,12 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     inner = getattr(config, "intermediate_size", None) or 4 * width
     length = prompt_tokens + new_tokens
     rows = policies * min(batch, settings.micro_batch or batch)
-    a_token_and_layer = (12 * width + 2 * inner + 2 * heads * length) * (0.75 if narrow else 1)
+    fast = together and adapter is None and GPT2Forward.supports(model)
+    # the library writes this activation out, and each of its parts stays for the backward pass
+    parts = 7 if not fast and getattr(config, "activation_function", None) in ("gelu_new", "gelu_fast") else 2
+    a_token_and_layer = (12 * width + parts * inner + 2 * heads * length) * (0.75 if narrow else 1)
+    if adapter is not None:
+        a_token_and_layer += 4 * width + 2 * inner  # what an adapter adds to its layer's output
     # with checkpoints about three layers' worth is alive at the peak, as measured: one computed a second time, its
     # gradients, and what the allocator has not yet given back
     kept = layers * a_token_and_layer
@@ -80,25 +90,27 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     cache = 2 * layers * kv_heads * head_size * length * (2 if narrow else size)
     return MemoryEstimate(
         policies,
-        weights=numbers * size * together + 2 * (numbers - policies * words * width) * narrow,
-        gradients=numbers * size * (2 if together and not away else 1),
-        optimiser=0 if away else 2 * numbers * size,
-        anchor=0 if away else numbers * size,
+        weights=trained * size * (together or adapter is not None)
+        + 2 * (numbers - policies * words * width) * narrow,
+        gradients=trained * size * (2 if (together or adapter is not None) and not away else 1),
+        optimiser=0 if away else 2 * trained * size,
+        anchor=0 if away and adapter is None else averaged * size,
         activations=int(rows * length * kept * size),
         logits=3 * positions * words * size + head * size,
-        sampling=drawn * (cache + 4 * words * size) + numbers * size * away,
-        copies=4 * numbers * size if device.type == "cpu" else 0)
+        sampling=drawn * (cache + 4 * words * size) + trained * size * away,
+        copies=2 * (numbers + trained) * size if device.type == "cpu" else 0)
 
 
 def settings_that_fit(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int, settings: WarpConfig,
-                      limit: float, together: bool = True) -> tuple[list[str], MemoryEstimate]:
+                      limit: float, together: bool = True,
+                      adapter: tuple[int, int] | None = None) -> tuple[list[str], MemoryEstimate]:
     """The settings, as NAME=VALUE, by which training would fit into `limit` bytes, and what it would then take.
 
     The cheaper in time come first, and one that saves less than a twentieth is left out. Where all of them are
     not enough, the estimate is still above the limit.
     """
     def estimate():
-        return training_memory(model, policies, batch, prompt_tokens, new_tokens, settings, together)
+        return training_memory(model, policies, batch, prompt_tokens, new_tokens, settings, together, adapter)
 
     present, changes = estimate(), {}
     halves = [max(1, batch // 2**k) for k in range(1, batch.bit_length())]

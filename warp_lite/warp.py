@@ -88,7 +88,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     result.lora = lora
     config, was_training = result.config, policy.training
     adapters = None if lora is None else adapter_trainer(policy, lora)
-    executor = fitting_executor(executor, result.model, prompts, config, progress)
+    executor = fitting_executor(executor, result.model, prompts, config, progress, adapters and adapters.size)
     try:
         if workers is not None:
             out = workers.start(out, result, prompts)
@@ -133,9 +133,11 @@ def adapter_trainer(policy, settings):
     return AdapterTrainer(policy, settings)
 
 
-def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True) -> str:
+def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True,
+                     adapter: tuple[int, int] | None = None) -> str:
     """How an iteration's runs train: one after the other if together they would not fit in memory, or cannot be
-    checkpointed. Says so, and what to set where not even one fits, on stderr in one line.
+    checkpointed. Says so, and what to set where not even one fits, on stderr in one line. adapter: as
+    `training_memory` has it.
 
     Raises ValueError for settings that the policy cannot be trained with.
     """
@@ -150,13 +152,14 @@ def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig
     shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
     free = free_memory(policy.device)
     there, told, apart = f"{free / 2**30:.2f} GiB are free", "", ""
-    needed = training_memory(policy, config.runs if executor == "batched" else 1, *shape, executor == "batched")
-    if executor == "batched" and needed.total > MEMORY_SHARE * free:
+    together = executor == "batched"
+    needed = training_memory(policy, config.runs if together else 1, *shape, together, adapter)
+    if together and needed.total > MEMORY_SHARE * free:
         told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
         apart = "the runs do not fit together and they train one after the other; even "
-        executor, needed = "serial", training_memory(policy, 1, *shape, together=False)
+        executor, needed = "serial", training_memory(policy, 1, *shape, False, adapter)
     if executor != "batched" and needed.total > MEMORY_SHARE * free:
-        changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, together=False)
+        changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, False, adapter)
         advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
         told = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
     if told or progress and needed.total > WORTH_SAYING:

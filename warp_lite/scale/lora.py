@@ -385,6 +385,12 @@ class AdapterTrainer:
                                     if isinstance(layer.get_base_layer(), Conv1D))
         self.shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many numbers the factors of one run have, and the matrices that they change."""
+        return (sum(shape.numel() for shape in self.shapes.values()),
+                sum(self.policy.get_parameter(name).numel() for name in self.names))
+
     def train(self, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
         """Train runs of one θ_init together, as `train_batched` does; states have dense policies and anchors, and
         the factors as `trained`."""
