@@ -54,13 +54,17 @@ class EMAAnchor:
     def update(self, params: StateDict) -> None:
         """θ_ema ← (1 − μ) θ_ema + μ θ, in place; call it after every optimiser step.
 
-        Raises ValueError if `params` no longer has the tensors that the anchor was made from. Their
-        values are not looked at: this runs at every step.
+        Raises ValueError if `params` no longer has the tensors that the anchor was made from, and TypeError for
+        what is no tensor. Their values are not looked at: this runs at every step.
         """
         if params.keys() != self.average.keys():
             name = sorted(params.keys() ^ self.average.keys())[0]
             raise ValueError(f"params and the anchor differ in tensor {name!r}; "
                              "update with the policy that the anchor was made from")
+        for name, source in params.items():
+            if not isinstance(source, Tensor):
+                raise TypeError(f"params[{name!r}] is a {type(source).__name__}, not a tensor; keep only the weights "
+                                "in it")
         sources = [params[name] for name in self._moving]
         if [(source.shape, source.dtype) for source in sources] != self._layout:
             for name, source, layout in zip(self._moving, sources, self._layout):

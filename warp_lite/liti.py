@@ -6,12 +6,12 @@ trades KL against reward with one number and no training. From the init of an it
 makes the next init; swept over η from the SFT policy, it draws the front; η > 1 extrapolates.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from warp_lite.weights import StateDict, map_tensors, widen
+
+LARGEST = torch.finfo(torch.float32).max  # what torch takes a step of float32 weights by
 
 
 def liti(init: StateDict, theta: StateDict, eta: float) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def liti(init: StateDict, theta: StateDict, eta: float) -> dict[str, Tensor]:
 
 def check_eta(eta: float) -> float:
     """η as a float, or a ValueError."""
-    if not math.isfinite(eta) or eta < 0:
+    if not 0 <= eta <= LARGEST:  # nor nan
         raise ValueError(f"eta is {eta}; it must be finite and not negative "
                          "(0 gives init, 1 gives theta, more extrapolates)")
     return float(eta)
