@@ -32,15 +32,13 @@ from warp_lite.policies import (
     Prompts,
     encode_prompts,
     load_policy,
-    logprobs,
     parameters,
     quiet,
     sample,
     save_policy,
     stack,
 )
-from warp_lite.reinforce import Run, draw, regularised_rewards, reinforce_loss, train_batched, train_serial
-from warp_lite.reinforce import advantages as leave_one_out
+from warp_lite.reinforce import FlatAnchor, Run, differentiate, draw, score, train_batched, train_serial
 from warp_lite.rewards import rollout_rewards
 from warp_lite.runs import provenance
 from warp_lite.tasks.reviews import reviews_world
@@ -94,21 +92,21 @@ class PolicyStep:
         self.prompts = encode_prompts(world.tokenizer, world.train_prompts)
         self.forward = make_forward(model)
         self.ensemble = Ensemble([state] * policies, [1e-6] * policies, (0.9, 0.95), 1e-8, [1.0] * policies)
-        self.anchor = self.ensemble.flat.clone()
-        self.steps = 0
+        self.anchor = FlatAnchor(self.ensemble, [state] * policies, [config.mu] * policies)
+        self.beta = torch.full((policies, 1), 0.3, dtype=torch.float64)
+        self.config, self.steps = config, 0
 
     def __call__(self) -> None:
         batch, uniforms = draw(self.runs, self.steps, self.prompts)
         with torch.no_grad():
             prepared = self.forward.prepare(self.ensemble.weights)
             rollout = sample(self.forward, prepared, batch, uniforms, Endless)
-            anchored = self.forward.prepare(self.ensemble.views(self.anchor))
-            anchor_logp = logprobs(self.forward, anchored, rollout).sum(-1)
+        anchor_logp = score(self.forward, self.anchor.weights, rollout, self.config)
         rewards = rollout_rewards([self.world.reward] * self.E, rollout, self.world.tokenizer)
-        logp = logprobs(self.forward, self.forward.prepare(self.ensemble.weights), rollout).sum(-1)
-        r_beta = regularised_rewards(rewards, logp, anchor_logp, 0.3)
-        self.ensemble.step(reinforce_loss(logp, leave_one_out(r_beta), LENGTH).sum(), 1.0)
-        self.anchor.lerp_(self.ensemble.flat, 0.01)
+        differentiate(self.forward, self.ensemble.weights, rollout, rewards, anchor_logp, self.beta, self.config,
+                      self.ensemble.backward)
+        self.ensemble.step(1.0)
+        self.anchor.update()
         self.steps += 1
 
     def operations(self) -> float:
@@ -603,6 +601,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--trl", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     if arguments.trl:
         return trl_process(Path(arguments.trl[0]), int(arguments.trl[1]), arguments.trl[2] == "1")
