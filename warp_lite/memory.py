@@ -70,6 +70,7 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     inner = getattr(config, "intermediate_size", None) or 4 * width
     length = prompt_tokens + new_tokens
     rows = policies * min(batch, settings.micro_batch or batch)
+    stacked = together or adapter is not None  # what is trained lies beside the model, in one tensor
     fast = together and adapter is None and GPT2Forward.supports(model)
     # the library writes this activation out, and each of its parts stays for the backward pass
     parts = 7 if not fast and getattr(config, "activation_function", None) in ("gelu_new", "gelu_fast") else 2
@@ -90,9 +91,8 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     cache = 2 * layers * kv_heads * head_size * length * (2 if narrow else size)
     return MemoryEstimate(
         policies,
-        weights=trained * size * (together or adapter is not None)
-        + 2 * (numbers - policies * words * width) * narrow,
-        gradients=trained * size * (2 if (together or adapter is not None) and not away else 1),
+        weights=trained * size * stacked + 2 * (numbers - policies * words * width) * narrow,
+        gradients=trained * size * (2 if stacked and not away else 1),
         optimiser=0 if away else 2 * trained * size,
         anchor=0 if away and adapter is None else averaged * size,
         activations=int(rows * length * kept * size),
