@@ -66,5 +66,5 @@ def here(task, tmp_path, monkeypatch):
     shutil.copytree(task, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 64)
     return tmp_path

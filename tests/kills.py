@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from short_run import files
 
-import warp_lite.front
-import warp_lite.result
-import warp_lite.tasks.reviews  # noqa: F401
-import warp_lite.warp  # noqa: F401
+import warp_lite.viewing.front_report
+import warp_lite.warp
+import warp_lite.worlds.reviews  # noqa: F401
+from warp_lite import result
 from warp_lite.cli import main
+from warp_lite.evaluation import limit
 
 RUN = ["run", "--policy", "policy", "--reward", "kills_reward:score", "--prompts", "prompts.txt", "--set=iterations=2",
        "--set=runs=2", "--set=steps=8", "--set=batch_size=4", "--set=lr=1e-2", "--set=max_new_tokens=5",
@@ -80,7 +81,7 @@ def kill(folder: Path, kills: int, seed: int) -> dict:
     os.chdir(folder)
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # a process that is killed loses nothing that it has written, synced or not
-    warp_lite.result.EVALUATION_SAMPLES, warp_lite.front.LIMIT_SAMPLES = 32, 64
+    result.EVALUATION_SAMPLES, limit.LIMIT_SAMPLES = 32, 64
     chance, log = random.Random(seed), Path("log.txt")
     seconds = finished([*RUN, "--out", "whole"], log)
     whole, stages, count, differing = files("whole"), Counter(), 0, {}

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from warp_lite.policies import save_policy
+from warp_lite.policies.loading import save_policy
 
 TEXTS = ["this film was great and i loved it .", "that plot is dull but i loved the naïve ending !",
          "a long western: nobody wanted it, 12 people saw it.", "the café scene wasn't bad at all — it's superb"] * 4

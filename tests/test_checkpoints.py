@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from warp_lite import checkpoints
-from warp_lite.checkpoints import merge_checkpoints
-from warp_lite.liti import liti
-from warp_lite.slerp import CHUNK, lerp, slerp
+from warp_lite.averaging import checkpoints
+from warp_lite.averaging.checkpoints import merge_checkpoints
+from warp_lite.averaging.liti import liti
+from warp_lite.averaging.slerp import CHUNK, lerp, slerp
 
 SHAPES = {"wte.weight": (CHUNK // 64 + 3, 130), "h.0.attn.weight": (8, 24), "h.0.attn.bias": (24,), "scale": ()}
 
@@ -215,7 +215,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, folders, monkeypatch):
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path, folders, moment):
     script = textwrap.dedent(f"""
         import os, signal, sys
-        from warp_lite import checkpoints
+        from warp_lite.averaging import checkpoints
         {moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         checkpoints.merge_checkpoints(sys.argv[1], sys.argv[2:4], sys.argv[4])
     """)

@@ -15,8 +15,9 @@ from short_run import PROMPTS, files, short_run
 from transformers import AutoModelForCausalLM
 
 from warp_lite import slerp
+from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main, parse_etas, read_prompts
-from warp_lite.policies import load_policy, parameters, save_policy
+from warp_lite.policies.loading import load_policy, save_policy
 
 SHORT = [f"--set={setting}" for setting in (
     "iterations=2", "runs=2", "steps=4", "batch_size=3", "lr=1e-2", "max_new_tokens=5", "eval_every=2", "save_every=2")]
@@ -94,7 +95,7 @@ def test_resume_of_a_finished_folder_draws_its_front_again(here, capsys, monkeyp
     first, before = capsys.readouterr().out, files(here / "out")
     (here / "out" / "front.png").unlink()
     monkeypatch.setitem(sys.modules["warp_lite.warp"].EXECUTORS, "batched", lambda *a: pytest.fail("it trained again"))
-    monkeypatch.setattr("warp_lite.front.measure_front", lambda *a: pytest.fail("it measured again"))
+    monkeypatch.setattr("warp_lite.viewing.front_report.measure_front", lambda *a: pytest.fail("it measured again"))
     assert main(own("--resume", "--out", "out")) == 0
     assert capsys.readouterr().out == first and files(here / "out") == before
 
@@ -121,8 +122,8 @@ def test_merge_writes_the_slerp_of_two_folders(here, capsys, policy_of, tokenize
 
 def test_a_preset_runs_on_the_tiny_world(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 64)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 16)
-    monkeypatch.setattr("warp_lite.front.LIMIT_PROMPTS", 8)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 16)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_PROMPTS", 8)
     arguments = ["run", "--preset", "tiny", "--set=steps=3", "--set=iterations=1", "--set=runs=2",
                  "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
@@ -360,7 +361,7 @@ def test_ctrl_c_while_the_front_is_measured_keeps_the_runs(here, capsys, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("warp_lite.front.measure_front", interrupted)
+        patch.setattr("warp_lite.viewing.front_report.measure_front", interrupted)
         assert main(own("--out", "out")) == 130
     assert "every run in out is kept; continue with --resume" in capsys.readouterr().err
     assert main(own("--resume", "--out", "out")) == 0 and (here / "out" / "front.json").is_file()

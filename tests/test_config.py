@@ -6,7 +6,7 @@ import math
 import pytest
 
 from warp_lite import PRESETS, WarpConfig, preset
-from warp_lite.tasks import HUB, TINY
+from warp_lite.worlds import HUB, TINY
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(WarpConfig)}
 

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from short_run import CONFIG, short_run, stop_after
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from warp_lite.costs import ITERATIONS, PAPER_POLICIES, RUNS, amount, costs, main, on_paper, tables
-from warp_lite.files import read_lines
-from warp_lite.policies import save_policy
+from warp_lite.policies.loading import save_policy
+from warp_lite.scale.costs import ITERATIONS, PAPER_POLICIES, RUNS, amount, costs, main, on_paper, tables
 from warp_lite.scale.lora import LoraSettings
+from warp_lite.storage.files import read_lines
 
 TINY = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=40, vocab_size=18, bos_token_id=1, eos_token_id=2,
                   pad_token_id=0)
@@ -77,12 +77,14 @@ MEASURE = """
 import resource, sys
 from transformers import GPT2Config, GPT2LMHeadModel
 from warp_lite.config import WarpConfig
-from warp_lite.costs import costs
-from warp_lite.policies import encode_prompts, parameters
-from warp_lite.reinforce import Run, train_serial
-from warp_lite.result import copy_weights
+from warp_lite.scale.costs import costs
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.training.run import Run
+from warp_lite.training.serial import train_serial
+from warp_lite.averaging.state_dicts import copy_weights
 from warp_lite.scale.lora import AdapterTrainer, LoraSettings
-from warp_lite.tasks.reviews import make_tokenizer
+from warp_lite.worlds.grammar import make_tokenizer
 
 scale, rank = 1 if sys.platform == "darwin" else 1024, int(sys.argv[1]) or None
 AdapterTrainer(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)), LoraSettings(rank=1))  # imports PEFT

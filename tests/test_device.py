@@ -6,8 +6,9 @@ from other_device import Elsewhere, other_device
 from short_run import score, short_run
 from transformers import GPT2Model
 
-from warp_lite import BradleyTerry, reinforce
-from warp_lite.gpt2 import GPT2Forward
+from warp_lite import BradleyTerry
+from warp_lite.policies.gpt2_forward import GPT2Forward
+from warp_lite.training import reinforce
 
 
 def on_other_device(model, device):

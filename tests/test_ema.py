@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warp_lite.ema import EMAAnchor
+from warp_lite.averaging.ema import EMAAnchor
 
 
 def trajectory(steps, dtype=torch.float64):

@@ -11,9 +11,10 @@ import torch
 from warp_lite.cli import main
 from warp_lite.config import WarpConfig
 from warp_lite.evaluation.statistics import hierarchical_bootstrap, verdict
-from warp_lite.evidence import claims, load, noise, report, runner, tuning
+from warp_lite.evidence import effects, load, noise, report, runner, tuning
 from warp_lite.evidence.bench import TUNING_SEEDS, draw_of, noise_scale
-from warp_lite.evidence.claims import CLAIMS, Claim, Rows, decide
+from warp_lite.evidence.claims import CLAIMS, Claim, decide
+from warp_lite.evidence.effects import Rows
 
 
 def front(line, seed, kl, reward, **more):
@@ -34,55 +35,55 @@ def two_lines(seeds=range(8), reach=4.0):
 
 
 def test_two_lines_are_compared_at_the_highest_kl_that_every_seed_reaches():
-    effect = claims.at_kl("a", "b")(two_lines(reach=2.6))
+    effect = effects.at_kl("a", "b")(two_lines(reach=2.6))
     assert effect.level == 2.5 and effect.reached == {"4": 7, "3.5": 7, "3": 7, "2.5": 8}
     assert effect.values == pytest.approx({seed: 0.5 for seed in range(8)})
-    nowhere = claims.at_kl("a", "b")(two_lines(reach=0.1))
+    nowhere = effects.at_kl("a", "b")(two_lines(reach=0.1))
     assert nowhere.level is None and nowhere.values == {}
 
 
 def test_the_runs_of_a_seed_count_as_their_mean():
     rows = [*front("one", 0, [0, 4], [0, 1], run=1), *front("one", 0, [0, 4], [0, 3], run=2),
             *front("other", 0, [0, 4], [0, 0])]
-    effect = claims.at_kl("one", "other")(Rows("sentiment", rows))
+    effect = effects.at_kl("one", "other")(Rows("sentiment", rows))
     assert effect.level == 4 and effect.values == pytest.approx({0: 2.0})
 
 
 def test_a_trajectory_counts_where_it_first_crosses_a_kl():
     path = [{"line": "t", "seed": 0, "step": step, "kl": kl, "reward": reward}
             for step, kl, reward in ((20, 3.0, 9.0), (0, 0.0, 0.0), (10, 2.0, 2.0), (30, 1.0, 5.0))]
-    assert claims.level_of(path, 1.0) == pytest.approx(1.0)       # on the way up, not 5 at the end
-    assert math.isnan(claims.level_of(path, 3.5))
+    assert effects.level_of(path, 1.0) == pytest.approx(1.0)       # on the way up, not 5 at the end
+    assert math.isnan(effects.level_of(path, 3.5))
 
 
 def test_gold_is_read_where_the_proxy_first_gets_to_a_level():
     rows = front("a", 0, [0, 1, 2], [0, 1, 2])
-    assert claims.gold_at_proxy(rows, 1.5) == pytest.approx(-1.5)
-    assert math.isnan(claims.gold_at_proxy(rows, 2.5))
+    assert effects.gold_at_proxy(rows, 1.5) == pytest.approx(-1.5)
+    assert math.isnan(effects.gold_at_proxy(rows, 2.5))
 
 
 def test_areas_shares_and_shapes_of_curves_that_are_known():
     rows = two_lines()
-    level = claims.areas("a", "b")(rows).values                                   # an area is above its own start
+    level = effects.areas("a", "b")(rows).values                                   # an area is above its own start
     assert level == pytest.approx({seed: 0.0 for seed in range(8)}, abs=1e-9)
     limit = [{"kl": 0.0, "reward": 0.5}, {"kl": 4.0, "reward": 4.5}]
     rows.limits = {draw_of(seed): limit for seed in range(8)}
-    assert claims.share("a")(rows).values == pytest.approx({s: 0.5 for s in range(8)}, rel=1e-6)
+    assert effects.share("a")(rows).values == pytest.approx({s: 0.5 for s in range(8)}, rel=1e-6)
     etas = np.linspace(0, 1, 6)
     curved = Rows("sentiment", front("c", 0, 3 * etas**2 + etas, 2 * etas - etas**2))
-    assert claims.curvature("c", "kl")(curved).values == pytest.approx({0: 3.0})
-    assert claims.curvature("c", "reward")(curved).values == pytest.approx({0: -1.0})
-    under = claims.under_the_chord("c", float(etas[3]))(curved).values
+    assert effects.curvature("c", "kl")(curved).values == pytest.approx({0: 3.0})
+    assert effects.curvature("c", "reward")(curved).values == pytest.approx({0: -1.0})
+    under = effects.under_the_chord("c", float(etas[3]))(curved).values
     assert under == pytest.approx({0: 4 * 0.6 - (3 * 0.36 + 0.6)})
 
 
 def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
-    found = decide(Claim("c", "3b", "words", "s", claims.at_kl("a", "b"), "above"), two_lines())
+    found = decide(Claim("c", "3b", "words", "s", effects.at_kl("a", "b"), "above"), two_lines())
     assert {"name", "world", "paper_figure", "statement", "effect", "ci_low", "ci_high", "unit", "null", "margin",
             "rule", "seeds", "verdict"} <= set(found)
     assert (found["verdict"], found["seeds"], found["draws"], found["level"]) == ("holds", 8, 4, 4)
-    assert decide(Claim("c", "", "", "", claims.at_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
-    missing = decide(Claim("c", "", "", "", claims.at_kl("a", "b"), "above"), two_lines(reach=0.1))
+    assert decide(Claim("c", "", "", "", effects.at_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
+    missing = decide(Claim("c", "", "", "", effects.at_kl("a", "b"), "above"), two_lines(reach=0.1))
     assert (missing["verdict"], missing["effect"], missing["seeds"]) == ("unclear", None, 0)
     json.dumps(missing, allow_nan=False)
 
@@ -186,7 +187,7 @@ def test_units_are_run_once_and_again_where_their_file_is_damaged(tmp_path, monk
 
 
 def test_the_table_and_the_figure_say_what_the_json_says(tmp_path):
-    claim = Claim("c", "3b", "a is above b", "s", claims.at_kl("a", "b"), "above", lines=("a", "b"))
+    claim = Claim("c", "3b", "a is above b", "s", effects.at_kl("a", "b"), "above", lines=("a", "b"))
     rows = two_lines(reach=2.6)
     found = report.report([claim], {("sentiment", "s"): rows}, ["sentiment"], range(8), whole=False)
     text = report.write_report(found, [claim], {("sentiment", "s"): rows}, tmp_path)

@@ -8,9 +8,12 @@ import torch
 from tiny import ARCHITECTURES, naive_completion
 
 from warp_lite import WarpConfig
-from warp_lite.policies import encode_prompts, parameters
-from warp_lite.randomness import prompt_indices, token_uniforms
-from warp_lite.reinforce import Run, RunFailed, train_batched, train_serial
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.policies.randomness import prompt_indices, token_uniforms
+from warp_lite.training.batched import train_batched
+from warp_lite.training.run import Run, RunFailed
+from warp_lite.training.serial import train_serial
 
 EXECUTORS = [train_serial, train_batched]
 PROMPTS = ["this film", "that plot was great and i loved it but", "i", "this film was dull .", "the"]  # ragged

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from warp_lite import warp
+from warp_lite.averaging.liti import liti
 from warp_lite.config import WarpConfig
 from warp_lite.experiment import policies_that_fit, run_experiment
-from warp_lite.liti import liti
-from warp_lite.memory import training_memory
-from warp_lite.policies import encode_prompts
-from warp_lite.reinforce import train_batched
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.training.batched import train_batched
+from warp_lite.training.memory import training_memory
 from warp_lite.warp import run_warp
 
 PROMPTS = ["this film was", "that plot was", "this plot is", "but that film is"]
@@ -130,7 +129,7 @@ def test_runs_that_do_not_fit_in_memory_together_train_one_after_the_other(polic
     config = CONFIG.replace(iterations=1)
     together = run_warp(*policy, length_reward, PROMPTS, config, eval_prompts=PROMPTS[:2], progress=False)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(warp, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("warp_lite.training.memory.free_memory", lambda device: 1000)
     apart = run_warp(*policy, length_reward, PROMPTS, config, eval_prompts=PROMPTS[:2], progress=False)
     assert "they train one after the other" in capsys.readouterr().err
     for tensor, other in zip(together.weights(1.0).values(), apart.weights(1.0).values()):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
-from warp_lite.explorer_grid import View, changed_words, line_at, merged_weights, point_at, reach
-from warp_lite.explorer_picture import draw, spread
+from warp_lite.viewing.explorer.grid import View, changed_words, line_at, merged_weights, point_at, reach
+from warp_lite.viewing.explorer.picture import draw, spread
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this plot", "the film was", "that film", "dull and", "it was"]
 

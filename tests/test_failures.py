@@ -11,11 +11,13 @@ import torch
 from short_run import CONFIG, PROMPTS, assert_same_weights, differ, files, score, short_run, stop_after
 
 from warp_lite import liti, load_result, slerp, train_batched
+from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main
-from warp_lite.policies import encode_prompts, parameters, save_policy
-from warp_lite.reinforce import Run, RunFailed
-from warp_lite.runs import RunFolder
-from warp_lite.warp import hold_out
+from warp_lite.policies.loading import save_policy
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.task import hold_out
+from warp_lite.training.run import Run, RunFailed
+from warp_lite.training.run_folder import RunFolder
 
 SETTINGS = {"runs": 3, "iterations": 1, "eval_every": 0, "save_every": 3}
 
@@ -201,9 +203,9 @@ def test_when_all_runs_fail_there_is_nothing_to_merge(policy, tokenizer, tmp_pat
 
 
 def test_a_run_that_fails_when_it_is_measured_is_left_out_too(policy, tokenizer, tmp_path, monkeypatch):
-    from warp_lite import warp
+    from warp_lite.training import iteration
 
-    points = warp.trajectory_points
+    points = iteration.trajectory_points
 
     def fragile(result, members, step, states):
         if step == 2 and any((run.iteration, run.number) == (1, 2) for run in members):
@@ -212,7 +214,7 @@ def test_a_run_that_fails_when_it_is_measured_is_left_out_too(policy, tokenizer,
 
     options = {**SETTINGS, "eval_every": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(warp, "trajectory_points", fragile)
+        patch.setattr(iteration, "trajectory_points", fragile)
         with pytest.raises(ValueError, match="^the reward is nan for a completion of the prompt 'this'$"):
             short_run(policy, tokenizer, out=tmp_path / "stopped", **options)
         found = short_run(policy, tokenizer, out=tmp_path / "run", on_failure="continue", **options)
@@ -234,7 +236,7 @@ def test_a_word_that_says_neither_stop_nor_continue_is_refused(policy, tokenizer
 def test_the_command_line_says_in_one_line_what_was_left_out(policy, tokenizer, poison, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 64)
     save_policy(policy, tokenizer, "policy")
     (tmp_path / "poisoned_reward.py").write_text(f"""
 from short_run import score as good
@@ -261,7 +263,7 @@ def score(prompts, completions, completion_ids, **kwargs):
 def test_a_failure_names_the_prompt_that_is_farthest_from_the_mean_or_the_first_that_is_no_number():
     from types import SimpleNamespace
 
-    from warp_lite.reinforce import check_finite
+    from warp_lite.training.reinforce import check_finite
 
     texts = [f"prompt {i}" for i in range(6)]
     rollout = SimpleNamespace(prompts=SimpleNamespace(texts=texts), ids=torch.zeros(2, 3, 1))

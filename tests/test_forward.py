@@ -17,10 +17,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
-import warp_lite.gpt2 as gpt2_module
-from warp_lite.forward import ModuleForward, VmapForward, make_forward
-from warp_lite.gpt2 import GPT2Forward
-from warp_lite.policies import load_weights, parameters, stack, unstack
+import warp_lite.policies.gpt2_forward as gpt2_module
+from warp_lite.averaging.state_dicts import load_weights, parameters, stack, unstack
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.gpt2_forward import GPT2Forward
+from warp_lite.policies.module_forward import ModuleForward
+from warp_lite.policies.vmap_forward import VmapForward
 
 LENGTHS = (1, 4, 9, 12)  # of the rows of a ragged batch; the windows of Gemma 3 and Mistral are 3
 VOCABULARY = 18

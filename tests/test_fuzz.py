@@ -24,7 +24,8 @@ from short_run import CONFIG, PROMPTS, files
 
 from warp_lite import EMAAnchor, WarpConfig, angles, lerp, liti, slerp, task_vector
 from warp_lite.cli import main, parse_etas, read_prompts
-from warp_lite.policies import encode_prompts, save_policy
+from warp_lite.policies.loading import save_policy
+from warp_lite.policies.prompts import encode_prompts
 
 MORE = os.environ.get("WARP_LITE_FUZZ")
 
@@ -251,10 +252,10 @@ def small():
     """Fronts of few samples, without a picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warp_lite.result.EVALUATION_SAMPLES", 8)
-        patch.setattr("warp_lite.warp.TRAJECTORY_SAMPLES", 4)
-        patch.setattr("warp_lite.front.LIMIT_SAMPLES", 4)
+        patch.setattr("warp_lite.training.iteration.TRAJECTORY_SAMPLES", 4)
+        patch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 4)
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b""))
-        patch.setattr("warp_lite.files.sync", lambda path: None)
+        patch.setattr("warp_lite.storage.files.sync", lambda path: None)
         yield
 
 

@@ -10,10 +10,14 @@ import torch
 from tiny import make_tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
-from warp_lite import WarpConfig, reinforce
-from warp_lite.memory import training_memory
-from warp_lite.policies import encode_prompts, parameters
-from warp_lite.reinforce import Run, train_batched, train_serial
+from warp_lite import WarpConfig
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.training import reinforce
+from warp_lite.training.batched import train_batched
+from warp_lite.training.memory import training_memory
+from warp_lite.training.run import Run
+from warp_lite.training.serial import train_serial
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

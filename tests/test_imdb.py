@@ -15,12 +15,15 @@ from test_real_models import one_error
 from torch.nn.functional import cross_entropy
 from transformers import pipeline
 
-from warp_lite import hub, load_policy
+from warp_lite import load_policy
+from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main
-from warp_lite.policies import parameters, save_policy
-from warp_lite.tasks import load_world, small_hub
-from warp_lite.tasks.imdb import IMDB, ImdbSettings, imdb_world, openings, reviews
-from warp_lite.tasks.reviews import World, reviews_world
+from warp_lite.policies import hub
+from warp_lite.policies.loading import save_policy
+from warp_lite.task import World
+from warp_lite.worlds import load_world, small_hub
+from warp_lite.worlds.imdb import IMDB, ImdbSettings, imdb_world, openings, reviews
+from warp_lite.worlds.reviews import reviews_world
 
 SHORT = [f"--set={setting}" for setting in (
     "iterations=1", "runs=2", "steps=2", "batch_size=4", "lr=1e-3", "max_new_tokens=6", "eval_every=2")]
@@ -87,7 +90,7 @@ def test_gemma_imdb_is_fine_tuned_on_other_reviews_and_kept(offline, monkeypatch
 
     assert loss(made.model) < loss(base) - 0.2
     assert made.folder.parent == tmp_path and (made.folder / "sft" / "tokenizer.json").is_file()
-    monkeypatch.setattr("warp_lite.tasks.imdb.train_on_texts", lambda *a: pytest.fail("it trained again"))
+    monkeypatch.setattr("warp_lite.worlds.imdb.train_on_texts", lambda *a: pytest.fail("it trained again"))
     again = imdb_world(settings, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(parameters(made.model).values(), parameters(again.model).values()))
     assert again.train_prompts == made.train_prompts
@@ -95,7 +98,7 @@ def test_gemma_imdb_is_fine_tuned_on_other_reviews_and_kept(offline, monkeypatch
 
 def test_the_preset_runs_and_its_front_is_measured_again(offline, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 64)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 16)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 16)
     arguments = ["run", "--preset", "gpt2-imdb", *SHORT, "--device", "cpu", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     front = json.loads((tmp_path / "run" / "front.json").read_text())

@@ -15,9 +15,9 @@ from short_run import PROMPTS, files, score, short_run
 
 from warp_lite import WarpConfig, run_warp
 from warp_lite.cli import main
-from warp_lite.files import locked
-from warp_lite.policies import load_policy, save_policy
-from warp_lite.runs import SaveClock
+from warp_lite.policies.loading import load_policy, save_policy
+from warp_lite.storage.files import locked
+from warp_lite.training.run_folder import SaveClock
 
 BRIEF = {"steps": 2, "save_every": 1, "eval_every": 1}
 KILLS = int(os.environ.get("WARP_LITE_KILLS", "4"))  # how many runs are killed: 4, or what a careful person asks for

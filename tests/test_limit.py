@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import make_policy, make_tokenizer
 
 from warp_lite import WarpConfig, best_of_n_front, optimal_front, reward_at_kl, run_warp
-from warp_lite.evaluation.limit import BETAS, MIN_ESS, reference_rewards
+from warp_lite.evaluation.front import MIN_ESS
+from warp_lite.evaluation.limit import BETAS, reference_rewards
 
 
 def tilted(p, r, beta):

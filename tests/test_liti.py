@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warp_lite.liti import liti
-from warp_lite.slerp import slerp, task_vector
+from warp_lite.averaging.liti import liti
+from warp_lite.averaging.slerp import slerp, task_vector
 
 INIT = {"w": torch.tensor([1.0, -2.0, 4.0]), "b": torch.tensor([[0.5]])}
 THETA = {"w": torch.tensor([2.0, -2.0, 0.0]), "b": torch.tensor([[1.5]])}

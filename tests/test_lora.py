@@ -14,31 +14,36 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from warp_lite import lerp, liti, load_result, slerp
+from warp_lite.averaging.state_dicts import load_weights, parameters, stack
 from warp_lite.cli import main
-from warp_lite.forward import ModuleForward
-from warp_lite.plots import draw_merges
-from warp_lite.policies import encode_prompts, load_weights, logprobs, parameters, sample, save_policy, stack
-from warp_lite.reinforce import Run, advantages, checked_rewards, draw, warmup
+from warp_lite.policies.loading import save_policy
+from warp_lite.policies.module_forward import ModuleForward
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.policies.sampling import logprobs, sample
+from warp_lite.training.reinforce import advantages, checked_rewards, draw, warmup
+from warp_lite.training.run import Run
+from warp_lite.viewing.plots import draw_merges
 
 peft = pytest.importorskip("peft")
 
 from warp_lite.scale import lora as lora_module  # noqa: E402
-from warp_lite.scale.lora import (  # noqa: E402
+from warp_lite.scale.adapters import (  # noqa: E402
     Adapter,
-    AdapterTrainer,
-    LoraSettings,
     adapter_gram,
     combine_adapters,
-    compare_merges,
     factors_merged,
     fold,
+    merge_adapters,
+    relative_error,
+    truncate,
+)
+from warp_lite.scale.lora import AdapterTrainer, LoraSettings  # noqa: E402
+from warp_lite.scale.peft_folders import (  # noqa: E402
+    compare_merges,
     front_adapter,
     load_adapter,
     merge_adapter_folders,
-    merge_adapters,
-    relative_error,
     save_adapter,
-    truncate,
 )
 
 SETTINGS = LoraSettings(rank=2, alpha=3.0)

@@ -11,18 +11,22 @@ import torch
 from short_run import CONFIG, PROMPTS, score, short_run
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from warp_lite import WarpConfig, run_warp, warp
-from warp_lite.memory import free_memory, settings_that_fit, training_memory
+from warp_lite import WarpConfig, run_warp
+from warp_lite.training import memory
+from warp_lite.training.memory import free_memory, settings_that_fit, training_memory
 
 MEASURE = """
 import json, resource, sys
 from transformers import GPT2Config, GPT2LMHeadModel
 from warp_lite.config import WarpConfig
-from warp_lite.memory import training_memory
-from warp_lite.policies import encode_prompts, parameters
-from warp_lite.reinforce import Run, train_batched, train_serial
+from warp_lite.training.memory import training_memory
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.training.run import Run
+from warp_lite.training.batched import train_batched
+from warp_lite.training.serial import train_serial
 from warp_lite.scale.lora import AdapterTrainer, LoraSettings
-from warp_lite.tasks.reviews import make_tokenizer
+from warp_lite.worlds.grammar import make_tokenizer
 
 words, width, layers, batch, new_tokens, policies = map(int, sys.argv[1].split())
 settings = json.loads(sys.argv[2])
@@ -128,13 +132,13 @@ def test_the_advice_fits_and_takes_no_more_than_it_needs():
 
 
 def test_a_run_that_does_not_fit_says_so_in_one_line_with_what_to_set(policy_of, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(warp, "free_memory", lambda device: 200_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 200_000)
     short_run(policy_of("gpt2"), tokenizer, steps=1, iterations=1, batch_size=8)
     line, = capsys.readouterr().err.splitlines()
     assert "a run would take about 0.00 GiB for 1 policy: " in line and " are free; set " in line
     assert "micro_batch=" in line
-    monkeypatch.setattr(warp, "WORTH_SAYING", 1000)
-    monkeypatch.setattr(warp, "free_memory", free_memory)
+    monkeypatch.setattr(memory, "WORTH_SAYING", 1000)
+    monkeypatch.setattr(memory, "free_memory", free_memory)
     short_run(policy_of("gpt2"), tokenizer, steps=1, iterations=1)
     assert not capsys.readouterr().err  # not where progress is not shown
     run_warp(policy_of("gpt2"), tokenizer, score, PROMPTS, CONFIG.replace(steps=1, iterations=1))

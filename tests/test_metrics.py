@@ -9,11 +9,11 @@ from enumeration import completions, exact_kl
 from tiny import make_policy, make_tokenizer
 
 from warp_lite import evaluate
+from warp_lite.averaging.state_dicts import parameters, stack
 from warp_lite.evaluation import metrics as metrics_module
 from warp_lite.evaluation.metrics import (
     PolicyMetrics,
     distinct_pairs,
-    encode_texts,
     evaluate_many,
     evaluation_uniforms,
     perplexity,
@@ -22,8 +22,9 @@ from warp_lite.evaluation.metrics import (
     sequence_kl,
     standard_error,
 )
-from warp_lite.forward import make_forward
-from warp_lite.policies import Rollout, encode_prompts, logprobs, parameters, sample, stack
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.prompts import encode_prompts, encode_texts
+from warp_lite.policies.sampling import Rollout, logprobs, sample
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this"]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 
-from warp_lite import WarpConfig, plans
-from warp_lite.notebooks import paths
+from warp_lite import WarpConfig
+from warp_lite.notebooks import plans
+from warp_lite.notebooks.__main__ import paths
 
 
 def on_paper(config):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from warp_lite.plots import COLOURS, ITERATION_COLOURS, column, draw_front, front_finding, known, style
+from warp_lite.viewing.plots import COLOURS, ITERATION_COLOURS, column, draw_front, front_finding, known, style
 
 
 def points(iterations=2, gold=False):

@@ -9,21 +9,13 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from tiny import ARCHITECTURES, POSITIONS, make_policy, make_tokenizer, naive_completion
 
-from warp_lite import load_policy, policies, save_policy
-from warp_lite.forward import ModuleForward, make_forward
-from warp_lite.policies import (
-    Prompts,
-    completion_ids,
-    completion_logits,
-    completions_text,
-    encode_prompts,
-    logprobs,
-    parameters,
-    room_for_prompts,
-    sample,
-    stack,
-)
-from warp_lite.randomness import token_uniforms
+from warp_lite import load_policy, save_policy
+from warp_lite.averaging.state_dicts import parameters, stack
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.module_forward import ModuleForward
+from warp_lite.policies.prompts import Prompts, encode_prompts, room_for_prompts
+from warp_lite.policies.randomness import token_uniforms
+from warp_lite.policies.sampling import completion_ids, completion_logits, completions_text, logprobs, sample
 
 RAGGED = ["this film", "that plot was great and i loved it but", "i", "this film was dull ."]
 LONGEST = 8  # tokens of a completion
@@ -157,9 +149,9 @@ def test_dropping_completions_that_ended_changes_none(architecture, serial, prom
     encoded, found, widths = encode_prompts(tokenizer, prompts).repeat(3), [], []
     cache_of = forward.cache_of
     monkeypatch.setattr(forward, "cache_of", lambda cache, rows: widths.append(rows.shape[1]) or cache_of(cache, rows))
-    monkeypatch.setattr(policies, "DROP_AT", 0.99)
+    monkeypatch.setattr("warp_lite.policies.sampling.DROP_AT", 0.99)
     for at_least in (1, 10**9):
-        monkeypatch.setattr(policies, "DROP_FROM", at_least)
+        monkeypatch.setattr("warp_lite.policies.sampling.DROP_FROM", at_least)
         found.append(sample(forward, weights, encoded, uniforms, tokenizer))
     dropped, whole = found
     assert widths and widths == sorted(set(widths), reverse=True) and widths[0] < 16

@@ -11,12 +11,17 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from warp_lite import WarpConfig, load_policy, load_result
-from warp_lite.ensemble import Ensemble
-from warp_lite.forward import ModuleForward, VmapForward, make_forward
-from warp_lite.gpt2 import GPT2Forward
-from warp_lite.policies import Rollout, chosen_logprobs, encode_prompts, logprobs, parameters, sample, stack
-from warp_lite.precision import compute_dtype, full_precision
-from warp_lite.reinforce import Run, train_batched, train_serial
+from warp_lite.averaging.state_dicts import parameters, stack
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.gpt2_forward import GPT2Forward
+from warp_lite.policies.module_forward import ModuleForward
+from warp_lite.policies.precision import compute_dtype, full_precision
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.policies.sampling import Rollout, chosen_logprobs, logprobs, sample
+from warp_lite.policies.vmap_forward import VmapForward
+from warp_lite.training.batched import Ensemble, train_batched
+from warp_lite.training.run import Run
+from warp_lite.training.serial import train_serial
 
 
 def named(value) -> str:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from warp_lite.randomness import EVALUATION, PROMPT_ORDER, TOKENS, WORLD, generator, prompt_indices, token_uniforms
+from warp_lite.policies.randomness import (
+    EVALUATION,
+    PROMPT_ORDER,
+    TOKENS,
+    WORLD,
+    generator,
+    prompt_indices,
+    token_uniforms,
+)
 
 
 @pytest.mark.parametrize("batch, prompts", [(4, 12), (5, 12), (8, 3), (7, 7), (1, 2)])

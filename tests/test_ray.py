@@ -16,10 +16,12 @@ from short_run import CONFIG, PROMPTS, files, score, short_run
 from tiny import make_policy, make_tokenizer
 
 from warp_lite import run_warp
+from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main
-from warp_lite.files import read_lines, weights_hash
-from warp_lite.policies import encode_prompts, parameters, save_policy
+from warp_lite.policies.loading import save_policy
+from warp_lite.policies.prompts import encode_prompts
 from warp_lite.scale.ray import Job, RayExecutor, last_row, train_run
+from warp_lite.storage.files import read_lines, weights_hash
 
 ray = pytest.importorskip("ray")
 # Of a Ray that did not start in time and was begun again.
@@ -143,7 +145,7 @@ def test_the_command_line_runs_on_ray_with_a_reward_of_ones_own_module(started, 
                                                                       monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 64)
     save_policy(policy, tokenizer, "policy")
     (tmp_path / "ray_reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

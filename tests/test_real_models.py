@@ -15,11 +15,14 @@ from tiny import ARCHITECTURES, make_policy, make_tokenizer, naive_completion
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, pipeline
 
 from warp_lite import ClassifierReward, WarpConfig, load_policy, load_result, run_warp
+from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main
-from warp_lite.files import LOCK
-from warp_lite.policies import encode_prompts, load_tokenizer, parameters, save_policy
-from warp_lite.randomness import prompt_indices, token_uniforms
-from warp_lite.rewards import PipelineReward, call_reward
+from warp_lite.policies.loading import load_tokenizer, save_policy
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.policies.randomness import prompt_indices, token_uniforms
+from warp_lite.rewards.calling import call_reward
+from warp_lite.rewards.classifiers import PipelineReward
+from warp_lite.storage.files import LOCK
 
 WORDS = [f"{a} {b} {c}" for a in ("this", "that") for b in ("film", "plot") for c in ("was", "is", "was great")]
 CHATS = [[{"role": "system", "content": "be brief"}, {"role": "user", "content": text}] for text in WORDS]
@@ -45,7 +48,7 @@ def shelf(tmp_path_factory):
 def few(monkeypatch):
     """Evaluation with few samples."""
     monkeypatch.setattr("warp_lite.result.EVALUATION_SAMPLES", 8)
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 32)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 32)
 
 
 def command(shelf, out, policy, *more, reward="distilbert", prompts="prompts.jsonl"):
@@ -73,7 +76,7 @@ def finished(shelf, tmp_path_factory):
             out = tmp_path_factory.mktemp("runs") / architecture
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("warp_lite.result.EVALUATION_SAMPLES", 8)
-                patch.setattr("warp_lite.front.LIMIT_SAMPLES", 32)
+                patch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 32)
                 patch.setenv("WARP_LITE_CACHE", str(out.parent / "cache"))
                 assert main(command(shelf, out, architecture)) == 0
             made[architecture] = out

@@ -7,17 +7,15 @@ import torch
 from tiny import make_policy, make_tokenizer
 
 from warp_lite import WarpConfig
-from warp_lite.forward import ModuleForward, make_forward
-from warp_lite.policies import Rollout, encode_prompts, logprobs, parameters, stack
-from warp_lite.reinforce import (
-    Run,
-    advantages,
-    regularised_rewards,
-    reinforce_loss,
-    train_batched,
-    train_serial,
-    warmup,
-)
+from warp_lite.averaging.state_dicts import parameters, stack
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.module_forward import ModuleForward
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.policies.sampling import Rollout, logprobs
+from warp_lite.training.batched import train_batched
+from warp_lite.training.reinforce import advantages, regularised_rewards, reinforce_loss, warmup
+from warp_lite.training.run import Run
+from warp_lite.training.serial import train_serial
 
 TOKENIZER = make_tokenizer(["film"])  # five tokens
 EOS, LENGTH, BETA = TOKENIZER.eos_token_id, 3, 0.7

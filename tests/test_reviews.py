@@ -9,27 +9,24 @@ import torch
 from transformers import AutoTokenizer
 
 from warp_lite import evaluate
-from warp_lite.evaluation.metrics import encode_texts, perplexity
-from warp_lite.forward import make_forward
-from warp_lite.policies import encode_prompts, parameters, stack
-from warp_lite.randomness import WORLD, generator
-from warp_lite.rewards import pad_right
-from warp_lite.tasks import reviews as module
-from warp_lite.tasks.reviews import (
+from warp_lite.averaging.state_dicts import parameters, stack
+from warp_lite.evaluation.metrics import perplexity
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.prompts import encode_prompts, encode_texts, pad_right
+from warp_lite.policies.randomness import WORLD, generator
+from warp_lite.worlds import reviews as module
+from warp_lite.worlds.grammar import (
     EMPHASIS,
     KIND_LOGIT,
     NOUN_LOGIT,
     PROMPT_LENGTH,
     WORDS,
     GoldReward,
-    ReviewsSettings,
     make_tokenizer,
     prompt_texts,
     reviews,
-    reviews_world,
-    settings_hash,
-    split_prompts,
 )
+from warp_lite.worlds.reviews import ReviewsSettings, reviews_world, settings_hash, split_prompts
 
 SMALL = {"width": 8, "layers": 1, "heads": 2, "sft_steps": 3, "sft_batch": 8, "pairs": 64, "reward_epochs": 1}
 PROMPT = "this new film was"

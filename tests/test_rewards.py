@@ -17,8 +17,11 @@ from transformers import (
 )
 
 from warp_lite import BradleyTerry, ClassifierReward, load_reward, save_policy
-from warp_lite.policies import Prompts, Rollout, completion_ids, encode_prompts
-from warp_lite.rewards import join_text, pad_right, reward_name, rollout_rewards, train_bradley_terry
+from warp_lite.policies.prompts import Prompts, encode_prompts, pad_right
+from warp_lite.policies.sampling import Rollout, completion_ids
+from warp_lite.rewards.bradley_terry import train_bradley_terry
+from warp_lite.rewards.calling import reward_name, rollout_rewards
+from warp_lite.rewards.classifiers import join_text
 
 PROMPTS = ["this film", "that plot was great", "i loved it"]
 

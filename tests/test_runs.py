@@ -8,10 +8,11 @@ import torch
 from short_run import CONFIG, PROMPTS, files, other_score, score, short_run, stop_after
 
 from warp_lite import load_result
-from warp_lite.files import read_json, read_lines, weights_hash, whole, write_json
-from warp_lite.policies import parameters
-from warp_lite.reinforce import RunState
-from warp_lite.runs import RunFolder, check_out, pinned_threads, provenance
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.storage.files import read_json, read_lines, weights_hash, whole, write_json
+from warp_lite.storage.provenance import pinned_threads, provenance
+from warp_lite.training.run import RunState
+from warp_lite.training.run_folder import RunFolder, check_out
 
 SETTINGS = {"config": {"lr": 1.0, "steps": 3}, "source": None}
 LIKE = {"b": torch.zeros(2), "a": torch.zeros(3, 2)}

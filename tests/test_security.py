@@ -15,7 +15,7 @@ from short_run import PROMPTS, files, score, short_run
 
 from warp_lite import load_result
 from warp_lite.cli import main
-from warp_lite.policies import load_policy, save_policy
+from warp_lite.policies.loading import load_policy, save_policy
 
 PACKAGE = Path(__file__).parent.parent / "warp_lite"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
@@ -176,8 +176,9 @@ def refuse(*arguments, **options):
     tried.append(str(arguments[-1] if isinstance(arguments[0], socket.socket) else arguments[0]))
     raise OSError("there is no network")
 socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = socket.getaddrinfo = refuse
-import warp_lite.front, warp_lite.result
-warp_lite.result.EVALUATION_SAMPLES, warp_lite.front.LIMIT_SAMPLES, warp_lite.front.LIMIT_PROMPTS = 32, 16, 8
+from warp_lite import result
+from warp_lite.evaluation import limit
+result.EVALUATION_SAMPLES, limit.LIMIT_SAMPLES, limit.LIMIT_PROMPTS = 32, 16, 8
 from warp_lite.cli import main
 codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
 print(json.dumps([codes, tried]))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warp_lite.slerp import angles, lerp, slerp, slerp_coefficients, task_vector
+from warp_lite.averaging.slerp import angles, lerp, slerp, slerp_coefficients, task_vector
 
 
 def random_state(seed, shapes=None, scale=1.0, dtype=torch.float32):

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import pytest
 from matplotlib import pyplot as plt
 
-from warp_lite.figures import sliders
+from warp_lite.notebooks.figures import sliders
 
 
 def draw(height):

@@ -13,10 +13,12 @@ import torch
 from short_run import CONFIG, PROMPTS, assert_same_weights, differ, files, score
 from transformers import TrainerCallback
 
-from warp_lite import WarpConfig, liti, load_result, reinforce, slerp
+from warp_lite import WarpConfig, liti, load_result, slerp
+from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main
 from warp_lite.experiment import run_experiment
-from warp_lite.policies import load_policy, parameters, save_policy
+from warp_lite.policies.loading import load_policy, save_policy
+from warp_lite.training import reinforce
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

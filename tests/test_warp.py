@@ -22,11 +22,13 @@ from short_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_lite import evaluate, lerp, liti, load_result, run_warp, slerp, train_batched
-from warp_lite.front import complete_front, limit_rewards
-from warp_lite.policies import encode_prompts, parameters
-from warp_lite.reinforce import Run
-from warp_lite.runs import RunFolder
-from warp_lite.warp import hold_out
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.evaluation.limit import limit_rewards
+from warp_lite.policies.prompts import encode_prompts
+from warp_lite.task import hold_out
+from warp_lite.training.run import Run
+from warp_lite.training.run_folder import RunFolder
+from warp_lite.viewing.front_report import complete_front
 
 
 @pytest.fixture
@@ -434,7 +436,7 @@ def test_without_a_folder_a_stop_stops_too(policy, tokenizer):
 @pytest.fixture
 def small_limit(monkeypatch):
     """A limit of few samples."""
-    monkeypatch.setattr("warp_lite.front.LIMIT_SAMPLES", 64)
+    monkeypatch.setattr("warp_lite.evaluation.limit.LIMIT_SAMPLES", 64)
 
 
 def test_the_same_seed_gives_the_same_front_json_and_another_seed_another(
@@ -474,7 +476,8 @@ def test_the_limits_samples_are_kept_for_a_reward_model_and_drawn_again_for_a_fu
     first = limit_rewards(result)
     (path,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("warp_lite.front.reference_rewards", lambda *args, **kwargs: pytest.fail("it was sampled again"))
+        patch.setattr("warp_lite.evaluation.limit.reference_rewards",
+                      lambda *args, **kwargs: pytest.fail("it was sampled again"))
         assert all(torch.equal(a, b) for a, b in zip(limit_rewards(result), first))
     path.write_bytes(b"damaged")
     assert torch.equal(limit_rewards(result)[1], first[1])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from warp_lite.liti import liti
-from warp_lite.slerp import angles, lerp, slerp, task_vector
+from warp_lite.averaging.liti import liti
+from warp_lite.averaging.slerp import angles, lerp, slerp, task_vector
 
 OPERATIONS = {
     "slerp": slerp,

@@ -1,36 +1,36 @@
 """warp_lite: Weight Averaged Rewarded Policies (arXiv 2406.16768), reproduced to be read and run.
 
-Everything public is imported from here, on first use: arithmetic on weights needs no transformers.
+Everything public is imported from here, on first use: whatever needs no torch does not wait for it.
 """
 
 from importlib import import_module
 
 _HOMES = {
     "config": ("WarpConfig", "PRESETS", "preset"),
-    "ema": ("EMAAnchor",),
-    "slerp": ("task_vector", "lerp", "slerp", "angles"),
-    "liti": ("liti",),
+    "averaging.ema": ("EMAAnchor",),
+    "averaging.slerp": ("task_vector", "lerp", "slerp", "angles"),
+    "averaging.liti": ("liti",),
+    "averaging.checkpoints": ("merge_checkpoints",),
     "warp": ("run_warp",),
-    "result": ("WarpResult", "load_result"),
-    "reinforce": ("Run", "train_serial", "train_batched"),
-    "policies": ("load_policy", "save_policy"),
-    "rewards": ("BradleyTerry", "ClassifierReward", "load_reward"),
-    "tasks.reviews": ("reviews_world",),
+    "result": ("WarpResult",),
+    "reopen": ("load_result",),
+    "policies.loading": ("load_policy", "save_policy"),
+    "rewards.bradley_terry": ("BradleyTerry",),
+    "rewards.classifiers": ("ClassifierReward",),
+    "rewards.loading": ("load_reward",),
+    "training.run": ("Run",),
+    "training.serial": ("train_serial",),
+    "training.batched": ("train_batched",),
+    "worlds.reviews": ("reviews_world",),
     "evaluation.metrics": ("evaluate", "PolicyMetrics"),
     "evaluation.front": ("hypervolume", "reward_at_kl"),
     "evaluation.limit": ("optimal_front", "best_of_n_front"),
-    "checkpoints": ("merge_checkpoints",),
-    "explorer": ("ParetoExplorer",),
+    "viewing.explorer.widget": ("ParetoExplorer",),
+    "storage.provenance": ("__version__",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-# A name that is also its module's (slerp, liti, ema …) must be bound now, or a later import of the
-# module would put the module in its place.
-from .liti import liti  # noqa: E402, F401
-from .slerp import slerp  # noqa: E402, F401
-
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
-__version__ = "0.1.0"
+__all__ = sorted(_HOME_OF.keys() - {"__version__"})  # noqa: PLE0605
 
 
 def __getattr__(name: str):

@@ -185,9 +185,9 @@ def run_command(arguments) -> int:
             reward_options["log_probability"] = arguments.reward_output == "log-probability"
     executor = chosen_executor(arguments)
 
-    from .files import is_taken
-    from .front import complete_front
-    from .runs import check_out
+    from .storage.files import is_taken
+    from .training.run_folder import check_out
+    from .viewing.front_report import complete_front
     from .warp import run_warp
 
     check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
@@ -199,14 +199,14 @@ def run_command(arguments) -> int:
         from .scale.lora import LoraSettings
         options["lora"] = LoraSettings(arguments.lora_rank)
     if arguments.preset is not None:
-        from .tasks import load_world
+        from .worlds import load_world
         world = load_world(chosen.world, device=arguments.device or chosen.device)
         source = {"preset": arguments.preset, "world": chosen.world}
         task = (world.model, world.tokenizer, world.reward, world.train_prompts)
         options |= {"eval_prompts": world.eval_prompts, "gold": world.gold, "texts": world.texts, "source": source}
     else:
-        from .policies import load_policy, pick_device
-        from .rewards import load_reward
+        from .policies.loading import load_policy, pick_device
+        from .rewards.loading import load_reward
         device = pick_device(arguments.device or "auto")
         reward = load_reward(arguments.reward, device, **reward_options)
         task = (*load_policy(arguments.policy, device=device), reward, prompts)
@@ -237,11 +237,11 @@ def chosen_executor(arguments):
 
 def merge_command(arguments) -> int:
     """`warp-lite merge`."""
-    from .checkpoints import merge_checkpoints
+    from .averaging.checkpoints import merge_checkpoints
 
     adapters = [(Path(folder) / "adapter_config.json").is_file() for folder in arguments.policies]
     if all(adapters):
-        from .scale.lora import merge_adapter_folders
+        from .scale.peft_folders import merge_adapter_folders
         error = merge_adapter_folders(arguments.init, arguments.policies, arguments.out, method=arguments.method,
                                       eta=arguments.eta, rank=arguments.rank)
         what = "" if arguments.rank is None else f", an adapter of rank {arguments.rank}: relative error {error:.2g}"
@@ -259,10 +259,11 @@ def front_command(arguments) -> int:
     etas = None if arguments.etas is None else parse_etas(arguments.etas)
 
     from .config import PRESETS
-    from .front import complete_front
-    from .policies import pick_device
-    from .result import ETAS, load_result
-    from .runs import read_config
+    from .policies.loading import pick_device
+    from .reopen import load_result
+    from .result import ETAS
+    from .training.run_folder import read_config
+    from .viewing.front_report import complete_front
 
     source = read_config(arguments.folder)["settings"].get("source") or {}
     usual = PRESETS[source["preset"]].device if source.get("preset") in PRESETS else "auto"

@@ -14,20 +14,21 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from . import __version__
+from .averaging.liti import liti
+from .averaging.merging import merge
+from .averaging.slerp import lerp
+from .averaging.state_dicts import Weights, copy_weights, parameters, stack
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
-from .files import load_tensors, read_json, save_tensors, weights_hash, write_json
-from .liti import liti
-from .memory import free_memory, training_memory
-from .policies import Weights, check_ids, encode_prompts, parameters, room_for_prompts, stack
-from .precision import full_precision
-from .reinforce import SHARED, Run, train_batched
-from .result import ETAS, Iteration, WarpResult, copy_weights
-from .rewards import reward_name
-from .runs import json_hash
-from .slerp import lerp
-from .warp import MEMORY_SHARE, merge
+from .policies.precision import full_precision
+from .policies.prompts import check_ids, encode_prompts, room_for_prompts
+from .result import ETAS, Iteration, WarpResult
+from .rewards.calling import reward_name
+from .storage.files import load_tensors, read_json, save_tensors, weights_hash, write_json
+from .storage.provenance import __version__, json_hash
+from .training.batched import SHARED, train_batched
+from .training.memory import MEMORY_SHARE, free_memory, training_memory
+from .training.run import Run
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
 NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
@@ -258,5 +259,3 @@ def _measure_trajectories(group, held_out, samples: int, checkpoints, bar):
                     checkpoints(job.name, job.config.seed, run.iteration, run.number, step, now[e].policy)
 
     return on_step
-
-

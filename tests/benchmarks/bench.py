@@ -24,24 +24,20 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from warp_lite.averaging.state_dicts import parameters, stack
 from warp_lite.config import WarpConfig
-from warp_lite.ensemble import Ensemble
-from warp_lite.forward import make_forward
-from warp_lite.plots import COLOURS, style
-from warp_lite.policies import (
-    Prompts,
-    encode_prompts,
-    load_policy,
-    parameters,
-    quiet,
-    sample,
-    save_policy,
-    stack,
-)
-from warp_lite.reinforce import FlatAnchor, Run, differentiate, draw, score, train_batched, train_serial
-from warp_lite.rewards import rollout_rewards
-from warp_lite.runs import provenance
-from warp_lite.tasks.reviews import reviews_world
+from warp_lite.policies.forward import make_forward
+from warp_lite.policies.loading import load_policy, quiet, save_policy
+from warp_lite.policies.prompts import Prompts, encode_prompts
+from warp_lite.policies.sampling import sample
+from warp_lite.rewards.calling import rollout_rewards
+from warp_lite.storage.provenance import provenance
+from warp_lite.training.batched import Ensemble, FlatAnchor, train_batched
+from warp_lite.training.reinforce import differentiate, draw, score
+from warp_lite.training.run import Run
+from warp_lite.training.serial import train_serial
+from warp_lite.viewing.plots import COLOURS, style
+from warp_lite.worlds.reviews import reviews_world
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("steps", "sampling", "experiment", "saving", "merge", "ray", "growth")
@@ -361,7 +357,7 @@ def bench_experiment(world) -> list[dict]:
 def bench_saving(world, scratch: Path) -> list[dict]:
     """The share of a run's time in which it saves what it could go on from, at the default, and that of its logs."""
     from warp_lite import run_warp
-    from warp_lite.runs import RunFolder
+    from warp_lite.training.run_folder import RunFolder
 
     spent: dict[str, list[float]] = {"save_states": [], "append": []}
 
@@ -397,7 +393,7 @@ def bench_ray(world, scratch: Path) -> list[dict]:
     import ray
 
     from warp_lite import run_warp
-    from warp_lite.runs import pinned_threads
+    from warp_lite.storage.provenance import pinned_threads
 
     config = WarpConfig(iterations=1, steps=300, eval_every=0)
 
@@ -517,7 +513,7 @@ def bench_merge(rounds: int, scratch: Path) -> list[dict]:
 
 def bench_growth(world, scratch: Path) -> dict:
     """Step time over E and over the batch; merge time over M and over bytes."""
-    from warp_lite.checkpoints import merge_checkpoints
+    from warp_lite.averaging.checkpoints import merge_checkpoints
 
     growth = {"E": [], "batch": [], "M": [], "bytes": []}
     for E in (1, 2, 4, 8, 16, 32, 64):

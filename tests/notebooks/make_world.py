@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
-from warp_lite.policies import quiet
+from warp_lite.policies.loading import quiet
 
 
 def make_world(tiny, folder: Path) -> Path:

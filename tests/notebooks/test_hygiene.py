@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from papermill import inspect_notebook
 
-from warp_lite import notebooks
+from warp_lite.notebooks import __main__ as notebooks
 
 PATHS = notebooks.paths()
 ARCHITECTURES = re.compile(r"gpt|gemma|llama|qwen|mistral", re.I)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from warp_lite.notebooks import FOR_GPU, paths, widget_errors
+from warp_lite.notebooks.__main__ import FOR_GPU, paths, widget_errors
 
 CPU_SECONDS = 60  # of one notebook in fast mode; CPU time, which other work on the machine does not change
 NOTEBOOKS = {path.stem: path for path in paths()}

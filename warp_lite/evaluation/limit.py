@@ -13,15 +13,26 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..forward import make_forward
-from ..policies import Prompts, encode_prompts, parameters, room_for_prompts, sample, stack
-from ..randomness import EVALUATION, generator
-from ..rewards import rollout_rewards
+from ..averaging.state_dicts import parameters, stack
+from ..policies.forward import make_forward
+from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
+from ..policies.randomness import EVALUATION, generator
+from ..policies.sampling import sample
+from ..result import WarpResult
+from ..rewards.bradley_terry import BradleyTerry
+from ..rewards.calling import rollout_rewards
+from ..rewards.classifiers import ClassifierReward
+from ..storage.files import load_tensors, save_tensors, weights_hash
+from ..storage.provenance import cache_folder, json_hash
 from .front import MIN_ESS
 from .metrics import rows_at_once
 
 BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())  # in standard deviations of the reward
+LIMIT_PROMPTS = 64
+LIMIT_SAMPLES = 1024  # completions a prompt
+LARGE, LIMIT_SAMPLES_LARGE = 5_000_000, 128  # a larger policy: the limit must not cost more than the runs
 
 
 @torch.no_grad()
@@ -141,3 +152,45 @@ def _checked(rewards) -> Tensor:
 
 def _se(values: Tensor) -> float | None:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+
+
+def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rewards, and gold rewards where there are any, (prompts, samples) of the SFT policy on held-out prompts.
+
+    They cost more than a front, so those of a reward model are kept in the cache, by the hash of
+    all that they depend on. A reward function has no hash and is asked again.
+    """
+    if samples is None:
+        size = sum(tensor.numel() for tensor in result.sft.values())
+        samples = LIMIT_SAMPLES if size < LARGE else LIMIT_SAMPLES_LARGE
+    prompts = result.held_out.batch(np.arange(min(LIMIT_PROMPTS, len(result.eval_prompts))))
+    config, judge, gold = result.config, result.judge, result.gold
+    path = None
+    if isinstance(judge, (BradleyTerry, ClassifierReward)):
+        key = json_hash([prompts.texts, samples, config.max_new_tokens, config.temperature, gold is not None,
+                         weights_hash(result.sft), reward_hash(judge)])
+        path = cache_folder() / f"limit-{key[:12]}.safetensors"
+    if path is not None and path.is_file():
+        try:
+            kept = load_tensors(path, "cpu", "")
+            return kept["reward"], kept.get("gold")
+        except (ValueError, KeyError):  # damaged: sampled again
+            path.unlink()
+    wanted = [judge] if gold is None else [judge, gold]
+    with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None, leave=False) as bar:
+        values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, progress=bar,
+                                   temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    kept = dict(zip(("reward", "gold"), values))
+    if path is not None:
+        save_tensors(kept, path)
+    return kept["reward"], kept.get("gold")
+
+
+def reward_hash(reward: BradleyTerry | ClassifierReward) -> str:
+    """A hash of a reward model: its weights and its plain settings."""
+    settings = {name: value for name, value in vars(reward).items() if isinstance(value, (bool, int, float, str))}
+    if isinstance(reward, BradleyTerry):
+        weights = {**parameters(reward.trunk), "head": reward.head}
+    else:
+        weights = parameters(reward.model)
+    return json_hash([type(reward).__name__, settings, weights_hash(weights)])

@@ -11,22 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..forward import make_forward
-from ..policies import (
-    Prompts,
-    Rollout,
-    Weights,
-    completion_logits,
-    encode_prompts,
-    log_softmax,
-    parameters,
-    room_for_prompts,
-    sample,
-    stack,
-)
-from ..randomness import EVALUATION, generator
-from ..rewards import pad_right, rollout_rewards
-from ..weights import check_same_tensors
+from ..averaging.state_dicts import Weights, check_same_tensors, parameters, stack
+from ..policies.forward import make_forward
+from ..policies.prompts import Prompts, encode_prompts, encode_texts, room_for_prompts
+from ..policies.randomness import EVALUATION, generator
+from ..policies.sampling import Rollout, completion_logits, log_softmax, sample
+from ..rewards.calling import rollout_rewards
 
 ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps
 LOGITS_AT_ONCE = 2**28  # bytes of logits: with a vocabulary of 50,000 words they would fill the memory before
@@ -173,21 +163,6 @@ def finite_rewards(reward, rollout: Rollout, tokenizer) -> Tensor:
         raise ValueError(f"the reward is {values.flatten()[i].item()} for a completion of the prompt "
                          f"{rollout.prompts.texts[i][:80]!r}; rewards must be finite")
     return values
-
-
-def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:
-    """Texts and the EOS that ends each as ids (N, S), padded on the right, and their mask.
-
-    Raises ValueError for no texts and for one of more than `room` tokens.
-    """
-    if not len(texts):
-        raise ValueError("there are no texts to measure the perplexity of; give at least one, or None")
-    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
-    for i, row in enumerate(rows):
-        if room is not None and len(row) > room:
-            raise ValueError(f"text {i} has {len(row)} tokens, EOS included, of which {room} fit: "
-                             f"{texts[i][:60]!r}; shorten it")
-    return pad_right(rows, 0)
 
 
 def perplexity(forward, prepared, tokenizer, texts: Sequence[str], policies: int) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..randomness import generator
+from ..policies.randomness import generator
 
 RULES = ("above", "below", "within")
 

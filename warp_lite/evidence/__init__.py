@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import read_json
+from ..storage.files import read_json
 
 
 def load(name: str = "claims") -> dict:

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..averaging.liti import liti
+from ..averaging.state_dicts import Weights, parameters, stack
 from ..config import WarpConfig
+from ..evaluation.limit import limit_rewards
 from ..evaluation.metrics import evaluate_many
 from ..experiment import Experiment, run_experiment
-from ..forward import make_forward
-from ..front import limit_rewards
-from ..liti import liti
-from ..policies import Weights, encode_prompts, logprobs, parameters, room_for_prompts, sample, stack
-from ..randomness import prompt_indices, token_uniforms
-from ..reinforce import advantages, regularised_rewards, reinforce_loss
+from ..policies.forward import make_forward
+from ..policies.prompts import encode_prompts, room_for_prompts
+from ..policies.randomness import prompt_indices, token_uniforms
+from ..policies.sampling import logprobs, sample
 from ..result import WarpResult
-from ..rewards import rollout_rewards
-from ..tasks.reviews import World, reviews_world
+from ..rewards.calling import rollout_rewards
+from ..task import World
+from ..training.reinforce import advantages, regularised_rewards, reinforce_loss
+from ..worlds.reviews import reviews_world
 
 WORLDS = {"sentiment": "film reviews that should praise", "detail": "film reviews that should go into detail"}
 DRAWS = 4  # draws of SFT policy and reward model among which seeds are shared out

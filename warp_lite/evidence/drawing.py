@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..plots import COLOURS, KL_LABEL, style
+from ..viewing.plots import COLOURS, KL_LABEL, style
 from .bench import DRAWS, draw_of
-from .claims import METHODS, Claim, Rows, lines_of
+from .claims import METHODS, Claim, lines_of
+from .effects import Rows
 
 VERDICT_COLOURS = {"holds": COLOURS["liti"], "fails": COLOURS["sft"], "unclear": COLOURS["single"]}
 LINE_COLOURS = (COLOURS["slerp"], COLOURS["lerp"])

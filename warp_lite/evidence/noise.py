@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..averaging.slerp import slerp
 from ..evaluation.front import reward_at_kl
-from ..randomness import generator
-from ..slerp import slerp
+from ..policies.randomness import generator
 from .bench import Bench
 from .settings import ETAS, NOISE_GRID
 from .studies import geometry

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.statistics import hierarchical_bootstrap
-from ..files import write_json
-from ..runs import provenance
+from ..storage.files import write_json
+from ..storage.provenance import provenance
 from .bench import TUNING_SEEDS, WORLDS, draw_of
-from .claims import METHODS, Claim, Rows, decide, level_of, lines_of, share
+from .claims import METHODS, Claim, decide, lines_of
 from .drawing import claim_figure, limit_figure
+from .effects import Rows, level_of, share
 from .noise import PREDICTORS, correlations
 from .runner import run_units, units_of
 from .settings import EQUAL, KL_MAX

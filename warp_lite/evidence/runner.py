@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..files import read_json, write_json
-from ..runs import json_hash, provenance
+from ..storage.files import read_json, write_json
+from ..storage.provenance import json_hash, provenance
 from . import settings
 from .bench import LIMIT_SAMPLES, SAMPLES, Bench, draw_of
 from .tuning import PARTS, grids, tuned_configs, tuning

@@ -14,7 +14,6 @@ PAST_ETAS = (1.2, 1.4, 1.6, 1.8, 2.0)  # further along the line from θ_sft thro
 WEAK_ETAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # where single runs go far from θ_sft
 REFRESH_BETAS = (0.03, 0.1, 0.3, 1.0)
 KL_MAX = 4.0  # nats up to which areas are taken
-
 # Batches of 4: gradient noise rules, and task vectors are far from parallel.
 NOISY = WarpConfig(iterations=1, runs=4, steps=100, batch_size=4, lr=1e-3, beta=0.3, mu=0.01, eta=0.3, eval_every=0)
 # Longer runs of batches of 8, on which anchors are compared.

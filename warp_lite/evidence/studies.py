@@ -11,24 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..averaging.liti import liti
+from ..averaging.slerp import angles, lerp, slerp, task_vector
+from ..averaging.state_dicts import Weights
 from ..evaluation.limit import best_of_n_front, optimal_front
-from ..liti import liti
-from ..policies import Weights
-from ..slerp import angles, lerp, slerp, task_vector
-from ..tasks.reviews import reviews_world
+from ..worlds.reviews import reviews_world
 from .bench import Bench
-from .settings import (
-    ANCHORS,
-    BEYOND,
-    EQUAL,
-    ETAS,
-    NOISY,
-    PAST_ETAS,
-    REFRESH_BETAS,
-    SFT_BETAS,
-    TAX_ETAS,
-    WEAK_ETAS,
-)
+from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH_BETAS, SFT_BETAS, TAX_ETAS, WEAK_ETAS
 from .tuning import tuned
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import WarpConfig
-from ..files import read_json
+from ..storage.files import read_json
 from .bench import TUNING_SEEDS, Bench
 from .settings import (
     ANCHORS,

@@ -24,13 +24,18 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..averaging.state_dicts import copy_weights, parameters
 from ..config import WarpConfig
-from ..files import weights_hash
-from ..policies import Prompts, first_line, load_policy, parameters
-from ..reinforce import Run, train_serial
-from ..result import WarpResult, copy_weights
-from ..rewards import load_reward, reward_name
-from ..runs import RunFolder, pinned_threads, read_config
+from ..policies.loading import load_policy
+from ..policies.prompts import Prompts
+from ..result import WarpResult
+from ..rewards.calling import reward_name
+from ..rewards.loading import load_reward
+from ..storage.files import first_line, weights_hash
+from ..storage.provenance import pinned_threads
+from ..training.run import Run
+from ..training.run_folder import RunFolder, read_config
+from ..training.serial import train_serial
 
 POLL = 0.25  # seconds between two looks at what the workers have done
 
@@ -205,7 +210,7 @@ def train_run(path: str, i: int, m: int, start: str, job: Job, on_failure: str =
     start: the hash of θ_init. Raises ValueError where the folder cannot be seen or holds other weights,
     and what `train_serial` raises.
     """
-    from ..warp import train_runs
+    from ..training.iteration import train_runs
 
     host = socket.gethostname()
     settings = read_config(path, f"cannot be seen from {host}; a run folder of several machines must lie on storage "

@@ -43,16 +43,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..checkpoints import merge_checkpoints
+from ..averaging.checkpoints import merge_checkpoints
+from ..averaging.state_dicts import copy_weights, is_finite, parameters
 from ..config import WarpConfig
-from ..gpt2 import positions
-from ..policies import Prompts, encode_prompts, from_pretrained, load_policy, parameters, quiet, room_for_prompts
-from ..reinforce import RunState
-from ..result import WarpResult, copy_weights, run_settings, write_start
-from ..runs import RunFolder, pinned_threads
-from ..warp import hold_out
-from ..weights import is_finite
-from .lora import library
+from ..policies.attention import positions
+from ..policies.loading import from_pretrained, load_policy, quiet
+from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
+from ..result import WarpResult, run_settings, write_start
+from ..storage.provenance import pinned_threads
+from ..task import hold_out
+from ..training.run import RunState
+from ..training.run_folder import RunFolder
+from .peft_folders import library
 
 # Of TRL's arguments, those that say where and how a run is done and not what it is.
 OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps", "beta", "sync_ref_model",

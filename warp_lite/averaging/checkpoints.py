@@ -1,0 +1,236 @@
+"""Merge safetensors checkpoints on disk, tensor by tensor, without ever holding a model in memory.
+
+The arithmetic is that of `slerp.py` and `liti.py`; here are only files. The result takes its headers
+from init, byte for byte, so it is sharded as init is and every tensor has the same place in it. It is
+written beside its destination and renamed when it is complete and on disk.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..storage.files import check_vouched, sync_path
+from ..storage.model_folders import DTYPES, Checkpoint, appearing_whole, carry_over, free_folder, open_checkpoint
+from .liti import check_eta, interpolate
+from .slerp import CHUNK, combine, gram, slerp_coefficients, undisputed
+from .state_dicts import check_equal_buffers, check_finite, check_no_overflow, check_weights
+
+WORKERS = 2  # tensors merged side by side, while another is read or written
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """What a merge did; the bytes are those of tensors."""
+
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+
+
+def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str | Path,
+                      method: str = "slerp", eta: float = 1.0, weights: Sequence[float] | None = None,
+                      progress: bool = True) -> MergeSummary:
+    """Merge the policies' folders with SLERP or LERP and move `eta` of the way from init to the result.
+
+    Folders are Hugging Face folders with `model.safetensors`, or shards and their index; config and
+    tokenizer come from `init`. A policy may also be a single safetensors file. `out` must be absent
+    or empty, and appears only when it is complete.
+    Float16 and bfloat16 are computed in float32 and rounded once, at the end. What a run folder's DONE
+    vouches for is checked first.
+    Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
+    that hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
+    A merge that is killed leaves at most `.NAME.….partial` beside `out`, which can be deleted.
+    """
+    begin = time.perf_counter()
+    if method not in ("slerp", "lerp"):
+        raise ValueError(f"method is {method!r}; it must be 'slerp' or 'lerp'")
+    if isinstance(policies, (str, Path)):
+        raise TypeError(f"policies is the single path {str(policies)!r}; pass a list of at least two")
+    if len(policies) < 2:
+        raise ValueError(f"{len(policies)} policy to merge; pass at least two folders")
+    eta, weights = check_eta(eta), check_weights(weights, len(policies))
+    out = free_folder(out)
+    inputs = (init, *policies)
+    init, *policies = [open_checkpoint(Path(folder)) for folder in inputs]
+    for policy in policies:
+        _check_fits(init, policy)
+    for path in dict.fromkeys(map(Path, inputs)):
+        check_vouched(path, "train it again, or move it away from there to merge it as your own")
+    total = sum(stored.size for stored in init.tensors.values())
+    with appearing_whole(out) as partial, ExitStack() as stack, _one_thread():
+        advance = stack.enter_context(_progress_bar(total, progress))
+        readers = [stack.enter_context(_Reader([init, *policies])) for _ in range(WORKERS)]
+        outputs = {file: stack.enter_context(open(partial / file, "xb", buffering=0)) for file in init.headers}
+        for file, header in init.headers.items():
+            _write(outputs[file], memoryview(header), 0)
+        writing = Lock()
+
+        def merge_one(name: str) -> None:
+            reader, stored = readers.pop(), init.tensors[name]
+            try:
+                place = stored.start  # the same as in init's file, whose header this is
+                for chunk in _merge_tensor(reader, name, method, weights, eta):
+                    with writing:
+                        _write(outputs[stored.file], _bytes_of(chunk), place)
+                    place += chunk.nbytes
+                    advance(chunk.nbytes)
+            finally:
+                readers.append(reader)
+
+        _in_threads(merge_one, sorted(init.tensors, key=lambda name: -init.tensors[name].size))
+        bytes_read = sum(reader.bytes_read for reader in readers)
+        for file in init.headers:
+            sync_path(partial / file)
+        carry_over(init, partial)
+    return MergeSummary(len(init.tensors), bytes_read, total, time.perf_counter() - begin)
+
+
+def _in_threads(function: Callable[[str], None], names: Sequence[str]) -> None:
+    """Call the function for every name, a few at a time; what one raises stops the others."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        calls = [pool.submit(function, name) for name in names]
+        try:
+            for call in calls:
+                call.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute each tensor in one thread: tensors are merged side by side, and on a busy machine
+    torch's own threads, which wait for each other by spinning, made a merge forty times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _merge_tensor(reader: _Reader, name: str, method: str, weights: list[float],
+                  eta: float) -> Iterator[Tensor]:
+    """The merged tensor as consecutive flat chunks in its own dtype."""
+    coefficients = None
+    if method == "slerp" and DTYPES[reader.checkpoints[0].tensors[name].dtype].is_floating_point:
+        products, equal = 0.0, True
+        for base, *thetas in reader.chunks(name):
+            products = products + gram(base, thetas)                          # (M, M), float64
+            equal = equal and all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
+        if not equal:  # else `undisputed` below takes every chunk
+            coefficients = slerp_coefficients(products, weights)
+    for base, *thetas in reader.chunks(name):
+        policies = {str(checkpoint.folder): theta
+                    for checkpoint, theta in zip(reader.checkpoints[1:], thetas)}
+        if not base.is_floating_point():
+            check_equal_buffers(name, base, policies)
+            yield base
+            continue
+        check_finite(name, {str(reader.checkpoints[0].folder): base, **policies})
+        if coefficients is not None and 1.0 not in weights:
+            merged = combine(base, thetas, coefficients)
+        else:
+            merged = undisputed(thetas, weights)
+            if merged is None:
+                merged = combine(thetas[0], thetas[1:], weights[1:])
+        result = (interpolate(base, merged, eta) if eta != 1 else merged).to(base.dtype)
+        check_no_overflow(name, result)
+        yield result
+
+
+class _Reader:
+    """Reads the same tensor from several checkpoints, chunk by chunk, into buffers that it reuses.
+
+    Plain reads and not a memory map: a map counts as resident memory, and a file that is cut short while
+    it is mapped kills the process.
+    """
+
+    def __init__(self, checkpoints: list[Checkpoint]):
+        self.checkpoints = checkpoints
+        self.bytes_read = 0
+        self._buffers = [torch.empty(CHUNK, dtype=torch.float64) for _ in checkpoints]
+
+    def __enter__(self) -> _Reader:
+        with ExitStack() as stack:
+            self._files = {path: stack.enter_context(open(path, "rb", buffering=0))
+                           for checkpoint in self.checkpoints
+                           for path in {checkpoint.folder / file for file in checkpoint.headers}}
+            self._close = stack.pop_all().close
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._close()
+
+    def chunks(self, name: str) -> Iterator[list[Tensor]]:
+        """[init's chunk, the policies' chunks], flat; valid until the next is asked for."""
+        stored = [checkpoint.tensors[name] for checkpoint in self.checkpoints]
+        dtype = DTYPES[stored[0].dtype]
+        step = CHUNK * dtype.itemsize
+        for offset in range(0, stored[0].size, step):
+            size = min(step, stored[0].size - offset)
+            parts = [buffer.view(torch.uint8)[:size].view(dtype) for buffer in self._buffers]
+            for checkpoint, at, part in zip(self.checkpoints, stored, parts):
+                self._read(checkpoint.folder / at.file, at.start + offset, _bytes_of(part))
+            yield parts
+
+    def _read(self, path: Path, start: int, view: memoryview) -> None:
+        file = self._files[path]
+        file.seek(start)
+        while len(view):
+            count = file.readinto(view)
+            if not count:
+                raise ValueError(f"{path} ended early; was it written to during the merge?")
+            self.bytes_read += count
+            view = view[count:]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())
+
+
+def _write(output: BinaryIO, view: memoryview, place: int) -> None:
+    while len(view):
+        output.seek(place)
+        count = output.write(view)
+        view, place = view[count:], place + count
+
+
+def _check_fits(init: Checkpoint, policy: Checkpoint) -> None:
+    hint = "were both saved from the same architecture?"
+    for name, stored in init.tensors.items():
+        if name not in policy.tensors:
+            raise ValueError(f"{policy.folder} has no tensor {name!r} that {init.folder} has; {hint}")
+        other = policy.tensors[name]
+        if other.shape != stored.shape:
+            raise ValueError(f"{policy.folder} has {name!r} in shape {other.shape}, "
+                             f"{init.folder} in {stored.shape}; {hint}")
+        if other.dtype != stored.dtype:
+            raise ValueError(f"{policy.folder} has {name!r} in {other.dtype}, "
+                             f"{init.folder} in {stored.dtype}; convert one of them first")
+    for name in policy.tensors:
+        if name not in init.tensors:
+            raise ValueError(f"{policy.folder} has a tensor {name!r} that {init.folder} has not; {hint}")
+
+
+@contextmanager
+def _progress_bar(total: int, wanted: bool) -> Iterator[Callable[[int], object]]:
+    """A function that advances a bar by so many bytes; no bar where stderr is not a terminal."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    from tqdm import tqdm  # only here: it would cost every merge its import
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,185 @@
+"""What all weight arithmetic shares: checks, precision, and one walk over state dicts.
+
+A state dict is a mapping from names to tensors. The rules are the same for every operation:
+float64 stays float64, anything narrower is computed in float32 and stored back in its own dtype;
+tensors that share storage in `init` share it in the result; integer and boolean buffers are carried
+over; inputs are never modified, and results never share memory with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """The tensor in the precision it is computed in (itself, not a copy, if it is that wide)."""
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def map_tensors(
+    function: Callable[[Tensor, list[Tensor]], Tensor],
+    init: StateDict,
+    others: Mapping[str, StateDict],
+    buffer: Callable[[Tensor], Tensor] = torch.clone,
+) -> dict[str, Tensor]:
+    """Apply `function(init tensor, the others' tensors)` to every tensor, keeping dtypes and ties.
+
+    `others` maps a label for error messages ("policies[1]") to a state dict; `buffer` makes the
+    result for an integer or boolean tensor, which must be equal everywhere.
+    Raises ValueError if the state dicts do not fit together or hold NaN or infinite weights.
+    """
+    check_same_tensors(init, others)
+    result: dict[str, Tensor] = {}
+    first_name: dict[tuple, str] = {}
+    with torch.no_grad():
+        for name, tensor in init.items():
+            tied_to = first_name.setdefault(storage_key(name, tensor), name)
+            if tied_to != name:
+                _check_still_tied(tied_to, name, others)
+                result[name] = result[tied_to]
+                continue
+            tensors = [other[name] for other in others.values()]
+            if tensor.is_floating_point():
+                check_finite(name, {"init": tensor, **dict(zip(others, tensors))})
+                result[name] = function(tensor, tensors).to(tensor.dtype)
+                check_no_overflow(name, result[name])
+            else:
+                check_equal_buffers(name, tensor, dict(zip(others, tensors)))
+                result[name] = buffer(tensor)
+    return result
+
+
+def storage_key(name: str, tensor: Tensor) -> tuple:
+    """Equal for two names exactly if they are the same view of the same memory (tied weights)."""
+    storage = tensor.untyped_storage().data_ptr()
+    if storage == 0:  # an empty tensor: nothing to share
+        return (name,)
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def label_policies(policies: Sequence[StateDict], at_least: int = 2) -> dict[str, StateDict]:
+    """{"policies[0]": …, …}, the names by which errors speak of the policies."""
+    if isinstance(policies, (Mapping, torch.nn.Module)):
+        raise TypeError("policies is a single model; pass a list of state dicts, one for each policy")
+    policies = list(policies)
+    if len(policies) < at_least:
+        raise ValueError(f"policies has {len(policies)} of the at least {at_least} state dicts needed; "
+                         "pass one for each run")
+    return {f"policies[{index}]": policy for index, policy in enumerate(policies)}
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The weight of each policy as floats: uniform if None, else non-negative and summing to 1."""
+    if weights is None:
+        return [1 / count] * count
+    values = [float(weight) for weight in weights]
+    if len(values) != count:
+        raise ValueError(f"weights has {len(values)} numbers for {count} policies; pass one for each")
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ValueError(f"weights is {values}; each must be finite and not negative")
+    if abs(sum(values) - 1) > 1e-6:
+        raise ValueError(f"weights {values} sum to {sum(values):.6g}; divide them by their sum")
+    return values
+
+
+def check_same_tensors(init: StateDict, others: Mapping[str, StateDict]) -> None:
+    """Raise unless all state dicts have the same names, shapes, dtypes and devices."""
+    for label, state in {"init": init, **others}.items():
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{label} is a {type(state).__name__}, not a state dict; "
+                            "pass model.state_dict()")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}[{name!r}] is a {type(tensor).__name__}, not a tensor; "
+                                "keep only the weights in it")
+            if tensor.is_complex():
+                raise TypeError(f"{label}[{name!r}] is {tensor.dtype}; only real weights can be merged")
+    for label, state in others.items():
+        hint = "were both saved from the same architecture?"
+        for name, tensor in init.items():
+            if name not in state:
+                raise ValueError(f"{label} has no tensor {name!r} that init has; {hint}")
+            other = state[name]
+            if other.shape != tensor.shape:
+                raise ValueError(f"{label}[{name!r}] has shape {tuple(other.shape)}, "
+                                 f"init's has {tuple(tensor.shape)}; {hint}")
+            if other.dtype != tensor.dtype:
+                raise ValueError(f"{label}[{name!r}] is {other.dtype}, init's is {tensor.dtype}; "
+                                 "convert one of them first")
+            if other.device != tensor.device:
+                raise ValueError(f"{label}[{name!r}] is on {other.device}, init's is on "
+                                 f"{tensor.device}; move them to one device first")
+        for name in state:
+            if name not in init:
+                raise ValueError(f"{label} has a tensor {name!r} that init has not; {hint}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, in one pass without a temporary (aminmax propagates NaN)."""
+    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(tensor.detach()))
+
+
+def check_finite(name: str, inputs: Mapping[str, Tensor]) -> None:
+    """Raise if one of the inputs for tensor `name` is not finite; the error says which (its label)."""
+    for label, tensor in inputs.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{label}[{name!r}] has NaN or infinite weights; "
+                             "did the run that made it diverge?")
+
+
+def check_no_overflow(name: str, result: Tensor) -> None:
+    """Raise if the result for tensor `name`, made of finite inputs, is not finite."""
+    if not is_finite(result):
+        raise ValueError(f"the result for {name!r} overflows {result.dtype}; "
+                         "use a smaller eta or a wider dtype")
+
+
+def check_equal_buffers(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
+    """Raise if one of the others' tensors `name`, which cannot be averaged, differs from init's."""
+    for label, other in others.items():
+        if not torch.equal(other, tensor):
+            raise ValueError(f"{label}[{name!r}] is a {tensor.dtype} buffer that differs from init's "
+                             "and cannot be averaged; make them equal or drop it")
+
+
+def _check_still_tied(first: str, second: str, others: Mapping[str, StateDict]) -> None:
+    for label, state in others.items():
+        if state[first] is not state[second] and not torch.equal(state[first], state[second]):
+            raise ValueError(f"{label} has different values for {first!r} and {second!r}, which init "
+                             "ties; tie them, or clone one of them in init")
+
+
+def parameters(model) -> dict[str, Tensor]:
+    """The weights of a module by name, detached, tied ones once."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def stack(states: Sequence[Weights], device=None) -> dict[str, Tensor]:
+    """E state dicts as one with a leading axis E, on a device if one is named."""
+    return {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
+
+
+def unstack(weights: Weights) -> list[dict[str, Tensor]]:
+    """The inverse of `stack`; copies."""
+    E = len(next(iter(weights.values())))
+    return [{name: tensor[e].detach().clone() for name, tensor in weights.items()} for e in range(E)]
+
+
+@torch.no_grad()
+def load_weights(model, state: Weights):
+    """Write a state dict into a module, in place, and return the module."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[name])
+    return model
+
+
+def copy_weights(weights: Weights) -> Weights:
+    """The same weights in memory of their own, on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}

@@ -1,0 +1,196 @@
+"""Effects: a number a seed, which decides a claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..evaluation.front import hypervolume, reward_at_kl
+from .bench import draw_of
+from .settings import KL_MAX, area
+
+KLS = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5)  # nats at which fronts are compared, highest first
+PROXIES = (1.6, 1.2, 0.8, 0.4)  # proxy rewards at which gold is compared
+REWARD, AREA = "reward", "reward × nats"
+
+
+class Rows:
+    """The rows of a study in one world, over all its draws, with the limit and best-of-n of each draw."""
+
+    def __init__(self, world: str, rows: Sequence[dict], limits: Mapping[int, list[dict]] | None = None,
+                 best_of_n: Mapping[int, list[dict]] | None = None):
+        self.world, self.limits, self.best_of_n = world, limits or {}, best_of_n or {}
+        self.cpu_seconds = 0.0
+        self.by_line: dict[str, list[dict]] = {}
+        for row in rows:
+            self.by_line.setdefault(row["line"], []).append(row)
+        self.seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+
+    def fronts(self, line: str | dict, seed: int) -> list[list[dict]]:
+        """The fronts or trajectories of a line with one seed, one for each of its runs."""
+        which = {"line": line} if isinstance(line, str) else line
+        rows = [row for row in self.by_line[which["line"]] if row["seed"] == seed
+                and all(row[name] == value for name, value in which.items())]
+        return [[row for row in rows if row.get("run") == run] for run in sorted({row.get("run") for row in rows},
+                                                                                 key=str)]
+
+    def value(self, line: str, seed: int) -> float:
+        """A line that is one number a seed."""
+        (row,) = [row for row in self.by_line[line] if row["seed"] == seed]
+        return row["value"]
+
+    def mean_curve(self, line: str | dict, seeds: Sequence[int] | None = None) -> list[dict]:
+        """The mean over seeds and runs of every number at each η, or step."""
+        fronts = [front for seed in seeds or self.seeds for front in self.fronts(line, seed)]
+        place = "step" if "step" in fronts[0][0] else "eta"
+        numbers = ("kl", "reward", "gold", "length", "distinct", "perplexity")
+        found = []
+        for at in sorted({row[place] for front in fronts for row in front}):
+            some = [row for front in fronts for row in front if row[place] == at]
+            found.append({place: at, **{name: round(float(np.mean([row[name] for row in some])), 5)
+                                        for name in numbers if name in some[0]}})
+        return found
+
+
+@dataclass
+class Effect:
+    """A number a seed, and at which KL or proxy reward it was taken; `reached` says for each level tried
+    how many seeds get there on both sides."""
+
+    values: dict[int, float]
+    level: float | None = None
+    reached: dict[str, int] = field(default_factory=dict)
+
+
+def crossing(path: Sequence[dict], kl: float, kind: str = "reward") -> float:
+    """The reward where a trajectory, in the order of its steps, first crosses a KL; nan where it does not."""
+    x, y = (np.array([row[name] for row in path]) for name in ("kl", kind))
+    after = int(np.argmax(x >= kl))
+    return float(np.interp(kl, x[after - 1:after + 1], y[after - 1:after + 1])) if after else math.nan
+
+
+def level_of(front: Sequence[dict], kl: float, kind: str = "reward") -> float:
+    """A front's or trajectory's reward at a KL; nan outside its range."""
+    if "step" in front[0]:
+        return crossing(sorted(front, key=lambda row: row["step"]), kl, kind)
+    return reward_at_kl([(row["kl"], row[kind]) for row in front], kl)
+
+
+def gold_at_proxy(front: Sequence[dict], proxy: float) -> float:
+    """The gold reward where the proxy reward of a front, in the order of η, first gets to a level; nan if never."""
+    ordered = sorted(front, key=lambda row: row["eta"])
+    return crossing([{"kl": row["reward"], "reward": row["gold"]} for row in ordered], proxy)
+
+
+def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dict], float], float]) -> Effect:
+    """a − b, each the mean over its runs, at the highest level that every seed of both sides reaches."""
+    reached: dict[str, int] = {}
+    for level in levels:
+        found = {seed: np.mean([value(front, level) for front in rows.fronts(a, seed)])
+                 - np.mean([value(front, level) for front in rows.fronts(b, seed)]) for seed in rows.seeds}
+        there = sum(math.isfinite(v) for v in found.values())
+        reached[f"{level:g}"] = there
+        if there == len(rows.seeds):
+            return Effect({seed: float(v) for seed, v in found.items()}, level, reached)
+    return Effect({}, None, reached)
+
+
+def at_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
+    """The difference of two lines in reward (or another number) at one KL."""
+    return lambda rows: compare(rows, named(a, rows), named(b, rows), KLS,
+                                lambda front, kl: level_of(front, kl, kind))
+
+
+def at_proxy(a, b) -> Callable[[Rows], Effect]:
+    """The difference of two lines in gold reward at one proxy reward."""
+    return lambda rows: compare(rows, a, b, PROXIES, gold_at_proxy)
+
+
+def areas(a, b) -> Callable[[Rows], Effect]:
+    """The difference of two lines in the area of their fronts up to 4 nats."""
+    def effect(rows: Rows) -> Effect:
+        return Effect({seed: float(np.mean([area(f) for f in rows.fronts(named(a, rows), seed)])
+                                   - np.mean([area(f) for f in rows.fronts(named(b, rows), seed)]))
+                       for seed in rows.seeds})
+    return effect
+
+
+def ends(a, b, kind: str) -> Callable[[Rows], Effect]:
+    """The difference of two lines in a number at η = 1; with b = None, from θ_sft."""
+    def last(front):
+        place = "step" if "step" in front[0] else "eta"
+        end = max(row[place] for row in front) if place == "step" else 1.0
+        return next(row[kind] for row in front if row[place] == end)
+
+    def first(front):
+        return min(front, key=lambda row: row.get("step", row.get("eta")))[kind]
+
+    def effect(rows: Rows) -> Effect:
+        return Effect({seed: float(np.mean([last(f) for f in rows.fronts(a, seed)])
+                                   - np.mean([last(f) for f in rows.fronts(b, seed)] if b is not None
+                                             else [first(f) for f in rows.fronts(a, seed)]))
+                       for seed in rows.seeds})
+    return effect
+
+
+def plain(line: str) -> Callable[[Rows], Effect]:
+    """A line that is one number a seed."""
+    return lambda rows: Effect({seed: rows.value(line, seed) for seed in rows.seeds})
+
+
+def curvature(line: str, kind: str) -> Callable[[Rows], Effect]:
+    """The η² coefficient of a least-squares parabola through a number along the front, η from 0 to 1."""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            (front,) = rows.fronts(line, seed)
+            points = [(row["eta"], row[kind]) for row in front if row["eta"] <= 1]
+            found[seed] = float(np.polyfit(*np.array(points).T, 2)[0])
+        return Effect(found)
+    return effect
+
+
+def under_the_chord(line: str, eta: float) -> Callable[[Rows], Effect]:
+    """η · KL(1) − KL(η) at one η, in nats. (The least over several would be biased by their noise.)"""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            (front,) = rows.fronts(line, seed)
+            kl = {row["eta"]: row["kl"] for row in front}
+            found[seed] = eta * kl[1.0] - kl[eta]
+        return Effect(found)
+    return effect
+
+
+def share(line: str | dict) -> Callable[[Rows], Effect]:
+    """The share of the limit's area above θ_sft, up to 4 nats, that a line's front attains. A line with
+    several iterations is one front of all of them."""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            limit = rows.limits[draw_of(seed)]
+            fronts = rows.fronts(line, seed)
+            found[seed] = float(np.mean([area(front) / limit_area(limit, front[0]["reward"]) for front in fronts]))
+        return Effect(found)
+    return effect
+
+
+def limit_area(limit: Sequence[dict], start: float) -> float:
+    """The area of the limit above the reward of θ_sft, from (0, start) on, up to 4 nats. It is held flat past
+    its last point, if that comes before."""
+    return hypervolume([(0.0, start), *((p["kl"], p["reward"]) for p in limit)], (KL_MAX, start))
+
+
+def named(line, rows: Rows):
+    """A line, or the one that a function of the world names."""
+    return line(rows.world) if callable(line) else line
+
+
+def best_of_n_area(rows: Rows, seed: int) -> float:
+    """The area of best-of-n of a seed's draw; its KL is an upper bound, so the area is a lower one."""
+    start = rows.fronts("WARP", seed)[0][0]["reward"]
+    points = [(0.0, start), *((p["kl"], p["reward"]) for p in rows.best_of_n[draw_of(seed)])]
+    return hypervolume(points, (KL_MAX, start))

@@ -1,0 +1,113 @@
+"""How large the notebooks' experiments are, by the size of the policy, and what they should cost on a T4.
+
+The tiny policies' settings were chosen by measurement. Those of real models are meant to keep a notebook
+under a quarter of an hour on a T4. No T4 was at hand, so minutes are computed from its data sheet and called
+estimates wherever they are printed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+from ..config import WarpConfig
+from ..training.memory import training_memory
+
+SMALL, MEDIUM = 5_000_000, 200_000_000  # parameters: below, a tiny policy; then GPT-2's size; above, Gemma's
+# name of a setting: for a tiny policy, the same in fast mode, for GPT-2's size, for Gemma's
+PLANS = {
+    "00_kl_and_reward": {
+        "steps": (200, 60, 60, 60), "seeds": (8, 3, 2, 1), "lr": (7e-4, 7e-4, 1e-5, 1e-5),
+        "completions": (512, 256, 128, 64), "limit": (1024, 128, 256, 128)},
+    "01_ema_anchor": {
+        "steps": (160, 60, 60, 40), "seeds": (8, 2, 2, 1), "lr": (5e-4, 5e-4, 1e-5, 1e-5),
+        "sft_betas": ((0.03, 0.1, 0.3), (0.1, 0.3), (0.1, 0.3), (0.1, 0.3)),
+        "betas": ((0.1, 0.3, 1.0), (0.3, 1.0), (0.3, 1.0), (0.3, 1.0)),
+        "mus": ((0.003, 0.01, 0.1), (0.01, 0.1), (0.01, 0.1), (0.01, 0.1)),
+        "short": (60, 30, 30, 20), "limit": (512, 128, 256, 128)},
+    "02_slerp": {
+        "steps": (100, 40, 60, 40), "seeds": (12, 3, 1, 1), "runs": (5, 5, 5, 3), "lr": (1e-3, 1e-3, 1e-5, 1e-5),
+        "lams": ((0, 0.15, 0.3, 0.5, 0.7, 0.85, 1), *3 * ((0, 0.5, 1),)),
+        "etas": ((0, 0.2, 0.4, 0.6, 0.8, 1), *3 * ((0, 0.5, 1),)),
+        "reach": ((0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2), *3 * ((0, 0.5, 1, 2),)),
+        "every": (4, 12, 12, 3), "limit": (512, 128, 256, 128)},
+    "03_liti": {
+        "steps": (100, 30, 60, 40), "seeds": (10, 2, 1, 1), "eval_every": (10, 15, 30, 20),
+        "lr": (1e-3, 1e-3, 1e-5, 1e-5), "etas": ((0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2), *3 * ((0, 0.5, 1, 2),)),
+        "inner_etas": ((0, 0.2, 0.4, 0.6, 0.8, 1), *3 * ((0, 0.5, 1),)),
+        "dial_etas": ((0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5), *3 * ((0, 0.5, 1),)), "limit": (512, 128, 256, 128)},
+    "04_warp": {
+        "steps": (100, 50, 50, 30), "seeds": (8, 2, 1, 1), "iterations": (3, 2, 2, 2), "small_steps": (40, 20, 20, 20),
+        "lr": (1e-3, 1e-3, 1e-5, 1e-5),
+        "etas": ((0, 0.15, 0.3, 0.45, 0.6, 0.8, 1), (0, 0.25, 0.5, 0.75, 1), (0, 0.5, 1), (0, 0.5, 1)),
+        "limit": (1024, 128, 256, 128)},
+    "06_gpt2_and_gemma_on_a_gpu": {
+        "steps": (160, 40, 150, 100), "batch": (8, 8, 16, 16), "lr": (7e-4, 7e-4, 1e-5, 1e-5), "short": (8, 4, 4, 4),
+        "iterations": (2, 2, 2, 1),
+        "etas": (*2 * ((0, 0.25, 0.5, 0.75, 1),), *2 * ((0, 0.2, 0.4, 0.6, 0.8, 1),)), "lora_steps": (80, 40, 60, 40),
+        "lora_lr": (3e-3, 3e-3, 1e-4, 1e-4),
+        "samples": (512, 256, 256, 256), "limit": (512, 128, 128, 128)},
+}
+# A T4 by its data sheet, and the shares of it that code such as this usually reaches
+T4 = {"bytes": 0.5 * 320e9, "operations": 0.4 * 8.1e12, "layer": 3e-4}  # a second; the last: seconds of launches
+
+
+def size_of(model) -> int:
+    """The number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def plan(notebook: str, model, fast: bool = False) -> SimpleNamespace:
+    """The settings of a notebook's experiments for a policy of this size.
+
+    In fast mode a real model takes the smaller of the two. Raises KeyError for a notebook without a plan.
+    """
+    size = size_of(model)
+    column = 2 + (size >= MEDIUM) if size >= SMALL else int(fast)
+    values = {name: row[column] for name, row in PLANS[notebook].items()}
+    if fast and column > 1:
+        for name in ("steps", "seeds", "limit", "completions"):
+            if name in values:
+                values[name] = min(values[name], PLANS[notebook][name][1])
+    return SimpleNamespace(**values)
+
+
+def kept_runs(out: str, model) -> Path | None:
+    """Where the runs of a real model are kept: in `out`, or for the time being if it is empty; None for a tiny one.
+
+    An experiment goes on from there after a disconnect if `out` outlives it, and reads weights from there.
+    """
+    if size_of(model) < SMALL:
+        return None
+    return Path(out or tempfile.mkdtemp(prefix="warp-lite-")) / "runs"
+
+
+def step_seconds(model, config: WarpConfig, prompt_tokens: int = 16) -> float:
+    """One step of one run on a T4: an estimate by its bandwidth, its arithmetic and the launches of kernels."""
+    size, layers = size_of(model), model.config.num_hidden_layers
+    batch, tokens = config.batch_size, config.max_new_tokens
+    one_token = max(4 * size / T4["bytes"], 2 * size * batch / T4["operations"], layers * T4["layer"])
+    passes = 8 * size * batch * (prompt_tokens + tokens) / T4["operations"]  # the anchor's, ours, and backward
+    return tokens * one_token + passes + 10 * 4 * size / T4["bytes"]
+
+
+def completion_seconds(model, config: WarpConfig, prompt_tokens: int = 16) -> float:
+    """One completion that is sampled and measured, in large batches, on a T4: an estimate as `step_seconds`."""
+    return 6 * size_of(model) * (prompt_tokens + config.max_new_tokens) / T4["operations"]
+
+
+def announce(model, config: WarpConfig, runs: int = 0, completions: int = 0, prompt_tokens: int = 16) -> None:
+    """Print what the next cell should cost for a real model: minutes on a T4, memory and disk. A tiny one says nothing.
+
+    runs: that are trained; completions: that are sampled to measure.
+    """
+    if size_of(model) < SMALL:
+        return
+    seconds = runs * config.steps * step_seconds(model, config, prompt_tokens)
+    seconds += completions * completion_seconds(model, config, prompt_tokens)
+    words = [f"estimate for a T4, not measured: about {max(1, round(seconds / 60))} min"]
+    if runs:
+        memory = training_memory(model, 1, config.batch_size, prompt_tokens, config.max_new_tokens)
+        words += [f"{memory}", f"{runs * 2 * 4 * size_of(model) / 1e9:.0f} GB of disk for the runs"]
+    print("; ".join(words), flush=True)

@@ -1,0 +1,25 @@
+"""Attention masks and positions of padded batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_bias(mask: Tensor | None, queries: int, start: int, dtype: torch.dtype, device) -> Tensor | None:
+    """0 where a query may look and the least number where not; None where it may look everywhere.
+
+    `mask` (E, B, K) is 1 for tokens and 0 for padding. The least number instead of −∞
+    keeps the rows of padding finite: they look at everything and nobody looks at them.
+    """
+    if mask is None and queries == 1:
+        return None
+    keys = start + queries
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(start)
+    allowed = causal if mask is None else causal & (mask.reshape(-1, 1, 1, keys) > 0)
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The place of each token in its sequence, padding not counted."""
+    return (mask.long().cumsum(-1) - 1).clamp_(min=0)

@@ -1,0 +1,179 @@
+"""A GPT-2 forward for many policies at once, written by hand because it is several times faster.
+
+The weights keep the names and layout of the library's `GPT2LMHeadModel`, with a leading
+axis E, so they convert both ways by stacking and indexing. It agrees with the library's
+module in float64 (tests/test_forward.py); `forward.VmapForward` serves any other architecture.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2LMHeadModel, GPT2Model
+
+from .attention import attention_bias, positions
+
+FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are folded into matrices
+
+
+class GPT2Forward:
+    """Logits of E GPT-2 policies in one pass. The interface is that of `forward.VmapForward`."""
+
+    def __init__(self, model: GPT2LMHeadModel | GPT2Model, dtype: torch.dtype | None = None,
+                 checkpointing: bool = False):
+        config, self.dtype, self.checkpointing = model.config, dtype, checkpointing
+        self.layers, self.heads, self.width = config.n_layer, config.n_head, config.n_embd
+        self.eps = config.layer_norm_epsilon
+
+    @staticmethod
+    def supports(model) -> bool:
+        """Whether this forward computes what the module does: plain GPT-2 with tied embeddings, or its trunk."""
+        config = model.config
+        return (
+            type(model) in (GPT2LMHeadModel, GPT2Model)
+            and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+            and config.scale_attn_weights
+            and not config.scale_attn_by_inverse_layer_idx
+            and not config.add_cross_attention
+            and config.tie_word_embeddings
+        )
+
+    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is computed once for many calls with the same weights.
+
+        LN(x)·g + b followed by W is LN(x)·(g∘W) + bW, which saves two passes over the activations.
+        It pays while the matrices are small against them.
+        """
+        w = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        for layer in range(self.layers):
+            h = f"h.{layer}"
+            for norm, matrix, name in (("ln_1", "attn.c_attn", "qkv"), ("ln_2", "mlp.c_fc", "fc")):
+                w[f"{h}.{name}"] = self._fold(
+                    w[f"{h}.{norm}.weight"], w[f"{h}.{norm}.bias"], w[f"{h}.{matrix}.weight"], w[f"{h}.{matrix}.bias"])
+                if self.dtype is not None:  # once, not in every call
+                    gain, shift, folded, bias = w[f"{h}.{name}"]
+                    w[f"{h}.{name}"] = gain, shift, folded.to(self.dtype), bias
+            if self.dtype is not None:
+                for name in ("attn.c_proj.weight", "mlp.c_proj.weight"):
+                    w[f"{h}.{name}"] = w[f"{h}.{name}"].to(self.dtype)
+        w["head"] = self._fold(w["ln_f.weight"], w["ln_f.bias"], w["wte.weight"].transpose(1, 2), None)
+        return w
+
+    def _fold(self, gain: Tensor, shift: Tensor, matrix: Tensor, bias: Tensor | None):
+        """(gain, shift, matrix, bias) of LN followed by a matrix, each (E, 1, ·) or (E, C, D) or None."""
+        gain, shift = gain.unsqueeze(1), shift.unsqueeze(1)
+        bias = None if bias is None else bias.unsqueeze(1)
+        if self.width > FOLD_UP_TO:
+            return gain, shift, matrix, bias
+        folded = torch.bmm(shift, matrix)
+        return None, None, gain.transpose(1, 2) * matrix, folded if bias is None else folded + bias
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> GPT2Cache:
+        """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
+        rows, size = policies * batch * self.heads, self.width // self.heads
+        return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)])
+
+    def cache_of(self, cache: GPT2Cache, rows: Tensor) -> GPT2Cache:
+        """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+        E = len(rows)
+        flat = (rows + offsets(rows, cache.layers[0].shape[1] // (E * self.heads))).flatten()
+        layers = [kv.unflatten(1, (-1, self.heads))[:, flat].flatten(1, 2) for kv in cache.layers]
+        return GPT2Cache(layers, cache.length)
+
+    def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
+        """The last hidden states before the final norm, (E, B, Q, C)."""
+        E, B, Q = ids.shape
+        start = cache.length if cache else 0
+        table = w["wte.weight"]
+        bias = attention_bias(mask, Q, start, self.dtype or table.dtype, table.device)  # (E·B, 1, Q, K), (Q, K) or None
+        x = gather_rows(table, ids)                                                 # (E, B, Q, C)
+        if mask is None:
+            x = x + w["wpe.weight"][:, None, start:start + Q]
+        else:
+            x = x + gather_rows(w["wpe.weight"], positions(mask)[..., start:])
+        x = x.view(E, B * Q, self.width)
+        again = self.checkpointing and cache is None and torch.is_grad_enabled()
+        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype, cache_enabled=False):
+            for layer in range(self.layers):
+                if again:
+                    x = checkpoint(self._layer, w, layer, x, bias, B, None, use_reentrant=False,
+                                   preserve_rng_state=False)
+                else:
+                    x = self._layer(w, layer, x, bias, B, cache)
+        if cache:
+            cache.length += Q
+        return x.view(E, B, Q, self.width)
+
+    def _layer(self, w, layer: int, x: Tensor, bias: Tensor | None, B: int, cache: GPT2Cache | None) -> Tensor:
+        """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·Q, C)."""
+        h, (E, N, C), H = f"h.{layer}", x.shape, self.heads
+        Q = N // B
+        qkv = self._norm_linear(x, w[f"{h}.qkv"])                                   # (E, B·Q, 3C)
+        q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
+        if cache:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, bias, H)                                                # (E·B·H, Q, C/H)
+        y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
+        x = x + torch.baddbmm(w[f"{h}.attn.c_proj.bias"].unsqueeze(1), y, w[f"{h}.attn.c_proj.weight"])
+        y = F.gelu(self._norm_linear(x, w[f"{h}.fc"]), approximate="tanh")          # (E, B·Q, 4C)
+        return x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
+
+    def head(self, w, x: Tensor) -> Tensor:
+        """Logits (E, N, V) of last hidden states (E, N, C)."""
+        return self._norm_linear(x, w["head"])
+
+    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None, keep: int = 0):
+        """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
+        x = self.hidden(w, ids, mask, cache)[:, :, keep:]
+        E, B, Q, C = x.shape
+        return self.head(w, x.reshape(E, B * Q, C)).view(E, B, Q, -1)
+
+    def _norm_linear(self, x: Tensor, weights) -> Tensor:
+        """LN and a matrix, (E, N, C) → (E, N, D)."""
+        gain, shift, matrix, bias = weights
+        x = F.layer_norm(x, (self.width,), eps=self.eps)
+        if gain is not None:
+            x = torch.addcmul(shift, x, gain)
+        return torch.bmm(x, matrix) if bias is None else torch.baddbmm(bias, x, matrix)
+
+
+class GPT2Cache:
+    """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer."""
+
+    def __init__(self, layers: list[Tensor], length: int = 0):
+        self.layers, self.length = layers, length
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (E·B·H, Q, C/H) behind what is there; return all keys and values so far."""
+        end = self.length + k.shape[1]
+        kv = self.layers[layer]
+        kv[0, :, self.length:end], kv[1, :, self.length:end] = k, v
+        return kv[0, :, :end], kv[1, :, :end]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Softmax attention of (rows·H, Q, D) over (rows·H, K, D), with an additive bias."""
+    scale = q.shape[-1] ** -0.5
+    if bias is None:
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    elif bias.dim() == 2:                                  # causal alone: the product and the mask in one pass
+        scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+    else:
+        scores = torch.bmm(q * scale, k.transpose(1, 2)).view(-1, heads, q.shape[1], k.shape[1])
+        scores = (scores + bias).view(q.shape[0], q.shape[1], k.shape[1])
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (E, …) of each policy's table (E, N, C): one flat embedding look-up."""
+    E, N, C = table.shape
+    return F.embedding(ids + offsets(ids, N), table.reshape(E * N, C))
+
+
+def offsets(ids: Tensor, N: int) -> Tensor:
+    """Where the N rows of each policy begin when those of all lie one after the other, to be added to ids (E, …)."""
+    return torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.dim() - 1)) * N

@@ -1,0 +1,133 @@
+"""Policies from folders and the hub, and back: safetensors only, no remote code, errors of one line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from ..storage.files import first_line
+from .hub import HUB_NAME, local, reach
+
+
+def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
+    """A causal LM and its tokenizer from the hub or a folder: safetensors only, no remote code.
+
+    Raises ValueError, naming the folder, when it is missing, cannot be read or lacks weights, and when a
+    name of the hub cannot be had (see `hub.reach`).
+    """
+    folder = local(str(name_or_folder))
+    with reading("a policy", folder) as options:
+        tokenizer = load_tokenizer(folder, **options)
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise ValueError("it has no tokenizer")  # the library makes up one without words
+        model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, **options)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {folder!r} has no EOS token; completions could not end")
+    return model.to(device).eval(), tokenizer
+
+
+def pick_device(name) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises ValueError for a name that torch does not know, or a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"the device {str(name)!r} cannot be used: {first_line(error)}; "
+                         "'auto' takes the first GPU, or the CPU where there is none") from error
+
+
+@contextmanager
+def reading(what: str, folder: str):
+    """Read a folder of the library's quietly; whatever is raised becomes a ValueError of one line that names it.
+
+    Gives the options to load it with. A name of the hub is asked for first, so that nothing waits in vain.
+    """
+    try:
+        path = Path(folder)
+        if path.is_file():
+            raise ValueError("it is a file, not a folder")
+        if not path.exists() and not HUB_NAME.fullmatch(folder):
+            raise ValueError("there is no such folder")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError("the folder has no config.json")
+        options = reach(folder)
+        with quiet():
+            yield options
+    except Exception as error:  # the library, its config checks, safetensors and tokenizers raise classes of their own
+        hint = "; is a file truncated?" if "safetensor" in repr(type(error)).lower() else ""
+        raise ValueError(f"cannot load {what} from {folder!r}: {first_line(error)}{hint}") from error
+
+
+PROBE = "It isn't  the film\u2019s plot I'd seen in 2024:\n\n\tna\u00efve, 12345 E\u0301T\u00c9! f(x):\n    return"
+
+
+def load_tokenizer(folder: str, **options):
+    """The tokenizer of a folder, which splits text as its own tokenizer.json says.
+
+    The library rebuilds the tokenizers of some architectures by rules of its own whatever the file
+    says (a Llama tokenizer in a Qwen 2 folder, say), and the policy would read other tokens than it was
+    trained on. Where that is so the file is followed, and a line on stderr says so.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    if type(tokenizer) is PreTrainedTokenizerFast:  # which reads the file and adds nothing
+        return tokenizer
+    if cached_file(folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **options) is None:
+        return tokenizer
+    as_saved = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **options)
+    library, saved = (t(PROBE, add_special_tokens=False)["input_ids"] for t in (tokenizer, as_saved))
+    if library == saved:
+        return tokenizer
+    print(f"warp-lite: the library would read the tokenizer in {folder} as a {type(tokenizer).__name__}, which splits "
+          "text otherwise than its tokenizer.json; the file is followed (elsewhere: PreTrainedTokenizerFast)",
+          file=sys.stderr)
+    return as_saved
+
+
+def from_pretrained(auto, folder: str, **options):
+    """The library's loading, safetensors only, refusing a file that lacks weights: it would make them up."""
+    model, info = auto.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        output_loading_info=True, **options)
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"its tensor {name!r} has shape {tuple(found)} where its config asks for {tuple(wanted)}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"its file lacks weights that its config asks for ({len(missing)}, {missing[0]!r} first)")
+    return model
+
+
+def save_policy(model, tokenizer, folder) -> None:
+    """A Hugging Face folder: safetensors weights, config, tokenizer."""
+    with quiet():
+        model.save_pretrained(Path(folder))
+        tokenizer.save_pretrained(Path(folder))
+
+
+class quiet:
+    """Silence the library's progress bars and warnings while a folder is read or written."""
+
+    def __enter__(self):
+        from transformers.utils import logging as hf
+
+        self.bars = hf.is_progress_bar_enabled()
+        hf.disable_progress_bar()
+        self.logger = logging.getLogger("transformers")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc):
+        from transformers.utils import logging as hf
+
+        self.logger.setLevel(self.level)
+        if self.bars:
+            hf.enable_progress_bar()

@@ -1,0 +1,144 @@
+"""The library's module, one policy after the other: the readable reference of a forward."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from .attention import positions
+
+
+class LinearHead:
+    """Where a module's logits come from: W·x + b of its last hidden states, capped where its config says so."""
+
+    def __init__(self, model):
+        layer, names = model.get_output_embeddings(), {id(p): name for name, p in model.named_parameters()}
+        self.weight, self.bias = names[id(layer.weight)], names.get(id(layer.bias))
+        self.cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def __call__(self, w, x: Tensor) -> Tensor:
+        """Logits (E, N, V) of hidden states (E, N, C)."""
+        matrix = w[self.weight].transpose(1, 2)
+        x = x.to(matrix.dtype)
+        logits = torch.bmm(x, matrix) if self.bias is None else torch.baddbmm(w[self.bias].unsqueeze(1), x, matrix)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class HalvedForward:
+    """What `ModuleForward` and `VmapForward` share: a library's module, its trunk and its head."""
+
+    def __init__(self, model, dtype: torch.dtype | None = None):
+        self.model, self.dtype = model.eval(), dtype  # dropout would make the scored policy another than the sampled
+
+    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layers' matrices in the dtype that they are multiplied in, once for many calls."""
+        if self.dtype is None:
+            return weights
+        return {name: tensor.to(self.dtype) if name in self.matrices else tensor for name, tensor in weights.items()}
+
+    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache=None, keep: int = 0) -> Tensor:
+        """Logits (E, B, Q − keep, V)."""
+        if self.dtype is None or self.linear_head is None:
+            return self.run(self.model, w, ids, mask, cache, lambda output: output.logits[:, keep:])
+        x = self.hidden(w, ids, mask, cache)[:, :, keep:]
+        return self.head(w, x.flatten(1, 2)).view(*x.shape[:3], -1)
+
+    def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
+        """The last hidden states, (E, B, Q, C)."""
+        prefix = f"{self.model.base_model_prefix}."
+        inner = {name.removeprefix(prefix): tensor for name, tensor in w.items() if name.startswith(prefix)}
+        return self.run(self.model.base_model, inner, ids, mask, cache, lambda output: output.last_hidden_state)
+
+    def head(self, w, x: Tensor) -> Tensor:
+        """Logits (E, N, V) of last hidden states (E, N, C), where there is a `linear_head`."""
+        return self.linear_head(w, x)
+
+    @cached_property
+    @torch.no_grad()
+    def linear_head(self) -> LinearHead | None:
+        """The head, if it gives the module's logits (tried on a few tokens), else None."""
+        ids = torch.arange(4, device=self.model.device).view(1, 1, 4) % self.model.config.vocab_size
+        weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.model.named_parameters()}
+        mask = torch.ones_like(ids)
+        expected = self.run(self.model, weights, ids, mask, None, lambda output: output.logits)
+        try:
+            head = LinearHead(self.model)
+            logits = head(weights, self.hidden(weights, ids, mask).flatten(1, 2)).view(expected.shape)
+        except Exception:  # whatever a module has in place of a trunk and a head
+            return None
+        tolerance = 1e-4 if self.dtype is None else 0.05  # the module's own head is in `dtype`, too
+        return head if (logits - expected).abs().max() < tolerance * expected.abs().max() else None
+
+    @cached_property
+    def matrices(self) -> set[str]:
+        """The names of weights and biases of the linear layers, the head's left out."""
+        head = self.model.get_output_embeddings()
+        inside = {f"{name}.{own}" for name, module in self.model.named_modules() if module is not head
+                  and isinstance(module, (torch.nn.Linear, Conv1D)) for own, _ in module.named_parameters()}
+        return inside & {name for name, _ in self.model.named_parameters()}
+
+
+class ModuleForward(HalvedForward):
+    """The library's own module, cache and masks, one policy after the other.
+
+    With `checkpointing` the library computes its layers again in the backward pass, with the module's
+    own weights: those of `w` must be they.
+    """
+
+    def __init__(self, model, dtype: torch.dtype | None = None, checkpointing: bool = False):
+        super().__init__(model, dtype)
+        self.layers = []  # those that are computed again
+        if checkpointing:
+            self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            if not self.layers:
+                raise ValueError(f"checkpointing: {type(model).__name__} has no layers that can be checkpointed; "
+                                 "leave it out")
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> list[DynamicCache]:
+        """One dynamic cache a policy."""
+        return [DynamicCache(config=self.model.config) for _ in range(policies)]
+
+    def cache_of(self, cache: list[DynamicCache], rows: Tensor) -> list[DynamicCache]:
+        """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+        for own, some in zip(cache, rows):
+            own.batch_select_indices(some)
+        return cache
+
+    def run(self, module, w, ids: Tensor, mask: Tensor | None, cache, pick) -> Tensor:
+        """What `pick` takes of the module's output, for each policy."""
+        results = []
+        again = self.layers and cache is None and torch.is_grad_enabled()
+        with (nullcontext() if self.dtype is None else torch.autocast(
+                ids.device.type, self.dtype, cache_enabled=False),
+              _checkpointed_layers(self.layers) if again else nullcontext()):
+            for e in range(ids.shape[0]):
+                options = {"use_cache": cache is not None, "past_key_values": cache[e] if cache else None}
+                if mask is not None:
+                    options["attention_mask"] = mask[e].long()
+                    options["position_ids"] = positions(mask[e])[:, -ids.shape[-1]:]
+                out = functional_call(module, {name: tensor[e] for name, tensor in w.items()}, (ids[e],), options)
+                results.append(pick(out))
+        return torch.stack(results)
+
+
+@contextmanager
+def _checkpointed_layers(layers: list[GradientCheckpointingLayer]):
+    """The library's gradient checkpointing, which it heeds in layers that train: it is switched on in the
+    layers themselves, so that the dropout within them stays off and no flag of the user's model changes."""
+    before = [(layer.gradient_checkpointing, getattr(layer, "_gradient_checkpointing_func", None)) for layer in layers]
+    for layer in layers:
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, (on, function) in zip(layers, before):
+            layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func = False, on, function

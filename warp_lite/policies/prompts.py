@@ -1,0 +1,190 @@
+"""Prompts and texts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..storage.files import first_line
+
+
+def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:
+    """Texts and the EOS that ends each as ids (N, S), padded on the right, and their mask.
+
+    Raises ValueError for no texts and for one of more than `room` tokens.
+    """
+    if not len(texts):
+        raise ValueError("there are no texts to measure the perplexity of; give at least one, or None")
+    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
+    for i, row in enumerate(rows):
+        if room is not None and len(row) > room:
+            raise ValueError(f"text {i} has {len(row)} tokens, EOS included, of which {room} fit: "
+                             f"{texts[i][:60]!r}; shorten it")
+    return pad_right(rows, 0)
+
+
+@dataclass
+class Prompts:
+    """Encoded prompts: `ids` and `mask` (…, B, P), left-padded, mask 1 for tokens.
+
+    `texts` and the further `columns` of a data set stand beside them in row-major order, and so does
+    what was `given`: the texts, or the conversations that a chat template made texts of.
+    """
+
+    texts: list[str]
+    ids: Tensor
+    mask: Tensor
+    columns: dict[str, list] = field(default_factory=dict)
+    given: list[str] | list[list[dict]] | None = None
+
+    def __post_init__(self):
+        if self.given is None:
+            self.given = self.texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch(self, index: np.ndarray) -> Prompts:
+        """Rows `index` (E, B) as one batch, trimmed to its longest prompt; `texts` in row-major order."""
+        rows = torch.from_numpy(index)
+        mask = self.mask[rows]
+        width = int(mask.sum(-1).max())
+        columns = {name: [values[i] for i in index.ravel()] for name, values in self.columns.items()}
+        texts, given = ([values[i] for i in index.ravel()] for values in (self.texts, self.given))
+        return Prompts(texts, self.ids[rows][..., -width:], mask[..., -width:], columns, given)
+
+    def rows(self, start: int, end: int) -> Prompts:
+        """Prompts start … end − 1 of each of E policies."""
+        B = self.ids.shape[1]
+        chosen = [e * B + b for e in range(len(self.ids)) for b in range(start, min(end, B))]
+        columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
+        texts, given = ([values[i] for i in chosen] for values in (self.texts, self.given))
+        return Prompts(texts, self.ids[:, start:end], self.mask[:, start:end], columns, given)
+
+    def repeat(self, policies: int) -> Prompts:
+        """The same prompts for each of E policies."""
+        columns = {name: values * policies for name, values in self.columns.items()}
+        ids, mask = (part.expand(policies, -1, -1) for part in (self.ids, self.mask))
+        return Prompts(self.texts * policies, ids, mask, columns, self.given * policies)
+
+    def to(self, device) -> Prompts:
+        """The same prompts on a device."""
+        return Prompts(self.texts, self.ids.to(device), self.mask.to(device), self.columns, self.given)
+
+
+def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
+    """Tokenise and left-pad prompts: a sequence of str, or a data set with a `prompt` column.
+
+    A prompt may be a conversation as in TRL, a list of {"role", "content"}; the tokenizer's chat
+    template turns it into text. `room` is the number of tokens that prompt and completion may take
+    together, less the completion. Raises ValueError for no prompts, one that is empty or no sound
+    text, or one that leaves no room for a completion, and for conversations without a template.
+    """
+    names = getattr(prompts, "column_names", None)
+    if names is not None and "prompt" not in names:
+        raise ValueError(f"the data set of prompts has no column 'prompt'; it has {', '.join(names)}")
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of str, not one str: {prompts[:60]!r}")
+    columns = {name: list(prompts[name]) for name in names or () if name != "prompt"}
+    given = list(prompts["prompt"] if names else prompts)
+    if not given:
+        raise ValueError("there are no prompts; give at least one")
+    if is_conversation(given[0]):
+        texts = conversation_texts(tokenizer, given)
+    else:
+        texts = given
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"prompt {i} is {type(text).__name__}, not str: {str(text)[:60]!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"prompt {i} has half a character (a surrogate) in it, which no tokenizer reads: "
+                             f"{text[:60]!r}")
+    written = {} if texts is given else {"add_special_tokens": False}  # a conversation's template has written them
+    rows = tokenizer(texts, **written)["input_ids"]
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {i} is empty after tokenisation: {texts[i]!r}")
+        if room is not None and len(row) > room:
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens and leaves no room for a completion (at most {room} fit): "
+                f"{texts[i][:60]!r}; shorten it or lower max_new_tokens")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id(tokenizer), dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row):] = torch.tensor(row)
+        mask[i, width - len(row):] = 1
+    return Prompts(texts, ids, mask, columns, given)
+
+
+def is_conversation(prompt) -> bool:
+    """Whether a prompt is a list of messages and not a text."""
+    return isinstance(prompt, list)
+
+
+def conversation_texts(tokenizer, conversations: Sequence[list[dict]]) -> list[str]:
+    """Conversations as the texts that the chat template makes of them, up to where the assistant begins.
+
+    Raises TypeError for a message that is none, ValueError where there is no template or it fails.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("prompt 0 is a conversation, but the policy's tokenizer has no chat template; "
+                         "set tokenizer.chat_template, or give prompts as text")
+    texts = []
+    for i, messages in enumerate(conversations):
+        if not is_conversation(messages) or not messages or not all(
+                isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise TypeError(f"prompt {i} is no list of messages with a \"role\" and a \"content\", as prompt 0 is: "
+                            f"{str(messages)[:60]!r}")
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template refuses prompt {i}: {first_line(error)}") from error
+    return texts
+
+
+def check_ids(model, tokenizer, prompts: Prompts) -> None:
+    """Raise ValueError if a prompt, or what pads and ends, has an id that the model has no embedding for."""
+    size = model.get_input_embeddings().num_embeddings
+    way_out = "are tokenizer and model of one checkpoint? else model.resize_token_embeddings(len(tokenizer))"
+    for what, token in (("EOS", tokenizer.eos_token_id), ("padding", pad_id(tokenizer))):
+        if token >= size:
+            raise ValueError(f"the tokenizer's {what} token {tokenizer.convert_ids_to_tokens(token)!r} has the id "
+                             f"{token}, and the policy has {size} embeddings; {way_out}")
+    beyond = (prompts.ids >= size).nonzero()
+    if len(beyond):
+        i, token = beyond[0][-2].item(), prompts.ids[tuple(beyond[0])].item()
+        raise ValueError(f"prompt {i} has the token {tokenizer.convert_ids_to_tokens(token)!r} with the id {token}, "
+                         f"and the policy has {size} embeddings; {way_out}")
+
+
+def pad_id(tokenizer) -> int:
+    """The id that fills a batch: the pad token, or EOS where there is none (both are masked by position)."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def room_for_prompts(model, max_new_tokens: int) -> int | None:
+    """How many tokens a prompt may have; None where the architecture sets no limit.
+
+    Raises ValueError where not even one fits.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_new_tokens >= limit:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
+                         "completion together; lower it")
+    return None if limit is None else limit - max_new_tokens
+
+
+def pad_right(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Lists of ids as a tensor (N, S) and its mask."""
+    width = max(1, max(map(len, rows)))
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, :len(row)] = 1
+    return ids, mask

@@ -1,0 +1,171 @@
+"""Sample completions and score them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .prompts import Prompts, pad_id
+
+DROP_AT, DROP_FROM = 0.75, 64  # completions that ended are dropped from this share on, in batches of at least so many
+
+
+@dataclass
+class Rollout:
+    """Completions of E policies: `ids` and `mask` (E, B, T), mask 1 up to and including EOS.
+
+    `logprobs` (E, B, T) are those of the sampled tokens under the policy that sampled
+    them, in nats, 0 where the mask is 0.
+    """
+
+    prompts: Prompts
+    ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+
+    def select(self, members: list[int]) -> Rollout:
+        """The completions of some of the policies."""
+        B, index = self.ids.shape[1], torch.tensor(members)
+        rows = [e * B + b for e in members for b in range(B)]
+        texts, given = ([values[i] for i in rows] for values in (self.prompts.texts, self.prompts.given))
+        columns = {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()}
+        prompts = Prompts(texts, self.prompts.ids[index], self.prompts.mask[index], columns, given)
+        return Rollout(prompts, self.ids[index], self.mask[index], self.logprobs[index])
+
+    def split(self, size: int) -> list[Rollout]:
+        """The same in parts of at most `size` completions a policy; 0: in one."""
+        B = self.ids.shape[1]
+        if not size or size >= B:
+            return [self]
+        return [Rollout(self.prompts.rows(b, b + size), *(part[:, b:b + size] for part in (
+            self.ids, self.mask, self.logprobs))) for b in range(0, B, size)]
+
+
+@torch.no_grad()
+def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0,
+           at_once: int = 0) -> Rollout:
+    """Sample one completion a prompt from softmax(logits / temperature), nothing truncated.
+
+    `weights` are prepared by `forward.prepare`. `prompts` (E, B, P). `uniforms` (E, B, T)
+    in [0, 1) decide every token by inversion of the cumulative distribution, so a
+    completion depends on its own policy, prompt and numbers and not on the batch around
+    it. Ends early once every completion has emitted EOS. `at_once` completions of a policy are
+    sampled together; 0: all of them.
+    """
+    E, B, P = prompts.ids.shape
+    if at_once and at_once < B:
+        return join_rollouts(prompts, pad_id(tokenizer), [
+            sample(forward, weights, prompts.rows(b, b + at_once), uniforms[:, b:b + at_once], tokenizer, temperature)
+            for b in range(0, B, at_once)])
+    T, eos, pad, like = uniforms.shape[-1], tokenizer.eos_token_id, pad_id(tokenizer), _any_tensor(weights)
+    mask = None
+    if (prompts.mask == 0).any():
+        mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    below_one = 1 - torch.finfo(dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
+    u = uniforms.to(dtype).clamp(max=below_one)
+    cache = forward.new_cache(E, B, P + T - 1, like)
+    ids = prompts.ids.new_full((E, B, T), pad)
+    chosen = torch.zeros(E, B, T, dtype=dtype, device=ids.device)
+    tokens, alive = prompts.ids, torch.ones(E, B, dtype=torch.bool, device=ids.device)
+    rows = torch.arange(B, device=ids.device).expand(E, B)  # the place in the batch of each that is still sampled
+    for t in range(T):
+        seen = None if mask is None else mask[..., :P + t]
+        logits = forward(weights, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
+        logp = log_softmax(logits, temperature)                                          # (E, rows, V)
+        cdf = logp.exp().cumsum(-1)
+        point = u[..., t].gather(1, rows).unsqueeze(-1) * cdf[..., -1:]
+        tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
+        ids[..., t].scatter_(1, rows, tokens[..., 0])
+        chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
+        alive &= tokens[..., 0] != eos
+        left = int(alive.sum(1).max())
+        if left == 0:
+            break
+        if E * alive.shape[1] >= DROP_FROM and left <= DROP_AT * alive.shape[1]:
+            kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
+            alive, rows, tokens = alive.gather(1, kept), rows.gather(1, kept), tokens.gather(1, kept.unsqueeze(-1))
+            mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
+            cache = forward.cache_of(cache, kept)
+    ids, chosen = ids[..., :t + 1], chosen[..., :t + 1]                                  # (E, B, T)
+    ends = ids == eos
+    after = ends.cumsum(-1) - ends.long() > 0  # what a completion was given after its EOS is forgotten
+    return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0))
+
+
+def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of parts of the prompts as one, as long as the longest; the inverse of `Rollout.split`."""
+    T = max(part.ids.shape[-1] for part in parts)
+    ids, mask, logp = (
+        torch.cat([F.pad(tensor, (0, T - tensor.shape[-1]), value=value) for tensor in tensors], 1)
+        for value, tensors in ((fill, [p.ids for p in parts]), (0, [p.mask for p in parts]),
+                               (0.0, [p.logprobs for p in parts])))
+    return Rollout(prompts, ids, mask, logp)
+
+
+def completion_input(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
+    """Ids and mask (E, B, P + T − 1) of prompts and completions, in which position P − 1 + t chooses token t."""
+    prompts = rollout.prompts
+    ids = torch.cat([prompts.ids, rollout.ids[..., :-1]], -1)
+    mask = None
+    if (prompts.mask == 0).any():
+        # what follows EOS is never looked at by what is scored, so it may count as tokens
+        mask = torch.cat([prompts.mask, torch.ones_like(rollout.ids[..., :-1])], -1)
+    return ids, mask
+
+
+def completion_logits(forward, weights, rollout: Rollout) -> Tensor:
+    """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
+    ids, mask = completion_input(rollout)
+    return forward(weights, ids, mask, keep=rollout.prompts.ids.shape[-1] - 1)
+
+
+def logprobs(forward, weights, rollout: Rollout, temperature: float = 1.0, chunk: int = 0) -> Tensor:
+    """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable.
+
+    With a `chunk` the logits of so many tokens of a policy exist at once, and are computed again for the
+    gradient: the same numbers in less memory.
+    """
+    if not chunk:
+        logits = completion_logits(forward, weights, rollout)
+        return chosen_logprobs(logits, rollout.ids, temperature) * rollout.mask
+    ids, mask = completion_input(rollout)
+    hidden = forward.hidden(weights, ids, mask)[:, :, rollout.prompts.ids.shape[-1] - 1:]           # (E, B, T, C)
+
+    def of_chunk(x, ids):
+        return chosen_logprobs(forward.head(weights, x), ids, temperature)
+
+    logp = [checkpoint(of_chunk, x, ids, use_reentrant=False, preserve_rng_state=False) for x, ids in zip(
+        hidden.flatten(1, 2).split(chunk, 1), rollout.ids.flatten(1, 2).split(chunk, 1))]           # (E, chunk) each
+    return torch.cat(logp, 1).view(rollout.ids.shape) * rollout.mask
+
+
+def chosen_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (…) of the tokens ids (…) at logits (…, V), in nats."""
+    return log_softmax(logits, temperature).gather(-1, ids.unsqueeze(-1))[..., 0]
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities at a temperature, in float32 at least."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _any_tensor(weights) -> Tensor:
+    return next(tensor for tensor in weights.values() if isinstance(tensor, Tensor))
+
+
+def completions_text(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
+    """Completions (…, T) as texts without special tokens, in row-major order."""
+    return tokenizer.batch_decode(completion_ids(ids, mask), skip_special_tokens=True)
+
+
+def completion_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Completions (…, T) as lists of ids, EOS included and nothing after it, in row-major order."""
+    rows, lengths = ids.reshape(-1, ids.shape[-1]).tolist(), mask.reshape(-1, ids.shape[-1]).sum(-1).tolist()
+    return [row[:length] for row, length in zip(rows, lengths)]

@@ -1,0 +1,1 @@
+"""Rewards: how they are called, reward models, classifiers."""

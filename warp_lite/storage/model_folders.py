@@ -1,0 +1,153 @@
+"""Hugging Face folders as files: headers, tensors, what is carried over."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .files import sync_path
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Carried over from init: configuration and tokenizer. No weights, and nothing that could be executed.
+CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+NOT_CARRIED = ("trainer_state.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: `start` counts from the beginning of the file, `size` is in bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's files, each with its raw header, and its tensors in the order of the files."""
+
+    folder: Path
+    headers: dict[str, bytes]
+    tensors: dict[str, _Stored]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find the folder's safetensors files and read their headers, or say what is wrong with them."""
+    if folder.suffix == ".safetensors" and folder.is_file():
+        header, tensors = _read_header(folder)
+        return Checkpoint(folder.parent, {folder.name: header}, tensors)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the path of a saved model")
+    if (folder / SINGLE).is_file():
+        files, weight_map = [SINGLE], None
+    elif (folder / INDEX).is_file():
+        weight_map = _read_index(folder / INDEX)
+        files = sorted(set(weight_map.values()))
+    elif (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} holds a LoRA adapter, whose factors cannot be merged one by one; "
+                         "fold it into its model first (PEFT's merge_and_unload)")
+    elif any(pickled := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]):
+        raise ValueError(f"{folder} has pickled weights only ({pickled[0]}), which can run code when "
+                         "loaded; save the model as safetensors")
+    else:
+        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}; is it a saved model?")
+
+    headers, tensors = {}, {}
+    for file in files:
+        headers[file], found = _read_header(folder / file)
+        if weight_map is not None:
+            promised = {name for name, where in weight_map.items() if where == file}
+            for name in sorted(promised ^ found.keys()):
+                raise ValueError(f"{folder / INDEX} and {file} disagree about tensor {name!r}; "
+                                 "save the model again")
+        tensors.update(found)
+    return Checkpoint(folder, headers, tensors)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a safetensors index; save the model again") from None
+    for file in files:
+        # The names become files of the result: none may lead out of its folder.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path} names the file {file!r}; only .safetensors files beside it can be read")
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path.parent} has no {file}, which its index names; download it again")
+    return weight_map
+
+
+def _read_header(path: Path) -> tuple[bytes, dict[str, _Stored]]:
+    """The raw header, length field included, and the tensors in the order in which they are stored."""
+    try:
+        with safe_open(path, framework="pt"):  # checks everything, the length of the file too
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); "
+                         "copy or save it again") from None
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    tensors = {}
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path} has tensor {name!r} in {entry['dtype']}, which cannot be averaged; "
+                             f"convert it to one of {', '.join(list(DTYPES)[:4])}")
+        start, end = entry["data_offsets"]
+        tensors[name] = _Stored(path.name, entry["dtype"], tuple(entry["shape"]),
+                                8 + len(header) + start, end - start)
+    return length + header, tensors
+
+
+def free_folder(out: str | Path) -> Path:
+    """The real path of a folder that is absent or empty; ValueError for any other."""
+    out = Path(os.path.realpath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it")
+    return out
+
+
+@contextmanager
+def appearing_whole(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` to write to, renamed to `out` at the end, removed on any error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        sync_path(partial)
+        if out.exists():
+            out.rmdir()  # it was empty; if it no longer is, this fails and so does the merge
+        partial.rename(out)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_path(out.parent)
+
+
+def carry_over(init: Checkpoint, partial: Path) -> None:
+    """Copy config, generation config, tokenizer and index; last, so that a partial folder has no config."""
+    for path in sorted(init.folder.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        wanted = path.suffix in CARRIED and path.name not in NOT_CARRIED and not is_index
+        if path.is_file() and (wanted or path.name == INDEX and SINGLE not in init.headers):
+            (partial / path.name).write_bytes(path.read_bytes())
+            sync_path(partial / path.name)

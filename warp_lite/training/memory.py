@@ -1,0 +1,177 @@
+"""How much memory training takes, estimated before it starts, and how much there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..config import WarpConfig
+from ..policies.gpt2_forward import GPT2Forward
+from ..policies.precision import compute_dtype
+from ..policies.prompts import Prompts
+from .reinforce import forward_for
+
+MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
+WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that `policies` policies take on their device while they train together, beside the model itself.
+
+    There all the time: `weights`, `optimiser` (Adam's two moments) and `anchor`; `gradients`, as they are kept
+    and as they are computed. One after the other: `activations` and `logits`, which a step keeps for its
+    backward pass; `sampling`, the keys and values of the tokens so far and the logits of the next; `copies`,
+    in which policy, anchor and moments are handed on at the end of a run.
+    """
+
+    policies: int
+    weights: int
+    gradients: int
+    optimiser: int
+    anchor: int
+    activations: int
+    logits: int
+    sampling: int
+    copies: int
+
+    @property
+    def total(self) -> int:
+        """What there is all the time and the largest of what comes and goes."""
+        stays = self.weights + self.gradients + self.optimiser + self.anchor
+        return stays + max(self.activations + self.logits, self.sampling, self.copies)
+
+    def __str__(self) -> str:
+        parts = {name: value for name, value in dataclasses.asdict(self).items() if name != "policies"}
+        largest = [f"{name} {parts[name] / 2**30:.2f}" for name in sorted(parts, key=parts.get, reverse=True)
+                   if parts[name] > 0.05 * self.total]
+        many = "1 policy" if self.policies == 1 else f"{self.policies} policies at once"
+        return f"about {self.total / 2**30:.2f} GiB for {many}: {', '.join(largest)}"
+
+
+def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int,
+                    settings: WarpConfig | None = None, together: bool = True,
+                    adapter: tuple[int, int] | None = None) -> MemoryEstimate:
+    """Estimate the memory of training `policies` copies of a causal LM at once.
+
+    batch: completions a policy and step. settings: those of precision and memory count. together: as one
+    program; else the model itself is trained, and its weights are there already. adapter: how many numbers
+    the factors of a policy's adapter have, and the matrices that it changes, where adapters are trained. It
+    counts what a pre-norm transformer keeps a layer and token: 20 times the width (40 where its GELU is written
+    out), and its attention weights.
+    """
+    settings, config = settings or WarpConfig(), model.config
+    device = torch.device(model.device)
+    narrow = compute_dtype(settings.precision, device) is not None
+    numbers = policies * sum(p.numel() for p in model.parameters())
+    trained, averaged = (numbers, numbers) if adapter is None else (policies * adapter[0], policies * sum(adapter))
+    size = max(4, next(model.parameters()).element_size())
+    away = settings.offload and device.type != "cpu"
+    width, layers, heads, words = (
+        config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    length = prompt_tokens + new_tokens
+    rows = policies * min(batch, settings.micro_batch or batch)
+    stacked = together or adapter is not None  # what is trained lies beside the model, in one tensor
+    fast = together and adapter is None and GPT2Forward.supports(model)
+    # the library writes this activation out, and each of its parts stays for the backward pass
+    parts = 7 if not fast and getattr(config, "activation_function", None) in ("gelu_new", "gelu_fast") else 2
+    a_token_and_layer = (12 * width + parts * inner + 2 * heads * length) * (0.75 if narrow else 1)
+    if adapter is not None:
+        a_token_and_layer += 4 * width + 2 * inner  # what an adapter adds to its layer's output
+    # with checkpoints about three layers' worth is alive at the peak, as measured: one computed a second time, its
+    # gradients, and what the allocator has not yet given back
+    kept = layers * a_token_and_layer
+    if settings.checkpointing:
+        kept = min(kept, layers * width + 3 * a_token_and_layer)
+    positions, head = rows * new_tokens, 0
+    if settings.logit_chunk and policies * settings.logit_chunk < positions:
+        positions, head = policies * settings.logit_chunk, policies * words * width  # its gradient, in two parts
+    drawn = policies * min(batch, settings.sample_batch or batch)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or width // heads
+    cache = 2 * layers * kv_heads * head_size * length * (2 if narrow else size)
+    return MemoryEstimate(
+        policies,
+        weights=trained * size * stacked + 2 * (numbers - policies * words * width) * narrow,
+        gradients=trained * size * (2 if stacked and not away else 1),
+        optimiser=0 if away else 2 * trained * size,
+        anchor=0 if away and adapter is None else averaged * size,
+        activations=int(rows * length * kept * size),
+        logits=3 * positions * words * size + head * size,
+        sampling=drawn * (cache + 4 * words * size) + trained * size * away,
+        copies=2 * (numbers + trained) * size if device.type == "cpu" else 0)
+
+
+def settings_that_fit(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int, settings: WarpConfig,
+                      limit: float, together: bool = True,
+                      adapter: tuple[int, int] | None = None) -> tuple[list[str], MemoryEstimate]:
+    """The settings, as NAME=VALUE, by which training would fit into `limit` bytes, and what it would then take.
+
+    The cheaper in time come first, and one that saves less than a twentieth is left out. Where all of them are
+    not enough, the estimate is still above the limit.
+    """
+    def estimate():
+        return training_memory(model, policies, batch, prompt_tokens, new_tokens, settings, together, adapter)
+
+    present, changes = estimate(), {}
+    halves = [max(1, batch // 2**k) for k in range(1, batch.bit_length())]
+    offload = [True] if torch.device(model.device).type != "cpu" else []
+    for name, values in (("logit_chunk", [256]), ("micro_batch", halves), ("sample_batch", halves),
+                         ("checkpointing", [True]), ("offload", offload)):
+        for value in values:
+            if present.total <= limit:
+                break
+            before, settings = settings, settings.replace(**{name: value})
+            if (found := estimate()).total < 0.95 * present.total:
+                present, changes[name] = found, value
+            else:
+                settings = before
+    return [f"{name}={str(value).lower()}" for name, value in changes.items()], present
+
+
+def free_memory(device="cpu") -> int:
+    """Bytes that are free on a device now."""
+    device = torch.device(device)
+    if device.type == "cuda":  # and what torch holds without using it
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device)
+    return psutil.virtual_memory().available
+
+
+def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True,
+                     adapter: tuple[int, int] | None = None) -> str:
+    """How an iteration's runs train: one after the other if together they would not fit in memory, or cannot be
+    checkpointed. Says so, and what to set where not even one fits, on stderr in one line. adapter: as
+    `training_memory` has it.
+
+    Raises ValueError for settings that the policy cannot be trained with.
+    """
+    if executor == "batched" and config.checkpointing:
+        try:
+            forward_for(policy, "batched", config)
+        except ValueError as error:
+            print(f"warp-lite: {str(error).partition(';')[0]}; they train one after the other", file=sys.stderr)
+            executor = "serial"
+    if config.checkpointing or config.logit_chunk:
+        forward_for(policy, executor, config)
+    shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
+    free = free_memory(policy.device)
+    there, told, apart = f"{free / 2**30:.2f} GiB are free", "", ""
+    together = executor == "batched"
+    needed = training_memory(policy, config.runs if together else 1, *shape, together, adapter)
+    if together and needed.total > MEMORY_SHARE * free:
+        told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
+        apart = "the runs do not fit together and they train one after the other; even "
+        executor, needed = "serial", training_memory(policy, 1, *shape, False, adapter)
+    if executor != "batched" and needed.total > MEMORY_SHARE * free:
+        changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, False, adapter)
+        advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
+        told = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
+    if told or progress and needed.total > WORTH_SAYING:
+        print(told or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
+    return executor

@@ -1,0 +1,148 @@
+"""One RL run of Algorithm 1: REINFORCE with a leave-one-out baseline and a KL to the anchor.
+
+    y ~ π_θ(·|x)
+    r_β(y) = r(x, y) − β · log[π_θ(y|x) / π_anchor(y|x)]
+    θ ← Adam(θ, (r_β − baseline) · ∇ log π_θ(y|x))
+    θ_anchor ← (1 − μ) θ_anchor + μ θ
+
+`train_serial` is the readable reference: the library's module, optimiser and clipping, one
+run after the other. `train_batched` trains all runs as one program. Both use the same
+random numbers and give the same policies (tests/test_executors.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import WarpConfig
+from ..policies.forward import make_forward
+from ..policies.precision import compute_dtype
+from ..policies.prompts import Prompts
+from ..policies.randomness import prompt_indices, token_uniforms
+from ..policies.sampling import Rollout, logprobs
+from ..rewards.calling import rollout_rewards
+from .run import Run, RunFailed
+
+
+def advantages(rewards: Tensor) -> Tensor:
+    """Each reward less the mean of the others in its batch, (…, B) → (…, B). Needs B ≥ 2."""
+    B = rewards.shape[-1]
+    return (rewards - rewards.mean(-1, keepdim=True)) * (B / (B - 1))
+
+
+def regularised_rewards(rewards: Tensor, logp: Tensor, anchor_logp: Tensor, beta) -> Tensor:
+    """r_β = r − β · (log π − log π_anchor), per sequence, detached. All (…, B); beta a number or (…, 1)."""
+    return rewards - beta * (logp - anchor_logp).detach().to(rewards)
+
+
+def reinforce_loss(logp: Tensor, advantage: Tensor, length: int) -> Tensor:
+    """−mean over the batch of advantage · log π(y|x), divided by `length`; (…, B) → (…)."""
+    return -(advantage.detach().to(logp) * logp).mean(-1) / length
+
+
+@torch.no_grad()
+def score(forward, weights, rollout: Rollout, config: WarpConfig) -> Tensor:
+    """log π of each completion, (E, B), without a gradient."""
+    prepared = forward.prepare(weights)
+    return torch.cat([logprobs(forward, prepared, part, config.temperature, config.logit_chunk).sum(-1)
+                      for part in rollout.split(config.micro_batch)], -1)
+
+
+def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_logp: Tensor | None, beta,
+                  config: WarpConfig, backward: Callable[[Tensor, bool], None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hand the loss of a step, summed over policies, to `backward(loss, add)`, in parts of `micro_batch` completions.
+
+    Returns log π and r_β, (E, B), and the loss, (E,), detached. The reward of each completion is weighed
+    against all others, so where there are several parts, log π is first taken of all without a gradient.
+    Without `anchor_logp` there is no KL.
+    """
+    parts = rollout.split(config.micro_batch)
+    B, total, start = rewards.shape[-1], 0, 0
+    logp = score(forward, weights, rollout, config) if len(parts) > 1 else None
+    for part in parts:
+        rows = slice(start, start + part.ids.shape[1])
+        some = logprobs(forward, forward.prepare(weights), part, config.temperature, config.logit_chunk).sum(-1)
+        if start == 0:
+            logp = some.detach() if logp is None else logp
+            r_beta = regularised_rewards(rewards, logp, logp if anchor_logp is None else anchor_logp, beta)
+            advantage = advantages(r_beta)
+        loss = reinforce_loss(some, advantage[..., rows], config.max_new_tokens)         # (E,)
+        if len(parts) > 1:
+            loss = loss * (some.shape[-1] / B)
+        backward(loss.sum(), start > 0)
+        total, start = total + loss.detach(), rows.stop
+    return logp, r_beta, total
+
+
+def forward_for(model, executor: str, config: WarpConfig):
+    """The forward that an executor trains with. Raises ValueError for settings that it cannot do with."""
+    dtype = compute_dtype(config.precision, model.device)
+    return make_forward(model, executor, dtype, config.checkpointing, config.logit_chunk > 0)
+
+
+def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Tensor]:
+    """The prompts (E, B, P) and the random numbers (E, B, T) of a step, each run from its own stream."""
+    config = runs[0].config
+    index = np.stack([prompt_indices(run.key, step, config.batch_size, len(prompts)) for run in runs])
+    uniforms = [token_uniforms(run.key, step, config.batch_size, config.max_new_tokens) for run in runs]
+    return prompts.batch(index), torch.stack(uniforms).to(prompts.ids.device)
+
+
+def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer) -> Tensor:
+    """Rewards (E, B) in float64, every one finite; runs may have rewards of their own."""
+    rewards = rollout_rewards([run.reward for run in runs], rollout, tokenizer)
+    finite = torch.isfinite(rewards)
+    if not finite.all():
+        bad = {e: int((~row).nonzero()[0]) for e, row in enumerate(finite) if not row.all()}
+        raise RunFailed({e: f"the reward is {rewards[e, b].item()} {where(runs[e], step, rollout, e, b)}; rewards "
+                            "must be finite" for e, b in bad.items()})
+    return rewards
+
+
+def check_finite(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor, loss: Tensor, norms: Tensor) -> None:
+    """Stop before a loss (E,) or a gradient's norm (E,) that is not finite gets into a policy. Raises RunFailed.
+
+    The prompt that is named is that of the first r_β (E, B) that is not finite, or else of the farthest
+    from the mean.
+    """
+    loss, norms = loss.detach().cpu(), norms.cpu()  # with offload they are on two devices
+    finite = torch.isfinite(loss) & torch.isfinite(norms)
+    if not finite.all():
+        reasons = {}
+        for e in (~finite).nonzero()[:, 0].tolist():
+            run, away = runs[e], (r_beta[e] - r_beta[e].mean()).abs()
+            away[~torch.isfinite(r_beta[e])] = torch.inf
+            b = int(away.nan_to_num(0).argmax())
+            what = "gradient is not finite" if torch.isfinite(loss[e]) else f"loss is {loss[e].item()}"
+            reasons[e] = (f"the {what} {where(run, step, rollout, e, b)}; lower lr (now {run.config.lr:g}) or raise "
+                          f"beta (now {run.config.beta:g})")
+        raise RunFailed(reasons)
+
+
+def where(run: Run, step: int, rollout: Rollout, e: int, b: int) -> str:
+    """Iteration, run, step and prompt, for the message of a failure."""
+    prompt = rollout.prompts.texts[e * rollout.ids.shape[1] + b]
+    return (f"in iteration {run.iteration}, run {run.number}, step {step + 1}, for a completion of the prompt "
+            f"{prompt[:80]!r}")
+
+
+def warmup(config: WarpConfig, step: int) -> float:
+    """The factor of the learning rate: linear over the first `warmup_steps` steps."""
+    return min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms) -> list[dict]:
+    """What `metrics.jsonl` says of a step, a dict a run. KL in nats per sequence, to the anchor."""
+    columns = {
+        "reward": rewards.mean(-1), "reward_std": rewards.std(-1), "regularised_reward": r_beta.mean(-1),
+        "kl_to_anchor": (logp - anchor_logp).mean(-1), "length": rollout.mask.sum(-1).double().mean(-1),
+        "entropy": -rollout.logprobs.sum(-1).mean(-1), "loss": loss, "gradient_norm": norms}
+    values = {name: column.detach().tolist() for name, column in columns.items()}
+    return [{"step": step + 1, "lr": run.config.lr * warmup(run.config, step),
+             **{name: column[e] if math.isfinite(column[e]) else None for name, column in values.items()}}
+            for e, run in enumerate(runs)]

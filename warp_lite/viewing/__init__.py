@@ -1,0 +1,1 @@
+"""Pictures: fronts, reports, the explorer."""

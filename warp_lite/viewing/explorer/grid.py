@@ -1,0 +1,204 @@
+"""The explorer's data: fronts for every iteration, number of merged runs and λ, as plain dicts.
+
+A grid holds `lines`, each the front of one merge: `iteration`, `runs` (how many are merged), `lam`
+(where two are), and `points` by rising η. It is measured once; a move of a slider only reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ...averaging.liti import liti
+from ...averaging.slerp import lerp, slerp
+from ...averaging.state_dicts import Weights, stack
+from ...evaluation.limit import optimal_front, reference_rewards
+from ...evaluation.metrics import evaluation_uniforms
+from ...policies.forward import make_forward
+from ...policies.prompts import encode_prompts, room_for_prompts
+from ...policies.sampling import completions_text, sample
+
+ETAS, LAMBDAS, SAMPLES = tuple(np.linspace(0, 1, 11).round(2)), (0.0, 0.25, 0.5, 0.75, 1.0), 256
+FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0), 64
+LIMIT_PROMPTS, LIMIT_SAMPLES, FAST_LIMIT_SAMPLES = 64, 512, 128
+BYTES_AT_ONCE = 2**28  # of weights that are stacked to be measured together
+
+
+@dataclass(frozen=True)
+class View:
+    """What is looked at: a point (η, iteration, merged runs, λ) and how it is drawn."""
+
+    eta: float
+    iteration: int
+    runs: int
+    lam: float = 0.5
+    reward: str = "reward"
+    root: bool = False
+    trajectories: bool = True
+    limit: bool = True
+
+
+def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dict] | None = None,
+               progress: bool = True) -> dict:
+    """Measure every point of the grid, sample its completions, and estimate the limit if it is not given.
+
+    A dict of plain numbers, texts and lists. Every point has the numbers of `PolicyMetrics` but the
+    perplexity, `eta`, and `completions`, one for each of the first held-out `prompts`, all from the
+    same random numbers. Raises ValueError for a result without iterations.
+    """
+    if not result.iterations:
+        raise ValueError("the result has no iterations to explore; run_warp returns one that has")
+    etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
+    shown = result.eval_prompts[:prompts]
+    keys = _keys(result, lambdas)
+    places = [(key, eta) for key in keys for eta in etas[1:]]
+    per_prompt = max(1, math.ceil(samples / len(result.eval_prompts)))
+    sized = sum(tensor.numel() * tensor.element_size() for tensor in result.sft.values())
+    at_once = max(1, min(64, BYTES_AT_ONCE // sized))
+    with tqdm(total=len(places) + 1, desc="explorer", unit="point", disable=None if progress else True,
+              leave=False) as bar:
+        (start,) = measure_points(result, [result.sft], [0.0], shown, per_prompt)
+        bar.update()
+        merges = {key: merged_weights(result, *key) for key in keys}
+        measured = {}
+        for first in range(0, len(places), at_once):
+            some = places[first:first + at_once]
+            states = [liti(result.sft, merges[key], eta) for key, eta in some]
+            measured |= dict(zip(some, measure_points(result, states, [eta for _, eta in some], shown, per_prompt)))
+            bar.update(len(some))
+    lines = [{"iteration": i, "runs": m, "lam": lam,
+              "points": [start, *(measured[(i, m, lam), eta] for eta in etas[1:])]} for i, m, lam in keys]
+    if limit is None:
+        limit = estimate_limit(result, fast, progress)
+    return {"etas": list(map(float, etas)), "lambdas": list(lambdas), "lines": lines,
+            "iterations": sorted({key[0] for key in keys}), "runs": sorted({key[1] for key in keys}),
+            "gold": result.gold is not None, "unit": getattr(result.judge, "unit", "reward units"),
+            "prompts": result.held_out.texts[:len(shown)], "samples": per_prompt * len(result.eval_prompts),
+            "trajectories": [dict(row) for row in result.trajectories], "limit": [dict(p) for p in limit]}
+
+
+def _keys(result, lambdas) -> list[tuple[int, int, float | None]]:
+    """(iteration, merged runs, λ or None) of every line. All numbers of runs up to 5, then every doubling."""
+    total = min(len(iteration.policies) for iteration in result.iterations)
+    counts = range(1, total + 1) if total <= 5 else [*(2**k for k in range(total.bit_length()) if 2**k < total), total]
+    return [(i, m, lam) for i in range(1, len(result.iterations) + 1) for m in counts
+            for lam in (lambdas if m == 2 else (None,))]
+
+
+def merged_weights(result, iteration: int, runs: int, lam: float | None = None) -> Weights:
+    """The merge of the first `runs` policies of an iteration (1 … I), by the config's method; at λ if they are two."""
+    chosen = result.iterations[iteration - 1]
+    policies = chosen.policies[:runs]
+    if runs == 1:
+        return dict(policies[0])
+    if runs == len(chosen.policies) and runs != 2:
+        return chosen.merged
+    merge = lerp if result.config.merge == "lerp" else slerp
+    return merge(chosen.init, policies, weights=None if runs != 2 or lam is None else (1 - lam, lam))
+
+
+def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Sequence[str],
+                   samples: int) -> list[dict]:
+    """Points of a grid: metrics of `samples` completions a held-out prompt, and the completions of `prompts`."""
+    metrics = dataclasses.replace(result, texts=None).measure(states, samples=samples)  # perplexity is not shown
+    texts = sample_completions(result, states, prompts)
+    numbers = [{name: math.nan if value is None else value for name, value in m.as_dict().items()} for m in metrics]
+    return [{"eta": float(eta), **some, "completions": said} for eta, some, said in zip(etas, numbers, texts)]
+
+
+@torch.no_grad()
+def sample_completions(result, states: Sequence[Weights], prompts: Sequence[str], seed: int = 0) -> list[list[str]]:
+    """One completion of each prompt by each of the policies, all with the same random numbers."""
+    config = result.config
+    encoded = encode_prompts(result.tokenizer, prompts, room_for_prompts(result.model, config.max_new_tokens))
+    encoded = encoded.to(result.model.device).repeat(len(states))                                # (E, B, P)
+    uniforms = evaluation_uniforms(seed, len(prompts), 1, config.max_new_tokens, result.model.device)
+    forward = make_forward(result.model)
+    weights = forward.prepare(stack(states, result.model.device))
+    rollout = sample(forward, weights, encoded, uniforms.expand(len(states), -1, -1), result.tokenizer,
+                     config.temperature)
+    texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout.ids, rollout.mask)]
+    return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
+
+
+def estimate_limit(result, fast: bool = False, progress: bool = True) -> list[dict]:
+    """The limit on (some of) the held-out prompts, with the gold reward of the same optimum where there is one."""
+    prompts, samples = result.eval_prompts[:LIMIT_PROMPTS], FAST_LIMIT_SAMPLES if fast else LIMIT_SAMPLES
+    wanted = [result.judge, *([result.gold] if result.gold is not None else [])]
+    with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None if progress else True,
+              leave=False) as bar:
+        values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, progress=bar,
+                                   max_new_tokens=result.config.max_new_tokens, temperature=result.config.temperature)
+    return optimal_front(rewards=values[0], gold=values[1] if len(values) > 1 else None)
+
+
+# --- reading a grid ---------------------------------------------------------------------------
+
+
+def point_at(grid: dict, view: View) -> dict:
+    """The point of a view, linearly between its neighbours in η and λ, standard errors too.
+
+    `between` tells whether it lies between measured points; `completions` are those of the nearest
+    one, whose η is `completions_eta`. Raises ValueError for a view outside the grid.
+    """
+    points = line_at(grid, view)
+    etas = grid["etas"]
+    if not etas[0] <= view.eta <= etas[-1]:
+        raise ValueError(f"eta is {view.eta}; the grid reaches from {etas[0]:g} to {etas[-1]:g}")
+    nearest = points[int(np.argmin(np.abs(np.array(etas) - view.eta)))]
+    point = {name: float(np.interp(view.eta, etas, [p[name] for p in points]))
+             for name, value in nearest.items() if is_number(value)}
+    on_grid = view.eta in etas and (view.runs != 2 or view.lam in grid["lambdas"])
+    return {**point, "eta": view.eta, "between": not on_grid, "completions": nearest["completions"],
+            "completions_eta": nearest["eta"]}
+
+
+def line_at(grid: dict, view: View) -> list[dict]:
+    """The points of a view's front by rising η; for two runs linearly between the neighbouring λ."""
+    lines = {line["lam"]: line["points"] for line in grid["lines"]
+             if (line["iteration"], line["runs"]) == (view.iteration, view.runs)}
+    if not lines:
+        raise ValueError(f"the grid has no iteration {view.iteration} with {view.runs} runs merged; it has iterations "
+                         f"{grid['iterations']} and {grid['runs']} runs")
+    if view.runs != 2:
+        return lines[None]
+    if view.lam in lines:
+        return lines[view.lam]
+    lambdas = sorted(lines)
+    if not lambdas[0] <= view.lam <= lambdas[-1]:
+        raise ValueError(f"lambda is {view.lam}; it lies between 0 and 1")
+    above = next(lam for lam in lambdas if lam > view.lam)
+    below = lambdas[lambdas.index(above) - 1]
+    share = (view.lam - below) / (above - below)
+    nearest = lines[below if share < 0.5 else above]
+    return [{name: (1 - share) * lines[below][n][name] + share * lines[above][n][name] if is_number(value) else value
+             for name, value in point.items()} for n, point in enumerate(nearest)]
+
+
+def is_number(value) -> bool:
+    """Whether it can be interpolated."""
+    return isinstance(value, (int, float))
+
+
+def reach(grid: dict, limit: bool) -> float:
+    """The KL to which a picture goes: that of all lines, but not far past the merges of all runs."""
+    whole = [p["kl"] for line in grid["lines"] if line["runs"] == grid["runs"][-1] for p in line["points"]]
+    whole += [p["kl"] for p in grid["limit"]] if limit else []
+    every = [p["kl"] for line in grid["lines"] for p in line["points"]]
+    return 1.1 * min(max(whole + every), 1.5 * max(whole)) or 1.0
+
+
+def changed_words(before: str, after: str) -> list[tuple[str, bool]]:
+    """The words of `after`, each with whether it is new against `before` (by the longest common runs of words)."""
+    old, new = before.split(), after.split()
+    kept = set()
+    for block in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks():
+        kept.update(range(block.b, block.b + block.size))
+    return [(word, n not in kept) for n, word in enumerate(new)]

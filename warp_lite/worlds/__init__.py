@@ -1,0 +1,70 @@
+"""The worlds that policies are trained in, by name: the same notebooks and commands run on each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+TINY = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3"}
+HUB = ("gpt2-imdb", "gemma-imdb")
+
+
+def load_world(name: str, progress: bool = True, device="cpu", small: bool = False):
+    """The world of that name: "tiny-gpt2", "tiny-gemma", "gpt2-imdb", "gemma-imdb", or a folder that holds one.
+
+    A folder has `policy/` (a causal LM with its tokenizer), `reward/` (a reward model or a sequence
+    classifier) and `prompts.jsonl` (a "prompt" in each line; a fifth is held out, or what
+    `eval_prompts.jsonl` has). It has no gold reward and no held-out texts.
+    Policy and reward model stand on `device`; "auto" is the first GPU, or the CPU where there is none.
+    With `small`, small repositories made here stand in the place of the hub's (see `small_hub`).
+    Raises ValueError that names what is missing.
+    """
+    from ..policies.loading import load_policy, pick_device
+    from ..task import World
+    from .reviews import reviews_world
+
+    device = pick_device(device)
+    if name in TINY:
+        return reviews_world(TINY[name], progress=progress).to(device)
+    if name in HUB:
+        from .imdb import IMDB, imdb_world
+
+        if small:
+            from .small_hub import use_small_hub
+
+            use_small_hub(name, progress)
+        return imdb_world(IMDB[name], progress, device)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ValueError(f"there is no world {name!r}: it is neither one of {', '.join([*TINY, *HUB])} nor a folder")
+    missing = [part for part in ("policy", "reward", "prompts.jsonl") if not (folder / part).exists()]
+    if missing:
+        raise ValueError(f"the world in {folder} lacks {', '.join(missing)}")
+    from ..rewards.loading import load_reward
+
+    model, tokenizer = load_policy(folder / "policy", device=device)
+    prompts = _read(folder / "prompts.jsonl")
+    if (folder / "eval_prompts.jsonl").is_file():
+        held_out = _read(folder / "eval_prompts.jsonl")
+    else:
+        held_out, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
+    reward = load_reward(str(folder / "reward"), device)
+    return World(model, tokenizer, reward, None, prompts, held_out, None, folder, {})
+
+
+def load_rewards(name: str, device="cpu"):
+    """Reward, gold reward (None where there is none) and held-out texts of a world, without a hub's policy."""
+    if name in HUB:
+        from ..rewards.loading import load_reward
+        from .imdb import IMDB
+
+        return load_reward(IMDB[name].reward, device), None, None
+    world = load_world(name, device=device)
+    return world.reward, world.gold, world.texts
+
+
+def _read(path: Path) -> list:
+    try:
+        return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} wants a JSON object with a \"prompt\" in each line") from error
