@@ -19,7 +19,7 @@ from warp_lite.cli import main
 from warp_lite.policies.loading import save_policy
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.prompts import encode_prompts
-from warp_lite.policies.sampling import logprobs, sample
+from warp_lite.policies.sampling import Policies
 from warp_lite.training.reinforce import advantages, checked_rewards, draw, warmup
 from warp_lite.training.run import Run
 from warp_lite.viewing.plots import draw_merges
@@ -256,10 +256,10 @@ def test_a_run_is_reinforce_on_pefts_own_model_with_the_anchor_averaging_weights
     for step in range(config.steps):
         batch, uniforms = draw([run], step, prompts)
         now = {name: p.unsqueeze(0) for name, p in theta.items()}
-        rollout = sample(forward, now, batch, uniforms, tokenizer)
-        logp = logprobs(forward, now, rollout).sum(-1)
+        rollout = Policies(forward, now).sample(batch, uniforms, tokenizer)
+        logp = Policies(forward, now).logprobs(rollout).sum(-1)
         with torch.no_grad():
-            kl = logp - logprobs(plain, stack([anchor]), rollout).sum(-1)
+            kl = logp - Policies(plain, stack([anchor])).logprobs(rollout).sum(-1)
         reward = checked_rewards([run], step, rollout, tokenizer) - config.beta * kl
         optimizer.zero_grad()
         (-(advantages(reward) * logp).mean() / config.max_new_tokens).backward()

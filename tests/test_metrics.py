@@ -22,9 +22,8 @@ from warp_lite.evaluation.metrics import (
     sequence_kl,
     standard_error,
 )
-from warp_lite.policies.forward import make_forward
 from warp_lite.policies.prompts import encode_prompts, encode_texts
-from warp_lite.policies.sampling import Rollout, logprobs, sample
+from warp_lite.policies.sampling import Policies, Rollout
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this"]
 
@@ -41,20 +40,19 @@ def small():
 
 
 def draw(model, tokenizer, prompts, samples, length, temperature=1.0, seed=0):
-    """Rollouts of every prompt `samples` times, and the forward and weights they came from."""
-    forward = make_forward(model)
-    weights = forward.prepare(stack([parameters(model)]))
+    """Rollouts of every prompt `samples` times, and the policy they came from."""
+    policies = Policies.of(model)
     encoded = encode_prompts(tokenizer, prompts).batch(np.repeat(np.arange(len(prompts)), samples)[None])
     uniforms = evaluation_uniforms(seed, len(prompts), samples, length).unsqueeze(0)
-    return forward, weights, sample(forward, weights, encoded, uniforms, tokenizer, temperature)
+    return policies, policies.sample(encoded, uniforms, tokenizer, temperature)
 
 
 def estimate(p, q, tokenizer, prompt, samples, length=3, temperature=1.0):
     """The estimator's KL of every sample of one prompt, and the log-ratio's."""
-    forward, weights, rollout = draw(p, tokenizer, [prompt], samples, length, temperature)
-    reference = forward.prepare(stack([parameters(q)]))
-    ratio = (rollout.logprobs - logprobs(forward, reference, rollout, temperature)).sum(-1)
-    return sequence_kl(forward, weights, reference, rollout, temperature)[0], ratio[0]
+    policies, rollout = draw(p, tokenizer, [prompt], samples, length, temperature)
+    reference = Policies.of(q)
+    ratio = (rollout.logprobs - reference.logprobs(rollout, temperature)).sum(-1)
+    return sequence_kl(policies, reference, rollout, temperature)[0], ratio[0]
 
 
 # --- KL -------------------------------------------------------------------------------------
@@ -94,32 +92,32 @@ def test_kl_varies_less_than_the_log_ratio_which_has_the_same_mean(small):
 
 def test_padding_is_never_counted(tokenizer, policy_of):
     p, q = policy_of("gpt2", seed=1), policy_of("gpt2", seed=2)
-    forward, weights, together = draw(p, tokenizer, PROMPTS, 1, 6)
+    policies, together = draw(p, tokenizer, PROMPTS, 1, 6)
     assert (together.prompts.mask == 0).any(), "the prompts must differ in length"
-    reference = forward.prepare(stack([parameters(q)]))
-    padded = sequence_kl(forward, weights, reference, together)[0]
+    reference = Policies.of(q)
+    padded = sequence_kl(policies, reference, together)[0]
     for i in range(len(PROMPTS)):
         width = int(together.prompts.mask[0, i].sum())
         prompt = encode_prompts(tokenizer, [PROMPTS[i]]).repeat(1)
         assert prompt.ids.shape[-1] == width
         alone = Rollout(prompt, together.ids[:, i:i + 1], together.mask[:, i:i + 1], together.logprobs[:, i:i + 1])
-        kl = sequence_kl(forward, weights, reference, alone)[0, 0]
+        kl = sequence_kl(policies, reference, alone)[0, 0]
         torch.testing.assert_close(kl, padded[i], rtol=1e-9, atol=1e-9)
 
 
 def test_tokens_after_eos_are_never_counted_but_eos_is(tokenizer, policy_of):
     p, q = policy_of("gpt2", seed=1), policy_of("gpt2", seed=2)
-    forward, weights, rollout = draw(p, tokenizer, PROMPTS, 64, 8)
-    reference = forward.prepare(stack([parameters(q)]))
-    kl = sequence_kl(forward, weights, reference, rollout)
+    policies, rollout = draw(p, tokenizer, PROMPTS, 64, 8)
+    reference = Policies.of(q)
+    kl = sequence_kl(policies, reference, rollout)
     assert (rollout.mask[..., -1] == 0).any() and (rollout.mask[..., -1] == 1).any()
     noise = torch.where(rollout.mask.bool(), rollout.ids, torch.randint_like(rollout.ids, len(tokenizer)))
-    torch.testing.assert_close(sequence_kl(forward, weights, reference, Rollout(
+    torch.testing.assert_close(sequence_kl(policies, reference, Rollout(
         rollout.prompts, noise, rollout.mask, rollout.logprobs)), kl, rtol=1e-9, atol=1e-9)
     ended = rollout.mask.sum(-1) < rollout.mask.shape[-1]
     last = (rollout.mask.cumsum(-1) == rollout.mask.sum(-1, keepdim=True)) & rollout.mask.bool()
     assert (rollout.ids[last.view_as(rollout.ids)].view_as(ended)[ended] == tokenizer.eos_token_id).all()
-    without_eos = sequence_kl(forward, weights, reference, Rollout(
+    without_eos = sequence_kl(policies, reference, Rollout(
         rollout.prompts, rollout.ids, rollout.mask * ~last, rollout.logprobs))
     assert (kl - without_eos > 0).all()
 
@@ -208,8 +206,7 @@ def test_perplexity_is_exp_of_the_librarys_loss(architecture, tokenizer, policy_
     assert (ids[mask.bool()] == tokenizer.eos_token_id).sum() == len(texts)
     with torch.no_grad():
         loss = policy(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-    forward = make_forward(policy)
-    found = perplexity(forward, forward.prepare(stack([parameters(policy)])), tokenizer, texts, 1)
+    found = perplexity(Policies.of(policy), tokenizer, texts)
     assert found == pytest.approx([math.exp(loss)], rel=2e-6)  # the library takes its loss in float32
 
 

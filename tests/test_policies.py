@@ -15,20 +15,19 @@ from warp_lite.policies.forward import make_forward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.prompts import Prompts, encode_prompts, room_for_prompts
 from warp_lite.policies.randomness import token_uniforms
-from warp_lite.policies.sampling import completion_ids, completion_logits, completions_text, logprobs, sample
+from warp_lite.policies.sampling import Policies, completion_ids, completions_text
 
 RAGGED = ["this film", "that plot was great and i loved it but", "i", "this film was dull ."]
 LONGEST = 8  # tokens of a completion
 
 
 def draw(model, tokenizer, prompts, temperature=1.0, seed=0, length=LONGEST, uniforms=None, forward=None):
-    """A rollout of one policy: (forward, prepared weights, rollout, the numbers that decided it)."""
-    forward = forward or make_forward(model)
+    """A rollout of one policy: (the policy, rollout, the numbers that decided it)."""
+    policies = Policies(forward or make_forward(model), stack([parameters(model)]))
     encoded = encode_prompts(tokenizer, prompts).repeat(1)
     if uniforms is None:
         uniforms = token_uniforms((seed,), 0, len(encoded), length).unsqueeze(0)
-    weights = forward.prepare(stack([parameters(model)]))
-    return forward, weights, sample(forward, weights, encoded, uniforms, tokenizer, temperature), uniforms
+    return policies, policies.sample(encoded, uniforms, tokenizer, temperature), uniforms
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -40,7 +39,7 @@ def test_completions_and_logprobs_are_those_of_a_naive_loop(architecture, serial
     forward = ModuleForward(model) if serial else make_forward(model)
     small = torch.linspace(0.02, 1, 16, dtype=torch.float64).view(1, 16, 1)  # EOS is one of the vocabulary's first
     uniforms = token_uniforms((0,), 0, 16, LONGEST) * small
-    _, _, rollout, _ = draw(model, tokenizer, RAGGED * 4, temperature, uniforms=uniforms, forward=forward)
+    _, rollout, _ = draw(model, tokenizer, RAGGED * 4, temperature, uniforms=uniforms, forward=forward)
     completions = completion_ids(rollout.ids, rollout.mask)
     for row, text in enumerate(RAGGED * 4):
         expected, logps = naive_completion(
@@ -54,7 +53,7 @@ def test_completions_and_logprobs_are_those_of_a_naive_loop(architecture, serial
 def test_first_tokens_are_as_frequent_as_the_softmax_says(gpt2_policy, tokenizer):
     """Nothing is truncated and nothing is greedy: all 18 tokens appear, each in its share."""
     N = 10_000
-    _, _, rollout, _ = draw(gpt2_policy, tokenizer, ["this film"] * N, temperature=0.9, length=1)
+    _, rollout, _ = draw(gpt2_policy, tokenizer, ["this film"] * N, temperature=0.9, length=1)
     with torch.no_grad():
         logits = gpt2_policy(torch.tensor([tokenizer("this film")["input_ids"]])).logits[0, -1]
     expected = (logits / 0.9).softmax(-1).numpy() * N
@@ -69,7 +68,7 @@ def test_more_than_fifty_tokens_can_be_sampled():
     """The library's `generate` keeps the 50 most likely ones unless told otherwise."""
     tokenizer = make_tokenizer([f"w{i}" for i in range(100)])
     model = make_policy("gpt2", len(tokenizer), initializer_range=0.01)
-    _, _, rollout, _ = draw(model, tokenizer, ["w1"] * 5000, length=1)
+    _, rollout, _ = draw(model, tokenizer, ["w1"] * 5000, length=1)
     assert len(rollout.ids.unique()) == len(tokenizer)
 
 
@@ -79,8 +78,8 @@ def test_logprobs_are_the_librarys_loss_on_the_completion(architecture, pad):
     """Labels of −100 on the prompt and after EOS: EOS itself counts, even where padding is made of it."""
     tokenizer = make_tokenizer(pad=pad)
     model = make_policy(architecture, len(tokenizer), seed=1)
-    forward, weights, rollout, _ = draw(model, tokenizer, RAGGED * 4)
-    scored = logprobs(forward, weights, rollout)
+    policies, rollout, _ = draw(model, tokenizer, RAGGED * 4)
+    scored = policies.logprobs(rollout)
     torch.testing.assert_close(scored, rollout.logprobs, atol=1e-9, rtol=1e-9)
     completions = completion_ids(rollout.ids, rollout.mask)
     for row, (text, completion) in enumerate(zip(RAGGED * 4, completions)):
@@ -94,8 +93,8 @@ def test_logprobs_are_the_librarys_loss_on_the_completion(architecture, pad):
 
 
 def test_the_mask_counts_every_token_up_to_the_first_eos_and_nothing_after(gpt2_policy, tokenizer):
-    forward, weights, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 8, seed=3)
-    scored = logprobs(forward, weights, rollout)
+    policies, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 8, seed=3)
+    scored = policies.logprobs(rollout)
     for ids, mask, first, second in zip(rollout.ids[0], rollout.mask[0], rollout.logprobs[0], scored[0]):
         ends = (ids == tokenizer.eos_token_id).nonzero()
         length = ends[0].item() + 1 if len(ends) else len(ids)
@@ -106,18 +105,18 @@ def test_the_mask_counts_every_token_up_to_the_first_eos_and_nothing_after(gpt2_
 
 
 def test_the_score_of_a_completion_does_not_depend_on_what_stands_after_eos(gpt2_policy, tokenizer):
-    forward, weights, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 4)
-    before = logprobs(forward, weights, rollout)
+    policies, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 4)
+    before = policies.logprobs(rollout)
     assert (rollout.mask == 0).any()
     rollout.ids = torch.where(rollout.mask.bool(), rollout.ids, 7)
-    torch.testing.assert_close(logprobs(forward, weights, rollout), before, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(policies.logprobs(rollout), before, atol=1e-12, rtol=1e-12)
 
 
 def test_temperature_is_applied_alike_when_sampling_and_when_scoring(gpt2_policy, tokenizer):
-    forward, weights, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED, temperature=0.6)
-    torch.testing.assert_close(logprobs(forward, weights, rollout, 0.6), rollout.logprobs, atol=1e-9, rtol=1e-9)
-    assert (logprobs(forward, weights, rollout, 1.0) - rollout.logprobs).abs().max() > 0.1
-    logits = completion_logits(forward, weights, rollout)
+    policies, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED, temperature=0.6)
+    torch.testing.assert_close(policies.logprobs(rollout, 0.6), rollout.logprobs, atol=1e-9, rtol=1e-9)
+    assert (policies.logprobs(rollout, 1.0) - rollout.logprobs).abs().max() > 0.1
+    logits = policies.completion_logits(rollout)
     by_hand = (logits / 0.6).log_softmax(-1).gather(-1, rollout.ids[..., None])[..., 0] * rollout.mask
     torch.testing.assert_close(by_hand, rollout.logprobs, atol=1e-9, rtol=1e-9)
 
@@ -125,14 +124,14 @@ def test_temperature_is_applied_alike_when_sampling_and_when_scoring(gpt2_policy
 def test_a_completion_does_not_depend_on_the_batch_around_it(policy_of, tokenizer):
     """Policies, rows and their order: each completion follows its own policy, prompt and numbers."""
     models = [policy_of("gpt2", seed=seed) for seed in range(3)]
-    forward, weights = make_forward(models[0]), stack([parameters(model) for model in models])
+    policies = Policies.of(models[0], [parameters(model) for model in models])
     uniforms = torch.stack([token_uniforms((e,), 0, len(RAGGED), LONGEST) for e in range(3)])
     encoded = encode_prompts(tokenizer, RAGGED)
-    together = sample(forward, forward.prepare(weights), encoded.repeat(3), uniforms, tokenizer)
+    together = policies.sample(encoded.repeat(3), uniforms, tokenizer)
     whole = completion_ids(together.ids, together.mask)
     for e, model in enumerate(models):
         order = [2, 0, 3]
-        _, _, some, _ = draw(model, tokenizer, [RAGGED[b] for b in order], uniforms=uniforms[e:e + 1, order])
+        _, some, _ = draw(model, tokenizer, [RAGGED[b] for b in order], uniforms=uniforms[e:e + 1, order])
         assert completion_ids(some.ids, some.mask) == [whole[e * len(RAGGED) + b] for b in order]
     assert whole[:4] != whole[4:8]
 
@@ -143,7 +142,7 @@ def test_a_completion_does_not_depend_on_the_batch_around_it(policy_of, tokenize
 def test_dropping_completions_that_ended_changes_none(architecture, serial, prompts, tokenizer, policy_of, monkeypatch):
     models = [policy_of(architecture, seed=seed) for seed in range(3)]
     forward = ModuleForward(models[0]) if serial else make_forward(models[0])
-    weights = forward.prepare(stack([parameters(model) for model in models]))
+    policies = Policies(forward, stack([parameters(model) for model in models]))
     uniforms = torch.stack([token_uniforms((e,), 0, 16, LONGEST) for e in range(3)])
     uniforms *= 0.2  # EOS is one of the vocabulary's first
     encoded, found, widths = encode_prompts(tokenizer, prompts).repeat(3), [], []
@@ -152,7 +151,7 @@ def test_dropping_completions_that_ended_changes_none(architecture, serial, prom
     monkeypatch.setattr("warp_lite.policies.sampling.DROP_AT", 0.99)
     for at_least in (1, 10**9):
         monkeypatch.setattr("warp_lite.policies.sampling.DROP_FROM", at_least)
-        found.append(sample(forward, weights, encoded, uniforms, tokenizer))
+        found.append(policies.sample(encoded, uniforms, tokenizer))
     dropped, whole = found
     assert widths and widths == sorted(set(widths), reverse=True) and widths[0] < 16
     assert torch.equal(dropped.ids, whole.ids) and torch.equal(dropped.mask, whole.mask)
@@ -173,16 +172,16 @@ def test_sampling_stops_when_the_last_completion_has_ended(gpt2_policy, tokenize
 
     T = POSITIONS // 2
     uniforms = token_uniforms((0,), 0, 40, T).unsqueeze(0)
-    _, _, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 10, uniforms=uniforms)
+    _, rollout, _ = draw(gpt2_policy, tokenizer, RAGGED * 10, uniforms=uniforms)
     lengths = rollout.mask[0].sum(-1)
     short = [row for row, length in enumerate(lengths.tolist()) if length < T // 2]
     counted = Counted()
-    _, _, some, _ = draw(gpt2_policy, tokenizer, [(RAGGED * 10)[row] for row in short],
+    _, some, _ = draw(gpt2_policy, tokenizer, [(RAGGED * 10)[row] for row in short],
                          uniforms=uniforms[:, short], forward=counted)
     assert len(short) > 3 and rollout.ids.shape[-1] == T
     assert counted.calls == some.ids.shape[-1] == lengths[short].max() < T
     always = 1 - 1e-9  # the last word, which is not EOS
-    _, _, endless, _ = draw(gpt2_policy, tokenizer, RAGGED, uniforms=torch.full((1, 4, 5), always))
+    _, endless, _ = draw(gpt2_policy, tokenizer, RAGGED, uniforms=torch.full((1, 4, 5), always))
     assert endless.ids.shape[-1] == 5 and endless.mask.all()
 
 
@@ -201,14 +200,14 @@ def test_numbers_at_the_ends_of_the_interval_never_choose_a_token_without_mass(t
             return logits
 
     for u in (0.0, 0.5, np.nextafter(1, 0)):
-        _, _, rollout, _ = draw(model, tokenizer, RAGGED, uniforms=torch.full((1, 4, 3), u).double(), forward=Certain())
+        _, rollout, _ = draw(model, tokenizer, RAGGED, uniforms=torch.full((1, 4, 3), u).double(), forward=Certain())
         assert (rollout.ids == 5).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logprobs_are_computed_in_float32_at_least(dtype, policy_of, tokenizer):
-    forward, weights, rollout, _ = draw(policy_of("gpt2", dtype=dtype), tokenizer, RAGGED)
-    assert rollout.logprobs.dtype == logprobs(forward, weights, rollout).dtype == torch.float32
+    policies, rollout, _ = draw(policy_of("gpt2", dtype=dtype), tokenizer, RAGGED)
+    assert rollout.logprobs.dtype == policies.logprobs(rollout).dtype == torch.float32
 
 
 def test_texts_have_no_special_tokens_and_lists_of_ids_end_with_eos(tokenizer):
@@ -249,9 +248,8 @@ def test_rows_of_a_rollout_keep_their_prompts_and_columns_when_policies_are_sele
     columns = {"target": list(range(4))}
     encoded = encode_prompts(tokenizer, RAGGED)
     encoded = Prompts(encoded.texts, encoded.ids, encoded.mask, columns).batch(np.array([[0, 1], [2, 3], [1, 0]]))
-    forward = make_forward(gpt2_policy)
-    weights = forward.prepare(stack([parameters(gpt2_policy)] * 3))
-    rollout = sample(forward, weights, encoded, torch.rand(3, 2, 4), tokenizer)
+    policies = Policies.of(gpt2_policy, [parameters(gpt2_policy)] * 3)
+    rollout = policies.sample(encoded, torch.rand(3, 2, 4), tokenizer)
     chosen = rollout.select([2, 0])
     assert chosen.prompts.texts == [RAGGED[i] for i in (1, 0, 0, 1)]
     assert chosen.prompts.columns == {"target": [1, 0, 0, 1]}
@@ -280,10 +278,10 @@ def test_the_longest_prompt_that_fits_can_be_completed_to_the_last_position(arch
     assert room == POSITIONS - LONGEST
     with pytest.raises(ValueError, match=f"at most {room} fit"):
         encode_prompts(tokenizer, ["film " * room], room)  # and <bos>
-    forward, weights, rollout, _ = draw(
+    policies, rollout, _ = draw(
         model, tokenizer, ["film " * (room - 1), "this"], uniforms=torch.full((1, 2, LONGEST), 1 - 1e-9))
     assert rollout.ids.shape[-1] == LONGEST
-    torch.testing.assert_close(logprobs(forward, weights, rollout), rollout.logprobs, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(policies.logprobs(rollout), rollout.logprobs, atol=1e-9, rtol=1e-9)
 
 
 def test_a_completion_longer_than_the_policys_positions_is_refused(gpt2_policy):

@@ -17,7 +17,7 @@ from warp_lite.policies.gpt2_forward import GPT2Forward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.precision import compute_dtype, full_precision
 from warp_lite.policies.prompts import encode_prompts
-from warp_lite.policies.sampling import Rollout, chosen_logprobs, logprobs, sample
+from warp_lite.policies.sampling import Policies, Rollout, chosen_logprobs
 from warp_lite.policies.vmap_forward import VmapForward
 from warp_lite.training.batched import Ensemble, train_batched
 from warp_lite.training.run import Run
@@ -59,12 +59,16 @@ def assert_close(first, second, tolerance):
                     getattr(other, kind)[name], tensor, atol=tolerance, rtol=tolerance, msg=f"{kind}: {name}")
 
 
+def exact_policies(model, policies=2):
+    """The same policy twice, by the library's module in the dtype of its weights."""
+    return Policies(ModuleForward(model), stack([parameters(model)] * policies))
+
+
 def a_rollout(model, tokenizer, policies=2):
     """Completions of a few prompts, the same policy twice."""
-    forward = ModuleForward(model)
     prompts = encode_prompts(tokenizer, PROMPTS).repeat(policies)
     uniforms = torch.rand(policies, len(PROMPTS), 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return sample(forward, stack([parameters(model)] * policies), prompts, uniforms, tokenizer)
+    return exact_policies(model, policies).sample(prompts, uniforms, tokenizer)
 
 
 # --- settings that save memory ---------------------------------------------------------------
@@ -150,7 +154,7 @@ def test_logprobs_in_chunks_are_those_of_all_logits_and_so_are_their_gradients(
     results = []
     for size in (0, chunk):
         leaves = {n: t.clone().requires_grad_() for n, t in stack([parameters(model)] * 2).items()}
-        logp = logprobs(forward, forward.prepare(leaves), rollout, temperature, size)
+        logp = Policies(forward, leaves).logprobs(rollout, temperature, size)
         results.append((logp, *torch.autograd.grad((logp * direction).sum(), list(leaves.values()))))
     for plain, chunked in zip(*results):
         torch.testing.assert_close(chunked, plain, atol=1e-10, rtol=1e-10)
@@ -168,6 +172,8 @@ def test_the_gradient_of_a_chunk_is_the_numerical_one_and_the_closed_form():
     class Linear:
         """Hidden states that are given, and a head."""
 
+        prepare = staticmethod(dict)
+
         def hidden(self, w, ids, mask=None):
             return w["x"]
 
@@ -175,7 +181,7 @@ def test_the_gradient_of_a_chunk_is_the_numerical_one_and_the_closed_form():
             return x @ W.transpose(1, 2)
 
     def chunked(x):
-        return logprobs(Linear(), {"x": x}, rollout, 0.7, 4)
+        return Policies(Linear(), {"x": x}).logprobs(rollout, 0.7, 4)
 
     assert torch.autograd.gradcheck(chunked, x)
     gradient, = torch.autograd.grad(chunked(x).sum(), x)
@@ -200,9 +206,9 @@ def test_a_cap_on_the_logits_is_heeded_and_other_heads_are_refused(tokenizer):
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=4, initializer_range=0.5, final_logit_softcapping=2.0, **small)).eval()
     rollout, forward = a_rollout(capped, tokenizer), VmapForward(capped)
-    weights = stack([parameters(capped)] * 2)
+    policies = Policies(forward, stack([parameters(capped)] * 2))
     with torch.no_grad():
-        chunked, plain = (logprobs(forward, weights, rollout, chunk=chunk) for chunk in (4, 0))
+        chunked, plain = (policies.logprobs(rollout, chunk=chunk) for chunk in (4, 0))
     torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-5)
     assert forward.linear_head.cap == 2.0
 
@@ -229,10 +235,10 @@ def test_in_bfloat16_logprobs_are_those_of_float32_within_its_tolerance(kind, ar
     """Sampled, in one pass, and in chunks; with a cache in bfloat16; gradients and weights in float32."""
     model = policy_of(architecture, dtype=torch.float32)
     rollout, weights = a_rollout(model, tokenizer), stack([parameters(model)] * 2)
-    exact, forward = logprobs(ModuleForward(model), weights, rollout), kind(model, torch.bfloat16)
+    exact, forward = exact_policies(model).logprobs(rollout), kind(model, torch.bfloat16)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    prepared = forward.prepare(leaves)
-    logp, chunked = logprobs(forward, prepared, rollout), logprobs(forward, prepared, rollout, chunk=4)
+    policies = Policies(forward, leaves)
+    logp, chunked = policies.logprobs(rollout), policies.logprobs(rollout, chunk=4)
     for some in (logp, chunked):
         assert some.dtype == torch.float32
         assert 0 < (some - exact).abs().max() < 0.15  # random tiny policies with large weights; 8 bits are 0.4 %
@@ -240,14 +246,14 @@ def test_in_bfloat16_logprobs_are_those_of_float32_within_its_tolerance(kind, ar
     torch.testing.assert_close(chunked, logp, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad(logp.sum(), list(leaves.values()))
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
-    plain = kind(model)
-    reference = torch.autograd.grad(logprobs(plain, plain.prepare(leaves), rollout).sum(), list(leaves.values()))
+    plain = Policies(kind(model), leaves)
+    reference = torch.autograd.grad(plain.logprobs(rollout).sum(), list(leaves.values()))
     flat, right = (torch.cat([g.flatten() for g in some]) for some in (gradients, reference))
     assert torch.nn.functional.cosine_similarity(flat, right, 0) > 0.995
     uniforms = torch.rand(2, len(PROMPTS), 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
-        drawn = sample(forward, prepared, rollout.prompts, uniforms, tokenizer)
-        assert (drawn.logprobs - logprobs(forward, prepared, drawn)).abs().max() < 0.15
+        drawn = policies.sample(rollout.prompts, uniforms, tokenizer)
+        assert (drawn.logprobs - policies.logprobs(drawn)).abs().max() < 0.15
 
 
 def test_the_vocabulary_head_stays_in_float32(tokenizer):
@@ -257,11 +263,10 @@ def test_the_vocabulary_head_stays_in_float32(tokenizer):
         model.transformer.ln_f.bias[0], model.transformer.wte.weight[:, 0] = 10, 10
     rollout, weights = a_rollout(model, tokenizer), stack([parameters(model)] * 2)
     assert model(rollout.prompts.ids[0]).logits.median() > 90
-    exact = logprobs(ModuleForward(model), weights, rollout)
+    exact = exact_policies(model).logprobs(rollout)
     for kind in (ModuleForward, VmapForward, GPT2Forward):
-        forward = kind(model, torch.bfloat16)
         with torch.no_grad():
-            error = logprobs(forward, forward.prepare(weights), rollout) - exact
+            error = Policies(kind(model, torch.bfloat16), weights).logprobs(rollout) - exact
         assert error.abs().max() < 0.1
     with torch.autocast("cpu", torch.bfloat16):  # what the library's autocast alone would make of it
         rough = chosen_logprobs(model(rollout.prompts.ids[0]).logits, rollout.prompts.ids[0], 1.0)

@@ -11,7 +11,7 @@ from warp_lite.averaging.state_dicts import parameters, stack
 from warp_lite.policies.forward import make_forward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.prompts import encode_prompts
-from warp_lite.policies.sampling import Rollout, logprobs
+from warp_lite.policies.sampling import Policies, Rollout
 from warp_lite.training.batched import train_batched
 from warp_lite.training.reinforce import advantages, regularised_rewards, reinforce_loss, warmup
 from warp_lite.training.run import Run
@@ -75,9 +75,8 @@ def scored(policy, anchor, forward, temperature):
     """(leaves, log π, log π_anchor, rewards) of every completion, through the package; each (1, N)."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in stack([parameters(policy)]).items()}
     forward, rollout = forward(policy), every_completion()
-    logp = logprobs(forward, forward.prepare(leaves), rollout, temperature).sum(-1)
-    fixed = forward.prepare(stack([parameters(anchor)]))
-    anchor_logp = logprobs(forward, fixed, rollout, temperature).sum(-1)
+    logp = Policies(forward, leaves).logprobs(rollout, temperature).sum(-1)
+    anchor_logp = Policies(forward, stack([parameters(anchor)])).logprobs(rollout, temperature).sum(-1)
     rewards = torch.tensor([list(REWARDS.values()) * len(PROMPTS)], dtype=torch.float64)
     return leaves, logp, anchor_logp, rewards
 
@@ -94,8 +93,7 @@ def flat_gradient(loss, leaves):
 def test_the_probabilities_of_all_completions_sum_to_one(forward, temperature, policy):
     """Each action once, EOS among them, nothing after it: anything else would not sum to one."""
     weights, rollout = stack([parameters(policy)]), every_completion()
-    forward = forward(policy)
-    logp = logprobs(forward, forward.prepare(weights), rollout, temperature).sum(-1)
+    logp = Policies(forward(policy), weights).logprobs(rollout, temperature).sum(-1)
     torch.testing.assert_close(logp.view(2, -1).exp().sum(-1), torch.ones(2, dtype=torch.float64), atol=1e-12, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(logp[0], library_logprobs(policy, temperature), atol=1e-10, rtol=1e-10)

@@ -9,11 +9,10 @@ import torch
 from transformers import AutoTokenizer
 
 from warp_lite import evaluate
-from warp_lite.averaging.state_dicts import parameters, stack
 from warp_lite.evaluation.metrics import perplexity
-from warp_lite.policies.forward import make_forward
 from warp_lite.policies.prompts import encode_prompts, encode_texts, pad_right
 from warp_lite.policies.randomness import WORLD, generator
+from warp_lite.policies.sampling import Policies
 from warp_lite.worlds import reviews as module
 from warp_lite.worlds.grammar import (
     EMPHASIS,
@@ -198,10 +197,9 @@ def log_probability(text):
 
 def test_the_sft_policy_has_learned_the_grammar(world, texts):
     """Its cross-entropy on fresh reviews is that of the grammar itself, and cannot be less."""
-    forward = make_forward(world.model)
     _, mask = encode_texts(world.tokenizer, texts)
     tokens = mask[:, 1:].sum().item()
-    (found,) = perplexity(forward, forward.prepare(stack([parameters(world.model)])), world.tokenizer, texts, 1)
+    (found,) = perplexity(Policies.of(world.model), world.tokenizer, texts)
     entropy = -sum(map(log_probability, texts)) / tokens
     assert entropy - 0.005 < math.log(found) < entropy + 0.05
     assert world.facts["sft_loss"] == pytest.approx(entropy, abs=0.05)

@@ -16,10 +16,9 @@ from .averaging.liti import liti
 from .averaging.state_dicts import Weights, load_weights, stack
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many, evaluation_uniforms, policies_at_once
-from .policies.forward import make_forward
 from .policies.loading import save_policy
 from .policies.prompts import Prompts, encode_prompts, room_for_prompts
-from .policies.sampling import completions_text, sample
+from .policies.sampling import Policies, completions_text
 from .rewards.calling import mean_reward, reward_name
 from .storage.files import locked, weights_hash
 from .storage.provenance import json_hash
@@ -144,11 +143,10 @@ class WarpResult:
     @torch.no_grad()
     def completions(self, prompts: Sequence[str], eta: float = 1.0, iteration: int = -1, seed: int = 0) -> list[str]:
         """One completion a prompt at η; the same random numbers at every η."""
-        forward = make_forward(self.model)
         encoded = self._encode(prompts).repeat(1)
         uniforms = evaluation_uniforms(seed, len(encoded), 1, self.config.max_new_tokens, self.model.device)[None]
-        weights = forward.prepare(stack([self.weights(eta, iteration)], self.model.device))
-        rollout = sample(forward, weights, encoded, uniforms, self.tokenizer, self.config.temperature)
+        policies = Policies.of(self.model, [self.weights(eta, iteration)])
+        rollout = policies.sample(encoded, uniforms, self.tokenizer, self.config.temperature)
         return completions_text(self.tokenizer, rollout.ids, rollout.mask)
 
     def keep_prompts(self, count: int) -> None:

@@ -29,7 +29,7 @@ from warp_lite.config import WarpConfig
 from warp_lite.policies.forward import make_forward
 from warp_lite.policies.loading import load_policy, quiet, save_policy
 from warp_lite.policies.prompts import Prompts, encode_prompts
-from warp_lite.policies.sampling import sample
+from warp_lite.policies.sampling import Policies
 from warp_lite.rewards.calling import rollout_rewards
 from warp_lite.storage.provenance import provenance
 from warp_lite.training.batched import Ensemble, FlatAnchor, train_batched
@@ -95,8 +95,7 @@ class PolicyStep:
     def __call__(self) -> None:
         batch, uniforms = draw(self.runs, self.steps, self.prompts)
         with torch.no_grad():
-            prepared = self.forward.prepare(self.ensemble.weights)
-            rollout = sample(self.forward, prepared, batch, uniforms, Endless)
+            rollout = Policies(self.forward, self.ensemble.weights).sample(batch, uniforms, Endless)
         anchor_logp = score(self.forward, self.anchor.weights, rollout, self.config)
         rewards = rollout_rewards([self.world.reward] * self.E, rollout, self.world.tokenizer)
         differentiate(self.forward, self.ensemble.weights, rollout, rewards, anchor_logp, self.beta, self.config,
@@ -293,7 +292,7 @@ def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
 
         def ours(forward=forward, weights=weights, prompts=prompts, uniforms=uniforms):
             with torch.no_grad():
-                sample(forward, forward.prepare(weights), prompts, uniforms, Endless)
+                Policies(forward, weights).sample(prompts, uniforms, Endless)
 
         def generate(cache=None, model=model, prompts=prompts, length=length):
             extra = {} if cache is None else {"cache_implementation": cache}

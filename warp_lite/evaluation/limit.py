@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..averaging.state_dicts import parameters, stack
-from ..policies.forward import make_forward
+from ..averaging.state_dicts import parameters
 from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
 from ..policies.randomness import EVALUATION, generator
-from ..policies.sampling import sample
+from ..policies.sampling import Policies
 from ..result import WarpResult
 from ..rewards.bradley_terry import BradleyTerry
 from ..rewards.calling import rollout_rewards
@@ -49,8 +48,7 @@ def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples:
     encoded = prompts
     if not isinstance(prompts, Prompts):
         encoded = encode_prompts(tokenizer, prompts, room_for_prompts(reference, max_new_tokens)).to(reference.device)
-    forward = make_forward(reference)
-    weights = forward.prepare(stack([parameters(reference)]))
+    policies = Policies.of(reference)
     rows = np.repeat(np.arange(len(encoded)), samples)
     values: list[list[Tensor]] = [[] for _ in rewards]
     together = rows_at_once(1, len(tokenizer))
@@ -59,7 +57,7 @@ def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples:
         uniforms = generator(seed, i, 1, EVALUATION).random((1, len(some), max_new_tokens))
         batch = encoded.batch(some[None])
         uniforms = torch.from_numpy(uniforms).to(encoded.ids.device)
-        rollout = sample(forward, weights, batch, uniforms, tokenizer, temperature)
+        rollout = policies.sample(batch, uniforms, tokenizer, temperature)
         for reward, into in zip(rewards, values):
             into.append(rollout_rewards([reward], rollout, tokenizer)[0].cpu())
         if progress is not None:

@@ -15,7 +15,7 @@ from ..averaging.state_dicts import Weights, check_same_tensors, parameters, sta
 from ..policies.forward import make_forward
 from ..policies.prompts import Prompts, encode_prompts, encode_texts, room_for_prompts
 from ..policies.randomness import EVALUATION, generator
-from ..policies.sampling import Rollout, completion_logits, log_softmax, sample
+from ..policies.sampling import Policies, Rollout, log_softmax
 from ..rewards.calling import rollout_rewards
 
 ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps
@@ -80,12 +80,12 @@ def evaluate_many(model, weights: Weights, reference: Weights, reward, prompts: 
     E = len(next(iter(weights.values())))
     uniforms = evaluation_uniforms(seed, len(prompts), samples, max_new_tokens, prompts.ids.device)   # (N·k, T)
     repeated = np.repeat(np.arange(len(prompts)), samples)
-    fixed = forward.prepare({name: tensor.unsqueeze(0).to(model.device) for name, tensor in reference.items()})
+    fixed = Policies(forward, {name: tensor.unsqueeze(0).to(model.device) for name, tensor in reference.items()})
     together, results = policies_at_once(len(repeated)), []
     for e in range(0, E, together):
         some = {name: tensor[e:e + together].to(model.device) for name, tensor in weights.items()}
-        results += _evaluate_some(forward, some, fixed, reward, prompts, tokenizer, gold, texts, repeated, uniforms,
-                                  samples, temperature)
+        results += _evaluate_some(Policies(forward, some), fixed, reward, prompts, tokenizer, gold, texts, repeated,
+                                  uniforms, samples, temperature)
     return results
 
 
@@ -99,10 +99,9 @@ def rows_at_once(policies: int, vocabulary: int) -> int:
     return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (16 * vocabulary)) // policies)
 
 
-def _evaluate_some(forward, weights, fixed, reward, prompts, tokenizer, gold, texts, repeated, uniforms, samples,
-                   temperature) -> list[PolicyMetrics]:
-    prepared = forward.prepare(weights)
-    E, vocabulary = len(next(iter(weights.values()))), len(tokenizer)
+def _evaluate_some(policies: Policies, fixed: Policies, reward, prompts, tokenizer, gold, texts, repeated, uniforms,
+                   samples, temperature) -> list[PolicyMetrics]:
+    E, vocabulary = len(policies), len(tokenizer)
     together = rows_at_once(E, vocabulary)
     parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
     ids, masks = [], []
@@ -110,9 +109,9 @@ def _evaluate_some(forward, weights, fixed, reward, prompts, tokenizer, gold, te
         rows = repeated[start:start + together]
         batch = prompts.batch(np.tile(rows, (E, 1)))
         u = uniforms[start:start + together].expand(E, -1, -1)
-        rollout = sample(forward, prepared, batch, u, tokenizer, temperature)
+        rollout = policies.sample(batch, u, tokenizer, temperature)
         scored = max(1, LOGITS_AT_ONCE // (4 * vocabulary * E * rollout.ids.shape[-1]))
-        parts["kl"] += [sequence_kl(forward, prepared, fixed, part, temperature) for part in rollout.split(scored)]
+        parts["kl"] += [sequence_kl(policies, fixed, part, temperature) for part in rollout.split(scored)]
         parts["reward"].append(finite_rewards(reward, rollout, tokenizer))
         if gold is not None:
             parts["gold"].append(finite_rewards(gold, rollout, tokenizer))
@@ -124,7 +123,7 @@ def _evaluate_some(forward, weights, fixed, reward, prompts, tokenizer, gold, te
     ids, masks = torch.cat(ids, 1), torch.cat(masks, 1)
     perplexities = [None] * E
     if texts is not None:
-        perplexities = perplexity(forward, prepared, tokenizer, texts, E)
+        perplexities = perplexity(policies, tokenizer, texts)
     return [PolicyMetrics(
         **{name: value[e].mean().item() for name, value in means.items()},
         **{f"{name}_se": standard_error(value[e]) for name, value in means.items()},
@@ -138,18 +137,15 @@ def evaluation_uniforms(seed: int, prompts: int, samples: int, length: int, devi
     return torch.from_numpy(generator(seed, EVALUATION).random((prompts * samples, length))).to(device)
 
 
-def sequence_kl(forward, policy, reference, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Rao–Blackwellised KL(policy ‖ reference) of each completion, (E, B), nats, float64.
-
-    `policy` are prepared weights (E, …), `reference` prepared weights (1, …).
-    """
+def sequence_kl(policies: Policies, reference: Policies, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Rao–Blackwellised KL(policy ‖ reference) of each completion, (E, B), nats, float64, to one reference."""
     E, B, T = rollout.ids.shape
-    p = log_softmax(completion_logits(forward, policy, rollout), temperature)            # (E, B, T, V)
+    p = log_softmax(policies.completion_logits(rollout), temperature)                    # (E, B, T, V)
     prompts = rollout.prompts
     flat = Rollout(
         Prompts(prompts.texts, prompts.ids.reshape(1, E * B, -1), prompts.mask.reshape(1, E * B, -1)),
         rollout.ids.reshape(1, E * B, T), rollout.mask.reshape(1, E * B, T), rollout.logprobs)
-    q = log_softmax(completion_logits(forward, reference, flat), temperature).view_as(p)
+    q = log_softmax(reference.completion_logits(flat), temperature).view_as(p)
     kl = (p.exp() * (p - q)).sum(-1).double()                                            # (E, B, T)
     return (kl * rollout.mask).sum(-1)
 
@@ -165,23 +161,19 @@ def finite_rewards(reward, rollout: Rollout, tokenizer) -> Tensor:
     return values
 
 
-def perplexity(forward, prepared, tokenizer, texts: Sequence[str], policies: int) -> list[float]:
+def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[float]:
     """Perplexity per token, EOS included, of texts under each policy."""
-    ids, mask = encode_texts(tokenizer, texts)
-    ids, mask = ids.to(_device(prepared)), mask.to(_device(prepared))
-    total = torch.zeros(policies, dtype=torch.float64, device=ids.device)
-    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * len(tokenizer) * ids.shape[1])) // policies)
+    E = len(policies)
+    ids, mask = (part.to(policies.device) for part in encode_texts(tokenizer, texts))
+    total = torch.zeros(E, dtype=torch.float64, device=ids.device)
+    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * len(tokenizer) * ids.shape[1])) // E)
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
     for some, end in zip(order.split(rows), lengths[::rows].tolist()):  # texts of like length together
         some, real = ids[some, :end], mask[some, :end]
-        logits = forward(prepared, some[:, :-1].expand(policies, -1, -1))
-        logp = log_softmax(logits, 1.0).gather(-1, some[:, 1:].expand(policies, -1, -1).unsqueeze(-1))[..., 0]
+        logits = policies.logits(some[:, :-1].expand(E, -1, -1))
+        logp = log_softmax(logits, 1.0).gather(-1, some[:, 1:].expand(E, -1, -1).unsqueeze(-1))[..., 0]
         total += (logp.double() * real[:, 1:]).sum((1, 2))
     return torch.exp(-total / mask[:, 1:].sum()).tolist()
-
-
-def _device(prepared):
-    return next(tensor for tensor in prepared.values() if isinstance(tensor, Tensor)).device
 
 
 def prompt_means(values: Tensor, samples: int) -> Tensor:

@@ -17,7 +17,7 @@ from ..experiment import Experiment, run_experiment
 from ..policies.forward import make_forward
 from ..policies.prompts import encode_prompts, room_for_prompts
 from ..policies.randomness import prompt_indices, token_uniforms
-from ..policies.sampling import logprobs, sample
+from ..policies.sampling import Policies
 from ..result import WarpResult
 from ..rewards.calling import rollout_rewards
 from ..task import World
@@ -119,11 +119,11 @@ class Bench:
         leaves = {name: tensor.detach().expand(batches, *tensor.shape).clone().requires_grad_()
                   for name, tensor in policy.items()}
         with torch.no_grad():
-            rollout = sample(forward, forward.prepare(leaves), prompts.batch(index), uniforms, w.tokenizer)
-            frozen = forward.prepare({name: tensor.expand(batches, *tensor.shape) for name, tensor in anchor.items()})
-            anchor_logp = logprobs(forward, frozen, rollout).sum(-1)
+            rollout = Policies(forward, leaves).sample(prompts.batch(index), uniforms, w.tokenizer)
+            frozen = {name: tensor.expand(batches, *tensor.shape) for name, tensor in anchor.items()}
+            anchor_logp = Policies(forward, frozen).logprobs(rollout).sum(-1)
         rewards = rollout_rewards([w.reward] * batches, rollout, w.tokenizer)
-        logp = logprobs(forward, forward.prepare(leaves), rollout).sum(-1)
+        logp = Policies(forward, leaves).logprobs(rollout).sum(-1)
         advantage = advantages(regularised_rewards(rewards, logp, anchor_logp, beta))
         grads = torch.autograd.grad(reinforce_loss(logp, advantage, 24).sum(), list(leaves.values()))
         return noise_scale(torch.cat([grad.flatten(1) for grad in grads], 1), batch)

@@ -1,17 +1,11 @@
 """How the logits of E policies of one architecture are computed from weights with a leading axis E.
 
-Three ways with one interface:
+Three ways with one interface, `Forward`, which `sampling.Policies` alone calls:
 
 - `ModuleForward`: the library's module, one policy after the other. The readable reference.
 - `VmapForward`: the same module under `torch.func.vmap`. Any architecture whose forward vmaps
   and takes its masks from outside; `supports` tries it, and what fails is left to `ModuleForward`.
 - `GPT2Forward`: batched matrix products written by hand.
-
-Each has `prepare(weights)` (what many calls with the same weights share), `new_cache(...)`,
-`cache_of(cache, rows)` and `__call__(prepared, ids, mask=None, cache=None, keep=0)`: logits (E, B, Q − keep, V) of
-tokens ids (E, B, Q), where `mask` (E, B, K) is 1 for tokens and 0 for left or right padding
-and None says that there is no padding. `hidden` (the same arguments but `keep`) and `head` are
-its two halves, for whom all logits at once are too many.
 
 With a `dtype` the products with the layers' matrices are taken in it, and the head in the
 dtype of the weights. With `checkpointing` a layer keeps its input alone for the backward pass.
@@ -22,16 +16,49 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from ..averaging.state_dicts import Weights
 from .gpt2_forward import GPT2Forward
 from .module_forward import ModuleForward
 from .vmap_forward import VmapForward
 
 
+class Forward(Protocol):
+    """Logits of E policies from their weights (E, …).
+
+    `prepared` is what `prepare` made of the weights, `cache` what `new_cache` or `cache_of` made. Of tokens
+    ids (E, B, Q) the `mask` (E, B, K), K the tokens of the cache and these, is 1 for tokens and 0 for padding
+    on the left or right; None says that there is no padding.
+    """
+
+    dtype: torch.dtype | None
+
+    def prepare(self, weights: Weights) -> Any:
+        """What many calls with the same weights share; differentiable."""
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> Any:
+        """An empty cache for `length` tokens of `batch` sequences of each policy, with dtype and device of `like`."""
+
+    def cache_of(self, cache: Any, rows: Tensor) -> Any:
+        """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+
+    def __call__(self, prepared: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None,
+                 keep: int = 0) -> Tensor:
+        """Logits (E, B, Q − keep, V) of ids (E, B, Q), from position `keep` on; a cache takes in the tokens."""
+
+    def hidden(self, prepared: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        """The first half of a call: the hidden states (E, B, Q, C) that `head` takes."""
+
+    def head(self, prepared: Any, x: Tensor) -> Tensor:
+        """The second half: logits (E, N, V) of hidden states (E, N, C), for whom all at once are too many."""
+
+
 def make_forward(model, executor: str = "batched", dtype: torch.dtype | None = None, checkpointing: bool = False,
-                 chunked: bool = False):
+                 chunked: bool = False) -> Forward:
     """The forward for an executor: the reference for "serial", else the fastest that serves the model.
 
     Raises ValueError where it cannot do with `checkpointing`, or with logits in chunks.

@@ -1,4 +1,4 @@
-"""Sample completions and score them."""
+"""Policies: weights, and what computes logits from them; they sample completions and score them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..averaging.state_dicts import Weights, parameters, stack
+from .forward import Forward, make_forward
 from .prompts import Prompts, pad_id
 
 DROP_AT, DROP_FROM = 0.75, 64  # completions that ended are dropped from this share on, in batches of at least so many
@@ -46,56 +48,118 @@ class Rollout:
             self.ids, self.mask, self.logprobs))) for b in range(0, B, size)]
 
 
-@torch.no_grad()
-def sample(forward, weights, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0,
-           at_once: int = 0) -> Rollout:
-    """Sample one completion a prompt from softmax(logits / temperature), nothing truncated.
+class Policies:
+    """E policies of one architecture: a forward, and their weights (E, …) by name.
 
-    `weights` are prepared by `forward.prepare`. `prompts` (E, B, P). `uniforms` (E, B, T)
-    in [0, 1) decide every token by inversion of the cumulative distribution, so a
-    completion depends on its own policy, prompt and numbers and not on the batch around
-    it. Ends early once every completion has emitted EOS. `at_once` completions of a policy are
-    sampled together; 0: all of them.
+    The forward's preparation of the weights is done once and is seen nowhere else; it takes part in a gradient
+    if the policies are made where gradients are taken.
     """
-    E, B, P = prompts.ids.shape
-    if at_once and at_once < B:
-        return join_rollouts(prompts, pad_id(tokenizer), [
-            sample(forward, weights, prompts.rows(b, b + at_once), uniforms[:, b:b + at_once], tokenizer, temperature)
-            for b in range(0, B, at_once)])
-    T, eos, pad, like = uniforms.shape[-1], tokenizer.eos_token_id, pad_id(tokenizer), _any_tensor(weights)
-    mask = None
-    if (prompts.mask == 0).any():
-        mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    below_one = 1 - torch.finfo(dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
-    u = uniforms.to(dtype).clamp(max=below_one)
-    cache = forward.new_cache(E, B, P + T - 1, like)
-    ids = prompts.ids.new_full((E, B, T), pad)
-    chosen = torch.zeros(E, B, T, dtype=dtype, device=ids.device)
-    tokens, alive = prompts.ids, torch.ones(E, B, dtype=torch.bool, device=ids.device)
-    rows = torch.arange(B, device=ids.device).expand(E, B)  # the place in the batch of each that is still sampled
-    for t in range(T):
-        seen = None if mask is None else mask[..., :P + t]
-        logits = forward(weights, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
-        logp = log_softmax(logits, temperature)                                          # (E, rows, V)
-        cdf = logp.exp().cumsum(-1)
-        point = u[..., t].gather(1, rows).unsqueeze(-1) * cdf[..., -1:]
-        tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
-        ids[..., t].scatter_(1, rows, tokens[..., 0])
-        chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
-        alive &= tokens[..., 0] != eos
-        left = int(alive.sum(1).max())
-        if left == 0:
-            break
-        if E * alive.shape[1] >= DROP_FROM and left <= DROP_AT * alive.shape[1]:
-            kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
-            alive, rows, tokens = alive.gather(1, kept), rows.gather(1, kept), tokens.gather(1, kept.unsqueeze(-1))
-            mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
-            cache = forward.cache_of(cache, kept)
-    ids, chosen = ids[..., :t + 1], chosen[..., :t + 1]                                  # (E, B, T)
-    ends = ids == eos
-    after = ends.cumsum(-1) - ends.long() > 0  # what a completion was given after its EOS is forgotten
-    return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0))
+
+    def __init__(self, forward: Forward, weights: Weights):
+        self.forward, self.weights = forward, weights
+        self.prepared = forward.prepare(weights)
+
+    @classmethod
+    def of(cls, model, states: Sequence[Weights] | None = None) -> Policies:
+        """Policies of a causal LM's architecture with the weights of `states`, or its own, on its device."""
+        return cls(make_forward(model), stack([parameters(model)] if states is None else states, model.device))
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._like.device
+
+    @property
+    def _like(self) -> Tensor:
+        return next(iter(self.weights.values()))
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None, keep: int = 0) -> Tensor:
+        """Logits (E, B, Q − keep, V) of the tokens that follow ids (E, B, Q), from position `keep` on.
+
+        `mask` (E, B, Q) is 1 for tokens and 0 for padding; without one there is no padding.
+        """
+        return self.forward(self.prepared, ids, mask, keep=keep)
+
+    def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The last hidden states (E, B, Q, C) of ids (E, B, Q), as the forward's `head` takes them."""
+        return self.forward.hidden(self.prepared, ids, mask)
+
+    @torch.no_grad()
+    def sample(self, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0,
+               at_once: int = 0) -> Rollout:
+        """Sample one completion a prompt from softmax(logits / temperature), nothing truncated.
+
+        `prompts` (E, B, P). `uniforms` (E, B, T) in [0, 1) decide every token by inversion of the
+        cumulative distribution, so a completion depends on its own policy, prompt and numbers and not
+        on the batch around it. Ends early once every completion has emitted EOS. `at_once` completions
+        of a policy are sampled together; 0: all of them.
+        """
+        E, B, P = prompts.ids.shape
+        if at_once and at_once < B:
+            return join_rollouts(prompts, pad_id(tokenizer), [
+                self.sample(prompts.rows(b, b + at_once), uniforms[:, b:b + at_once], tokenizer, temperature)
+                for b in range(0, B, at_once)])
+        T, eos, pad, like = uniforms.shape[-1], tokenizer.eos_token_id, pad_id(tokenizer), self._like
+        mask = None
+        if (prompts.mask == 0).any():
+            mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        below_one = 1 - torch.finfo(dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
+        u = uniforms.to(dtype).clamp(max=below_one)
+        cache = self.forward.new_cache(E, B, P + T - 1, like)
+        ids = prompts.ids.new_full((E, B, T), pad)
+        chosen = torch.zeros(E, B, T, dtype=dtype, device=ids.device)
+        tokens, alive = prompts.ids, torch.ones(E, B, dtype=torch.bool, device=ids.device)
+        rows = torch.arange(B, device=ids.device).expand(E, B)  # the place in the batch of each that is still sampled
+        for t in range(T):
+            seen = None if mask is None else mask[..., :P + t]
+            logits = self.forward(self.prepared, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
+            logp = log_softmax(logits, temperature)                                          # (E, rows, V)
+            cdf = logp.exp().cumsum(-1)
+            point = u[..., t].gather(1, rows).unsqueeze(-1) * cdf[..., -1:]
+            tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
+            ids[..., t].scatter_(1, rows, tokens[..., 0])
+            chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
+            alive &= tokens[..., 0] != eos
+            left = int(alive.sum(1).max())
+            if left == 0:
+                break
+            if E * alive.shape[1] >= DROP_FROM and left <= DROP_AT * alive.shape[1]:
+                kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
+                alive, rows, tokens = alive.gather(1, kept), rows.gather(1, kept), tokens.gather(1, kept.unsqueeze(-1))
+                mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
+                cache = self.forward.cache_of(cache, kept)
+        ids, chosen = ids[..., :t + 1], chosen[..., :t + 1]                                  # (E, B, T)
+        ends = ids == eos
+        after = ends.cumsum(-1) - ends.long() > 0  # what a completion was given after its EOS is forgotten
+        return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0))
+
+    def completion_logits(self, rollout: Rollout) -> Tensor:
+        """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
+        ids, mask = completion_input(rollout)
+        return self.logits(ids, mask, keep=rollout.prompts.ids.shape[-1] - 1)
+
+    def logprobs(self, rollout: Rollout, temperature: float = 1.0, chunk: int = 0) -> Tensor:
+        """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable.
+
+        With a `chunk` the logits of so many tokens of a policy exist at once, and are computed again for the
+        gradient: the same numbers in less memory.
+        """
+        if not chunk:
+            logits = self.completion_logits(rollout)
+            return chosen_logprobs(logits, rollout.ids, temperature) * rollout.mask
+        ids, mask = completion_input(rollout)
+        hidden = self.hidden(ids, mask)[:, :, rollout.prompts.ids.shape[-1] - 1:]                   # (E, B, T, C)
+
+        def of_chunk(x, ids):
+            return chosen_logprobs(self.forward.head(self.prepared, x), ids, temperature)
+
+        logp = [checkpoint(of_chunk, x, ids, use_reentrant=False, preserve_rng_state=False) for x, ids in zip(
+            hidden.flatten(1, 2).split(chunk, 1), rollout.ids.flatten(1, 2).split(chunk, 1))]       # (E, chunk) each
+        return torch.cat(logp, 1).view(rollout.ids.shape) * rollout.mask
 
 
 def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Rollout:
@@ -119,32 +183,6 @@ def completion_input(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
     return ids, mask
 
 
-def completion_logits(forward, weights, rollout: Rollout) -> Tensor:
-    """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
-    ids, mask = completion_input(rollout)
-    return forward(weights, ids, mask, keep=rollout.prompts.ids.shape[-1] - 1)
-
-
-def logprobs(forward, weights, rollout: Rollout, temperature: float = 1.0, chunk: int = 0) -> Tensor:
-    """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable.
-
-    With a `chunk` the logits of so many tokens of a policy exist at once, and are computed again for the
-    gradient: the same numbers in less memory.
-    """
-    if not chunk:
-        logits = completion_logits(forward, weights, rollout)
-        return chosen_logprobs(logits, rollout.ids, temperature) * rollout.mask
-    ids, mask = completion_input(rollout)
-    hidden = forward.hidden(weights, ids, mask)[:, :, rollout.prompts.ids.shape[-1] - 1:]           # (E, B, T, C)
-
-    def of_chunk(x, ids):
-        return chosen_logprobs(forward.head(weights, x), ids, temperature)
-
-    logp = [checkpoint(of_chunk, x, ids, use_reentrant=False, preserve_rng_state=False) for x, ids in zip(
-        hidden.flatten(1, 2).split(chunk, 1), rollout.ids.flatten(1, 2).split(chunk, 1))]           # (E, chunk) each
-    return torch.cat(logp, 1).view(rollout.ids.shape) * rollout.mask
-
-
 def chosen_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (…) of the tokens ids (…) at logits (…, V), in nats."""
     return log_softmax(logits, temperature).gather(-1, ids.unsqueeze(-1))[..., 0]
@@ -154,10 +192,6 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities at a temperature, in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-
-
-def _any_tensor(weights) -> Tensor:
-    return next(tensor for tensor in weights.values() if isinstance(tensor, Tensor))
 
 
 def completions_text(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:

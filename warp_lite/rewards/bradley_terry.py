@@ -15,6 +15,7 @@ from ..policies.attention import positions
 from ..policies.gpt2_forward import GPT2Forward
 from ..policies.loading import from_pretrained, load_tokenizer, reading, save_policy
 from ..policies.prompts import Prompts, encode_prompts, pad_id, pad_right
+from ..policies.sampling import Policies
 
 
 class BradleyTerry:
@@ -56,10 +57,10 @@ class BradleyTerry:
 
     def _fast_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`scores` by the hand-written forward, whose hidden states lack the final norm."""
-        forward = GPT2Forward(self.trunk)
         weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.trunk.named_parameters()}
         seen = mask.unsqueeze(0) if bool((mask[:, 0] == 0).any()) else None
-        hidden = self.trunk.ln_f(forward.hidden(forward.prepare(weights), ids.unsqueeze(0), seen)[0])  # (N, S, C)
+        policies = Policies(GPT2Forward(self.trunk), weights)
+        hidden = self.trunk.ln_f(policies.hidden(ids.unsqueeze(0), seen)[0])                 # (N, S, C)
         weight = mask.to(hidden.dtype)
         pooled = torch.bmm(weight.unsqueeze(1), hidden)[:, 0] / weight.sum(1, keepdim=True)  # (N, C)
         return (pooled @ self.head - self.mean) / self.std

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..averaging.state_dicts import Weights
 from ..policies.precision import full_precision
 from ..policies.prompts import Prompts
-from ..policies.sampling import sample
+from ..policies.sampling import Policies
 from .reinforce import check_finite, checked_rewards, differentiate, draw, forward_for, score, step_metrics, warmup
 from .run import OnStep, Run, RunState
 
@@ -169,8 +169,8 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_st
     for step in range(first_step, config.steps):
         batch, uniforms = draw(runs, step, prompts)
         with torch.no_grad():
-            rollout = sample(forward, forward.prepare(ensemble.weights), batch, uniforms, tokenizer, config.temperature,
-                             config.sample_batch)
+            rollout = Policies(forward, ensemble.weights).sample(batch, uniforms, tokenizer, config.temperature,
+                                                                 config.sample_batch)
         anchor_logp = None
         if anchored:
             anchor_logp = score(forward, anchor.weights, rollout, config)   # (E, B)

@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 from ..averaging.state_dicts import stack
 from ..config import WarpConfig
 from ..evaluation.metrics import evaluate_many
-from ..policies.forward import make_forward
 from ..policies.prompts import Prompts
-from ..policies.sampling import sample
+from ..policies.sampling import Policies
 from ..result import WarpResult
 from ..rewards.calling import reward_name, rollout_rewards
 from ..storage.files import first_line
@@ -184,13 +183,12 @@ def try_rewards(result: WarpResult, prompts: Prompts, rewards: Sequence[Callable
 
     Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite.
     """
-    forward, config, held_out = make_forward(result.model), result.config, result.held_out
-    weights = forward.prepare(stack([result.sft], result.model.device))
+    policies, config, held_out = Policies.of(result.model, [result.sft]), result.config, result.held_out
     for m, reward in enumerate(rewards, 1):
         run = Run(config, 1, m, result.sft, result.sft, reward)
         batch, uniforms = draw([run], 0, prompts)
         other = held_out.batch(np.arange(config.batch_size)[None] % len(held_out))
-        rollout, measured = (sample(forward, weights, prompts_, uniforms, result.tokenizer, config.temperature)
+        rollout, measured = (policies.sample(prompts_, uniforms, result.tokenizer, config.temperature)
                              for prompts_ in (batch, other))
         try:
             checked_rewards([run], 0, rollout, result.tokenizer)

@@ -24,7 +24,7 @@ from ..policies.forward import make_forward
 from ..policies.precision import compute_dtype
 from ..policies.prompts import Prompts
 from ..policies.randomness import prompt_indices, token_uniforms
-from ..policies.sampling import Rollout, logprobs
+from ..policies.sampling import Policies, Rollout
 from ..rewards.calling import rollout_rewards
 from .run import Run, RunFailed
 
@@ -48,8 +48,8 @@ def reinforce_loss(logp: Tensor, advantage: Tensor, length: int) -> Tensor:
 @torch.no_grad()
 def score(forward, weights, rollout: Rollout, config: WarpConfig) -> Tensor:
     """log π of each completion, (E, B), without a gradient."""
-    prepared = forward.prepare(weights)
-    return torch.cat([logprobs(forward, prepared, part, config.temperature, config.logit_chunk).sum(-1)
+    policies = Policies(forward, weights)
+    return torch.cat([policies.logprobs(part, config.temperature, config.logit_chunk).sum(-1)
                       for part in rollout.split(config.micro_batch)], -1)
 
 
@@ -66,7 +66,7 @@ def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_lo
     logp = score(forward, weights, rollout, config) if len(parts) > 1 else None
     for part in parts:
         rows = slice(start, start + part.ids.shape[1])
-        some = logprobs(forward, forward.prepare(weights), part, config.temperature, config.logit_chunk).sum(-1)
+        some = Policies(forward, weights).logprobs(part, config.temperature, config.logit_chunk).sum(-1)
         if start == 0:
             logp = some.detach() if logp is None else logp
             r_beta = regularised_rewards(rewards, logp, logp if anchor_logp is None else anchor_logp, beta)

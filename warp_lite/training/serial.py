@@ -10,7 +10,7 @@ from ..averaging.ema import EMAAnchor
 from ..averaging.state_dicts import load_weights
 from ..policies.precision import full_precision
 from ..policies.prompts import Prompts
-from ..policies.sampling import sample
+from ..policies.sampling import Policies
 from .reinforce import (
     check_finite,
     checked_rewards,
@@ -63,8 +63,8 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
     for step in range(start.step, config.steps):
         batch, uniforms = draw([run], step, prompts)
         with torch.no_grad():
-            rollout = sample(forward, forward.prepare(policy), batch, uniforms, tokenizer, config.temperature,
-                             config.sample_batch)
+            rollout = Policies(forward, policy).sample(batch, uniforms, tokenizer, config.temperature,
+                                                       config.sample_batch)
         frozen = {name: tensor.to(model.device).unsqueeze(0) for name, tensor in anchor.average.items()}
         anchor_logp = score(forward, frozen, rollout, config)                            # (1, B)
         del frozen

@@ -21,12 +21,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
-from ..averaging.state_dicts import parameters, stack
-from ..policies.forward import make_forward
 from ..policies.loading import load_policy, save_policy
 from ..policies.prompts import encode_prompts, pad_right
 from ..policies.randomness import WORLD, generator
-from ..policies.sampling import sample
+from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry, train_bradley_terry
 from ..storage.provenance import cache_folder
 from ..task import World
@@ -140,14 +138,13 @@ def sft_samples(model, tokenizer, prompts: list[str], count: int, key: tuple[int
     """`count` completions of the SFT policy on prompts drawn at random; (Prompts, ids, mask)."""
     rng = generator(*key)
     encoded = encode_prompts(tokenizer, [prompts[i] for i in rng.integers(len(prompts), size=count)])
-    forward = make_forward(model)
-    weights = forward.prepare(stack([parameters(model)]))
+    policies = Policies.of(model)
     ids = torch.full((count, MAX_COMPLETION), tokenizer.pad_token_id)
     mask = torch.zeros(count, MAX_COMPLETION, dtype=torch.long)
     for start in range(0, count, 500):
         rows = np.arange(start, min(start + 500, count))
         uniforms = torch.from_numpy(rng.random((1, len(rows), MAX_COMPLETION)))
-        out = sample(forward, weights, encoded.batch(rows[None]), uniforms, tokenizer)
+        out = policies.sample(encoded.batch(rows[None]), uniforms, tokenizer)
         width = out.ids.shape[-1]
         ids[rows, :width], mask[rows, :width] = out.ids[0], out.mask[0]
     return encoded, ids, mask

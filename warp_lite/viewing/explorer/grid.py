@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 from ...averaging.liti import liti
 from ...averaging.slerp import lerp, slerp
-from ...averaging.state_dicts import Weights, stack
+from ...averaging.state_dicts import Weights
 from ...evaluation.limit import optimal_front, reference_rewards
 from ...evaluation.metrics import evaluation_uniforms
-from ...policies.forward import make_forward
 from ...policies.prompts import encode_prompts, room_for_prompts
-from ...policies.sampling import completions_text, sample
+from ...policies.sampling import Policies, completions_text
 
 ETAS, LAMBDAS, SAMPLES = tuple(np.linspace(0, 1, 11).round(2)), (0.0, 0.25, 0.5, 0.75, 1.0), 256
 FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0), 64
@@ -120,10 +119,8 @@ def sample_completions(result, states: Sequence[Weights], prompts: Sequence[str]
     encoded = encode_prompts(result.tokenizer, prompts, room_for_prompts(result.model, config.max_new_tokens))
     encoded = encoded.to(result.model.device).repeat(len(states))                                # (E, B, P)
     uniforms = evaluation_uniforms(seed, len(prompts), 1, config.max_new_tokens, result.model.device)
-    forward = make_forward(result.model)
-    weights = forward.prepare(stack(states, result.model.device))
-    rollout = sample(forward, weights, encoded, uniforms.expand(len(states), -1, -1), result.tokenizer,
-                     config.temperature)
+    rollout = Policies.of(result.model, states).sample(
+        encoded, uniforms.expand(len(states), -1, -1), result.tokenizer, config.temperature)
     texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout.ids, rollout.mask)]
     return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
 
