@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
+from warp_lite.policies import encode_prompts
+
 BENCH = Path(__file__).parent / "benchmarks" / "bench.py"
 
 
@@ -15,7 +17,7 @@ def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(policy_
     spec.loader.exec_module(bench)
     model = policy_of("gpt2", dtype=torch.float32, n_positions=40)
     world = SimpleNamespace(
-        model=model, tokenizer=tokenizer, train_prompts=["this film was", "that plot was"],
+        policy=model, tokenizer=tokenizer, prompts=encode_prompts(tokenizer, ["this film was", "that plot was"]),
         reward=lambda prompts, completions, completion_ids: [float(len(set(ids))) for ids in completion_ids])
     step = bench.PolicyStep(world, model, policies=2, batch=4)
     before = step.ensemble.flat.clone()

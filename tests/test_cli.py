@@ -94,7 +94,7 @@ def test_resume_of_a_finished_folder_draws_its_front_again(here, capsys, monkeyp
     assert main(own("--out", "out")) == 0
     first, before = capsys.readouterr().out, files(here / "out")
     (here / "out" / "front.png").unlink()
-    monkeypatch.setitem(sys.modules["warp_lite.warp"].EXECUTORS, "batched", lambda *a: pytest.fail("it trained again"))
+    monkeypatch.setattr("warp_lite.training.executors.train_batched", lambda *a: pytest.fail("it trained again"))
     monkeypatch.setattr("warp_lite.viewing.front_report.measure_front", lambda *a: pytest.fail("it measured again"))
     assert main(own("--resume", "--out", "out")) == 0
     assert capsys.readouterr().out == first and files(here / "out") == before
@@ -135,7 +135,7 @@ def test_a_preset_runs_on_the_tiny_world(world, tmp_path, capsys, monkeypatch):
 
 
 def test_run_takes_a_folder_of_a_reward_model(here, world, capsys):
-    (here / "openings.txt").write_text("\n".join(world.train_prompts[:40]))
+    (here / "openings.txt").write_text("\n".join(world.prompts.given[:40]))
     arguments = own("--policy", str(world.folder / "sft"), "--reward", str(world.folder / "reward"),
                     "--prompts", "openings.txt", "--set=iterations=1", "--out", "out")
     assert main(arguments) == 0 and "rewards in standard deviations of SFT samples" in capsys.readouterr().out
@@ -399,17 +399,17 @@ def score(prompts, completions, completion_ids):
 
 
 def test_ctrl_c_after_the_last_step_is_not_forgotten(here, capsys, monkeypatch):
-    from warp_lite import warp
+    from warp_lite import launch
 
-    write = warp.write_iteration
+    write = launch.write_iteration
 
-    def told(folder, result, i):
-        write(folder, result, i)
+    def told(folder, task, i, *weights):
+        write(folder, task, i, *weights)
         if i == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(warp, "write_iteration", told)
+        patch.setattr(launch, "write_iteration", told)
         assert main(own("--out", "out")) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("interrupted: every run in out is kept; continue with --resume\n")

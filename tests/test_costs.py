@@ -84,12 +84,20 @@ from warp_lite.training.run import Run
 from warp_lite.training.serial import train_serial
 from warp_lite.averaging.state_dicts import copy_weights
 from warp_lite.scale.lora import AdapterTrainer, LoraSettings
+from warp_lite.task import Task
 from warp_lite.worlds.grammar import make_tokenizer
 
 scale, rank = 1 if sys.platform == "darwin" else 1024, int(sys.argv[1]) or None
-AdapterTrainer(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)), LoraSettings(rank=1))  # imports PEFT
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+def adapters(model, rank, prompts, sft):
+    trainer = AdapterTrainer(LoraSettings(rank=rank))
+    trainer.start(Task(model, tokenizer, None, prompts, prompts, sft=sft), WarpConfig(), None)
+    return trainer
+
+
 tokenizer = make_tokenizer()
+tiny = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1))
+adapters(tiny, 1, encode_prompts(tokenizer, ["this"]), {})  # imports PEFT
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 model = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=6, n_head=4, n_positions=96, vocab_size=5000,
                                    bos_token_id=1, eos_token_id=2, pad_token_id=0))
 prompts = encode_prompts(tokenizer, ["this old film was", "that new drama was", "the long film was"])
@@ -98,7 +106,7 @@ config = WarpConfig(steps=1, batch_size=2, max_new_tokens=4)
 reward = lambda prompts, completions, completion_ids: [float(len(set(ids))) for ids in completion_ids]
 runs = [Run(config, 2, 1, init, sft, reward)]
 if rank:
-    AdapterTrainer(model, LoraSettings(rank=rank)).train(tokenizer, prompts, runs)
+    adapters(model, rank, prompts, sft).train(runs)
 else:
     train_serial(model, tokenizer, prompts, runs)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -6,10 +6,10 @@ import torch
 from warp_lite.averaging.liti import liti
 from warp_lite.config import WarpConfig
 from warp_lite.experiment import policies_that_fit, run_experiment
-from warp_lite.policies.prompts import encode_prompts
+from warp_lite.launch import run_warp
+from warp_lite.task import Task
 from warp_lite.training.batched import train_batched
 from warp_lite.training.memory import training_memory
-from warp_lite.warp import run_warp
 
 PROMPTS = ["this film was", "that plot was", "this plot is", "but that film is"]
 CONFIG = WarpConfig(iterations=2, runs=2, steps=3, batch_size=2, max_new_tokens=6, eval_every=2)
@@ -29,8 +29,11 @@ def policy(gpt2_policy, tokenizer):
 
 
 def experiment(policy, configs, seeds, **options):
-    return run_experiment(*policy, length_reward, PROMPTS, configs, seeds, eval_prompts=PROMPTS[:2], progress=False,
-                          **options)
+    return run_experiment(task_of(policy), configs, seeds, progress=False, **options)
+
+
+def task_of(policy, reward=length_reward):
+    return Task.of(*policy, reward, PROMPTS, PROMPTS[:2], max_new_tokens=CONFIG.max_new_tokens)
 
 
 def test_every_setting_and_seed_equals_a_run_of_its_own(policy):
@@ -84,7 +87,7 @@ def test_a_run_that_settings_share_trains_once_and_each_gets_all_of_it(policy):
     config = CONFIG.replace(iterations=1, lr=1e-3)
     configs = {"four": config.replace(runs=4), "two": config, "lerp": config.replace(merge="lerp", eta=0.1)}
     kept = []
-    together = run_experiment(*policy, counting, PROMPTS, configs, (0,), eval_prompts=PROMPTS[:2], progress=False,
+    together = run_experiment(task_of(policy, counting), configs, (0,), progress=False,
                               checkpoints=lambda *place: kept.append(place))
     measured = 4 * 2 * 2  # runs, times measured, prompts
     assert sum(scored) == 4 * config.steps * config.batch_size + measured
@@ -174,9 +177,8 @@ def test_runs_are_kept_in_a_folder_and_a_second_call_trains_only_what_is_missing
 
 
 def test_no_more_runs_train_together_than_fit_in_memory(policy, monkeypatch):
-    model, tokenizer = policy
-    prompts = encode_prompts(tokenizer, PROMPTS)
-    one = training_memory(model, 1, CONFIG.batch_size, prompts.ids.shape[-1], CONFIG.max_new_tokens).total
+    task = task_of(policy)
+    one = training_memory(task.policy, 1, CONFIG.batch_size, task.prompts.ids.shape[-1], CONFIG.max_new_tokens).total
     for free, count in ((0, 1), (3.1 * one, 2), (10**15, 128)):
         monkeypatch.setattr("warp_lite.experiment.free_memory", lambda device, free=free: free)
-        assert policies_that_fit(model, prompts, CONFIG) == count
+        assert policies_that_fit(task, CONFIG) == count

@@ -219,7 +219,8 @@ def test_figure_and_table_need_no_widgets(explorer):
 
 
 def test_without_a_gold_reward_there_is_no_toggle_for_it(result, tmp_path):
-    plain = ParetoExplorer(dataclasses.replace(result, gold=None), fast=True, limit=[], progress=False)
+    task = dataclasses.replace(result.task, gold=None)
+    plain = ParetoExplorer(dataclasses.replace(result, task=task), fast=True, limit=[], progress=False)
     assert "reward" not in plain.controls and "limit" not in plain.controls
     assert "gold" not in plain.table() and not plain.grid["gold"]
     plain.widget  # noqa: B018

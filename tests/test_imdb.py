@@ -54,11 +54,11 @@ def offline(mirror, monkeypatch, tmp_path):
 def test_gpt2_imdb_is_the_policy_the_classifier_and_the_openings_of_reviews(offline):
     found = load_world("gpt2-imdb", progress=False)
     assert isinstance(found, World) and found.gold is None and found.texts is None
-    assert len(found.eval_prompts) == 64 and len(found.train_prompts) == 1024
-    assert not set(found.eval_prompts) & set(found.train_prompts)
+    assert len(found.eval_prompts) == 64 and len(found.prompts) == 1024
+    assert not set(found.eval_prompts.given) & set(found.prompts.given)
     rows = [json.loads(line) for line in (offline / "stanfordnlp/imdb/train.jsonl").read_text().splitlines()]
     texts = {row["text"] for row in rows}
-    for prompt in found.eval_prompts:
+    for prompt in found.eval_prompts.given:
         assert len(found.tokenizer.tokenize(prompt)) == 8 and any(text.startswith(prompt) for text in texts)
     labels = {row["text"]: row["label"] for row in rows}
     first = [labels[text] for text in reviews("stanfordnlp/imdb", 100)]
@@ -82,17 +82,17 @@ def test_gemma_imdb_is_fine_tuned_on_other_reviews_and_kept(offline, monkeypatch
             parameter += parameter.std(correction=0).nan_to_num() * torch.randn_like(parameter)
     save_policy(base, tokenizer, hub.local(settings.policy))
     made = imdb_world(settings, progress=False)
-    texts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in made.eval_prompts]
+    texts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in made.eval_prompts.given]
 
     def loss(model):
         with torch.no_grad():
             return sum(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item() for ids in texts) / len(texts)
 
-    assert loss(made.model) < loss(base) - 0.2
+    assert loss(made.policy) < loss(base) - 0.2
     assert made.folder.parent == tmp_path and (made.folder / "sft" / "tokenizer.json").is_file()
     monkeypatch.setattr("warp_lite.worlds.imdb.train_on_texts", lambda *a: pytest.fail("it trained again"))
     again = imdb_world(settings, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(parameters(made.model).values(), parameters(again.model).values()))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(made.policy).values(), parameters(again.policy).values()))
     assert again.train_prompts == made.train_prompts
 
 

@@ -167,10 +167,10 @@ def test_n_defaults_to_powers_of_two_as_far_as_there_are_samples():
 
 @pytest.mark.slow
 def test_no_front_of_a_trained_run_lies_above_the_limit(world):
-    config, prompts = WarpConfig(iterations=1, runs=2, steps=60, lr=1e-3, eval_every=0), world.eval_prompts[:32]
-    result = run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, config,
+    config, prompts = WarpConfig(iterations=1, runs=2, steps=60, lr=1e-3, eval_every=0), world.eval_prompts.given[:32]
+    result = run_warp(world.policy, world.tokenizer, world.reward, world.prompts.given, config,
                       eval_prompts=prompts, progress=False)
-    (rewards,) = reference_rewards(world.model, world.tokenizer, [world.reward], prompts, 256)
+    rewards, _ = reference_rewards(world.measured_on(prompts), 256)
     limit = optimal_front(rewards=rewards)
 
     def excess(point, kl):

@@ -20,6 +20,7 @@ from warp_lite.policies.loading import save_policy
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.prompts import encode_prompts
 from warp_lite.policies.sampling import Policies
+from warp_lite.task import Task
 from warp_lite.training.reinforce import advantages, checked_rewards, draw, warmup
 from warp_lite.training.run import Run
 from warp_lite.viewing.plots import draw_merges
@@ -241,8 +242,9 @@ def test_a_run_is_reinforce_on_pefts_own_model_with_the_anchor_averaging_weights
     init, settings = parameters(policy), LoraSettings(rank=2, alpha=3.0, rslora=rslora)
     prompts = encode_prompts(tokenizer, PROMPTS)
     run = Run(config, 1, 2, init, init, score)
-    trainer = AdapterTrainer(policy, settings)
-    other, state = trainer.train(tokenizer, prompts, [Run(config, 1, 1, init, init, score), run])
+    trainer = AdapterTrainer(settings)
+    trainer.start(Task(policy, tokenizer, score, prompts, prompts), config, None)
+    other, state = trainer.train([Run(config, 1, 1, init, init, score), run])
 
     model = peft_policy(policy, architecture, rslora, r=2, lora_alpha=3)
     first = trainer.first_factors(run)
@@ -377,20 +379,21 @@ def test_an_average_of_factors_is_another_anchor(policy_of, tokenizer):
     """Why the anchor keeps dense matrices: along a run, B̄Ā falls short of the average of BA by a share that is
     measured here."""
     policy, config = policy_of("gpt2"), CONFIG.replace(steps=30, mu=0.1)
-    trainer, init = AdapterTrainer(policy, SETTINGS), parameters(policy)
+    trainer, init = AdapterTrainer(SETTINGS), parameters(policy)
+    trainer.start(Task.of(policy, tokenizer, score, PROMPTS, PROMPTS, max_new_tokens=5), config, None)
     averaged, path = None, []
 
     def watch(runs, step, states, metrics):
         path.append(states()[0])
 
-    trainer.train(tokenizer, encode_prompts(tokenizer, PROMPTS), [Run(config, 1, 1, init, init, score)], watch)
+    trainer.train([Run(config, 1, 1, init, init, score)], watch)
     averaged = trainer.first_factors(Run(config, 1, 1, init, init, score))
     for state in path:
         averaged = {name: 0.9 * averaged[name] + 0.1 * state.trained[name] for name in averaged}
     lost = total = 0.0
     for name in trainer.names:
         exact = path[-1].anchor[name] - init[name]
-        lost += (trainer.adapter(averaged).delta(name) - exact).square().sum().item()
+        lost += (trainer.adapter_of(averaged).delta(name) - exact).square().sum().item()
         total += exact.square().sum().item()
     assert 0.01 < math.sqrt(lost / total) < 1
 

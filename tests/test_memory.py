@@ -26,6 +26,7 @@ from warp_lite.training.run import Run
 from warp_lite.training.batched import train_batched
 from warp_lite.training.serial import train_serial
 from warp_lite.scale.lora import AdapterTrainer, LoraSettings
+from warp_lite.task import Task
 from warp_lite.worlds.grammar import make_tokenizer
 
 words, width, layers, batch, new_tokens, policies = map(int, sys.argv[1].split())
@@ -40,16 +41,18 @@ config = WarpConfig(steps=1, batch_size=batch, max_new_tokens=new_tokens, **sett
 reward = lambda prompts, completions, completion_ids: [float(len(set(ids))) for ids in completion_ids]
 runs = [Run(config, 1, m + 1, init, init, reward) for m in range(policies)]
 scale = 1 if sys.platform == "darwin" else 1024
-trainer = rank and AdapterTrainer(model, LoraSettings(rank=rank))
+if rank:
+    trainer = AdapterTrainer(LoraSettings(rank=rank))
+    trainer.start(Task(model, tokenizer, reward, prompts, prompts, sft=init), config, None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 if rank:
-    trainer.train(tokenizer, prompts, runs)
+    trainer.train(runs)
 else:
     (train_batched if together else train_serial)(model, tokenizer, prompts, runs[:policies if together else 1])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 estimate = training_memory(
     model, policies if together else 1, batch, prompts.ids.shape[1], new_tokens, config, together,
-    trainer.size if rank else None)
+    trainer.adapter if rank else None)
 print(peak - before, estimate.total)
 """
 

@@ -24,6 +24,7 @@ from warp_lite.evaluation.metrics import (
 )
 from warp_lite.policies.prompts import encode_prompts, encode_texts
 from warp_lite.policies.sampling import Policies, Rollout
+from warp_lite.task import Task
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this"]
 
@@ -224,13 +225,13 @@ def test_texts_that_do_not_fit_are_named(tokenizer):
 def test_many_policies_at_once_measure_as_one_by_one(tokenizer, policy_of, monkeypatch, rows_at_once):
     monkeypatch.setattr(metrics_module, "ROWS_AT_ONCE", rows_at_once)
     policies = [policy_of("gpt2", seed=seed) for seed in (1, 2, 3)]
-    settings = {"gold": length_reward, "texts": ["this film was great ."], "samples": 2, "max_new_tokens": 5}
-    many = evaluate_many(policies[0], stack([parameters(p) for p in policies]), parameters(policies[0]), length_reward,
-                         encode_prompts(tokenizer, PROMPTS), tokenizer, **settings)
+    settings = {"gold": length_reward, "texts": ["this film was great ."], "max_new_tokens": 5}
+    task = Task.of(policies[0], tokenizer, length_reward, PROMPTS, PROMPTS, **settings)
+    many = evaluate_many(task, stack([parameters(p) for p in policies]), samples=2)
     assert len({m.kl for m in many}) == 3
     monkeypatch.undo()
     for policy, found in zip(policies, many):
-        alone = evaluate(policy, policies[0], length_reward, PROMPTS, tokenizer, **settings)
+        alone = evaluate(policy, policies[0], length_reward, PROMPTS, tokenizer, samples=2, **settings)
         assert found.as_dict() == pytest.approx(alone.as_dict(), rel=1e-9, abs=1e-12)
 
 

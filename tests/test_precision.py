@@ -325,7 +325,7 @@ def test_a_half_precision_policy_is_trained_and_merged_as_its_float32_copy_and_h
     assert all(torch.equal(tensor, before[name]) for name, tensor in parameters(half).items())
     result.save_policy(tmp_path / "point", 0.5)
     saved, _ = load_policy(tmp_path / "point", dtype="auto")
-    loaded = load_result(tmp_path / "half", result.reward)
+    loaded = load_result(tmp_path / "half", result.task.reward)
     for model in (result.policy(0.5), saved, loaded.policy(0.5)):
         assert model.dtype == torch.bfloat16
         for name, tensor in parameters(model).items():

@@ -22,6 +22,7 @@ from warp_lite.policies.loading import save_policy
 from warp_lite.policies.prompts import encode_prompts
 from warp_lite.scale.ray import Job, RayExecutor, last_row, train_run
 from warp_lite.storage.files import read_lines, weights_hash
+from warp_lite.task import Task
 
 ray = pytest.importorskip("ray")
 # Of a Ray that did not start in time and was begun again.
@@ -83,15 +84,14 @@ def policy(tokenizer):
 def started(policy, tokenizer):
     """A Ray of this machine, started as the executor starts it; every run below finds and uses it."""
     executor = RayExecutor("local")
-    executor.start(None, empty_result(policy, tokenizer), encode_prompts(tokenizer, PROMPTS))
+    executor.start(task_of(policy, tokenizer), CONFIG, None)
     yield executor
     executor.close()
     assert not ray.is_initialized()
 
 
-def empty_result(policy, tokenizer, reward=score):
-    from warp_lite.result import WarpResult
-    return WarpResult(CONFIG, policy, tokenizer, reward, PROMPTS[:2], parameters(policy))
+def task_of(policy, tokenizer, reward=score):
+    return Task.of(policy, tokenizer, reward, PROMPTS, PROMPTS[:2], max_new_tokens=CONFIG.max_new_tokens)
 
 
 # --- the same bytes -------------------------------------------------------------------------
@@ -118,10 +118,10 @@ def test_without_a_folder_a_temporary_one_is_used(started, policy, tokenizer, tm
 
 @pytest.mark.slow
 def test_driver_and_workers_are_pinned_to_the_threads_of_a_run(started, policy, tokenizer, tmp_path, monkeypatch):
-    pinned, arguments = [], (empty_result(policy, tokenizer), encode_prompts(tokenizer, PROMPTS))
+    pinned = []
     monkeypatch.setattr("warp_lite.scale.ray.pinned_threads", lambda n: pinned.append(n) or contextlib.nullcontext())
     executor = RayExecutor(cpus=2)
-    executor.start(tmp_path, *arguments)
+    executor.start(task_of(policy, tokenizer), CONFIG, tmp_path)
     executor.close()
     short_run(policy, tokenizer, out=tmp_path / "run", executor="serial", iterations=1, eval_every=0)
     (tmp_path / "run/iteration-1/run-1/DONE").unlink()
@@ -279,7 +279,7 @@ def test_a_reward_that_cannot_be_sent_is_named_before_anything_is_started(policy
 
 
 def job(tokenizer, rewards):
-    return Job(encode_prompts(tokenizer, PROMPTS), rewards, PROMPTS[:2], {}, "sdpa", "cpu", [])
+    return Job(encode_prompts(tokenizer, PROMPTS), encode_prompts(tokenizer, PROMPTS[:2]), rewards, "sdpa", "cpu", [])
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tokenizer, tmp_path):

@@ -95,11 +95,12 @@ def test_policy_reward_and_prompts_from_disk_become_a_front(architecture, shelf,
     assert abs(start["kl"]) < 1e-5 and all(p["kl"] > 0 for p in rest)
     assert front["unit"] == "logit of POSITIVE"
     result = load_result(out)
-    texts = [f"{p} {c.strip()}" for p, c in zip(result.eval_prompts, result.completions(result.eval_prompts, 0.0))]
+    held_out = result.task.eval_prompts.given
+    texts = [f"{p} {c.strip()}" for p, c in zip(held_out, result.completions(held_out, 0.0))]
     judge = pipeline("text-classification", str(shelf / "distilbert"), function_to_apply="none", top_k=None)
     expected = [next(e["score"] for e in row if e["label"] == "POSITIVE") for row in judge(texts)]
-    completions = [text.removeprefix(prompt) for prompt, text in zip(result.eval_prompts, texts)]
-    assert result.reward(result.eval_prompts, completions) == pytest.approx(expected, abs=1e-4)
+    completions = [text.removeprefix(prompt) for prompt, text in zip(result.task.eval_prompts.given, texts)]
+    assert result.task.reward(result.task.eval_prompts.given, completions) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -248,7 +249,7 @@ def test_conversations_are_written_by_the_chat_template_and_reach_rewards_as_in_
     shown = capsys.readouterr().out
     assert "<|im_start|>user\n" in shown and "<|im_start|>assistant\n" in shown
     result = load_result(tmp_path / "out")  # the conversations are read back and encoded as they were
-    batch = result.held_out
+    batch = result.task.eval_prompts
     for messages, row, real in zip(kept["eval"], batch.ids.tolist(), batch.mask.tolist()):
         by_library = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert [token for token, m in zip(row, real) if m] == by_library
@@ -299,7 +300,7 @@ def test_the_label_and_the_output_of_the_classifier_can_be_chosen_and_are_found_
     options = ["--reward-label", "negative", "--reward-output", "log-probability"]
     assert main(command(shelf, tmp_path / "out", "gpt2", *options)) == 0
     assert "log-probability of NEGATIVE" in capsys.readouterr().out
-    reward = load_result(tmp_path / "out").reward
+    reward = load_result(tmp_path / "out").task.reward
     by_index = ClassifierReward(shelf / "distilbert", label=0)
     other = ClassifierReward(shelf / "distilbert", label=1)
     a, b = by_index(["this film"], ["is dull"])[0], other(["this film"], ["is dull"])[0]

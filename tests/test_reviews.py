@@ -199,7 +199,7 @@ def test_the_sft_policy_has_learned_the_grammar(world, texts):
     """Its cross-entropy on fresh reviews is that of the grammar itself, and cannot be less."""
     _, mask = encode_texts(world.tokenizer, texts)
     tokens = mask[:, 1:].sum().item()
-    (found,) = perplexity(Policies.of(world.model), world.tokenizer, texts)
+    (found,) = perplexity(Policies.of(world.policy), world.tokenizer, texts)
     entropy = -sum(map(log_probability, texts)) / tokens
     assert entropy - 0.005 < math.log(found) < entropy + 0.05
     assert world.facts["sft_loss"] == pytest.approx(entropy, abs=0.05)
@@ -211,7 +211,7 @@ def test_the_reward_model_agrees_with_gold_on_most_pairs_but_not_on_all(world):
 
 
 def test_rewards_are_in_standard_deviations_of_sft_samples(world):
-    found = evaluate(world.model, world.model, world.reward, world.train_prompts, world.tokenizer, gold=world.gold,
+    found = evaluate(world.policy, world.policy, world.reward, world.prompts.given, world.tokenizer, gold=world.gold,
                      samples=3)
     assert abs(found.kl) < 1e-4
     for name in ("reward", "gold"):
@@ -287,6 +287,7 @@ def test_an_unknown_architecture_is_refused(cache):
 
 def test_the_world_of_gemma_builds_and_samples(cache):
     world = reviews_world("gemma3", progress=False, **SMALL)
-    assert type(world.model).__name__ == "Gemma3ForCausalLM"
-    found = evaluate(world.model, world.model, world.reward, world.eval_prompts[:4], world.tokenizer, gold=world.gold)
+    assert type(world.policy).__name__ == "Gemma3ForCausalLM"
+    found = evaluate(world.policy, world.policy, world.reward, world.eval_prompts.given[:4], world.tokenizer,
+                     gold=world.gold)
     assert abs(found.kl) < 1e-4 and math.isfinite(found.reward) and math.isfinite(found.gold)

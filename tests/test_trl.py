@@ -112,7 +112,7 @@ def test_every_run_sees_its_own_order_of_the_training_prompts(finished):
     _, result, recorder, seen = finished
     runs = [sum(seen[n:n + 3], []) for n in range(0, 12, 3)]
     assert len(seen) == 12 and len({tuple(run) for run in runs}) == 4
-    assert not {prompt for run in runs for prompt in run} & set(result.eval_prompts)
+    assert not {prompt for run in runs for prompt in run} & set(result.task.eval_prompts.given)
     assert len({args.seed for args in recorder.args}) == 4
 
 
@@ -307,16 +307,15 @@ def by_trl(world, settings, generations, seeds, folder):
     for seed in range(seeds):
         args = agree(settings, None)[1]
         args.num_generations = generations
-        made = run_warp_trl(world.model, world.reward, world.train_prompts, settings.replace(seed=seed), args,
-                            out=folder / str(seed), tokenizer=world.tokenizer, eval_prompts=world.eval_prompts)
+        made = run_warp_trl(world.policy, world.reward, world.prompts.given, settings.replace(seed=seed), args,
+                            out=folder / str(seed), tokenizer=world.tokenizer, eval_prompts=world.eval_prompts.given)
         results.append(load_result(made, world.reward))
     return fronts(results)
 
 
 def by_us(world, settings, seeds):
     """The fronts of our own runs."""
-    results = run_experiment(world.model, world.tokenizer, world.reward, world.train_prompts, {"": settings},
-                             range(seeds), eval_prompts=world.eval_prompts, progress=False).results
+    results = run_experiment(world, {"": settings}, range(seeds), progress=False).results
     return fronts(results[""])
 
 

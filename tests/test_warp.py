@@ -104,9 +104,9 @@ def test_every_run_sees_its_own_order_of_the_training_prompts_and_none_held_out(
     result = short_run(policy, tokenizer, [watch(0), watch(1)], iterations=1, steps=8, eval_every=0)
     assert seen[0] != seen[1]
     for prompts in seen:
-        assert len(prompts) == 8 * CONFIG.batch_size and set(prompts) == set(result.train_prompts)
-        assert not set(prompts) & set(result.eval_prompts)
-    assert sorted({*result.train_prompts, *result.eval_prompts}) == sorted(PROMPTS)
+        assert len(prompts) == 8 * CONFIG.batch_size and set(prompts) == set(result.task.prompts.given)
+        assert not set(prompts) & set(result.task.eval_prompts.given)
+    assert sorted({*result.task.prompts.given, *result.task.eval_prompts.given}) == sorted(PROMPTS)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -179,7 +179,8 @@ def test_runs_may_have_rewards_of_their_own_and_are_judged_by_the_mean(policy, t
         return np.mean(both, axis=0).tolist()
 
     (point,) = found.front(etas=(1.0,), iterations=[2], samples=2)
-    expected = evaluate(found.policy(), policy, mean, found.eval_prompts, tokenizer, samples=2, max_new_tokens=5)
+    held_out = found.task.eval_prompts.given
+    expected = evaluate(found.policy(), policy, mean, held_out, tokenizer, samples=2, max_new_tokens=5)
     assert point["reward"] == pytest.approx(expected.reward)
 
 
@@ -264,7 +265,8 @@ def test_a_saved_result_loads_as_it_was(policy_of, tokenizer, tmp_path, dtype):
     result.save(tmp_path / "saved")
     loaded = load_result(tmp_path / "saved", score)
     assert loaded.config == result.config and loaded.trajectories == result.trajectories
-    assert loaded.eval_prompts == result.eval_prompts and loaded.train_prompts == result.train_prompts
+    for part in ("prompts", "eval_prompts"):
+        assert getattr(loaded.task, part).given == getattr(result.task, part).given
     for a, b in zip(result.iterations, loaded.iterations):
         for name in ("init", "merged", "next_init"):
             first, second = getattr(a, name), getattr(b, name)
@@ -411,12 +413,11 @@ def test_a_crash_between_two_runs_being_finished_keeps_the_bytes(
 
 def test_a_finished_folder_is_taken_up_without_training(policy, tokenizer, tmp_path, uninterrupted, monkeypatch):
     first = short_run(policy, tokenizer, out=tmp_path / "run")
-    from warp_lite import warp
 
     def refuse(*args):
         raise AssertionError("it trained again")
 
-    monkeypatch.setitem(warp.EXECUTORS, "batched", refuse)
+    monkeypatch.setattr("warp_lite.training.executors.train_batched", refuse)
     again = short_run(policy, tokenizer, out=tmp_path / "run", resume=True)
     assert_same_weights(again.weights(0.3), first.weights(0.3))
     assert again.trajectories == first.trajectories
@@ -471,19 +472,21 @@ def test_a_front_is_drawn_again_without_being_measured_again(
 def test_the_limits_samples_are_kept_for_a_reward_model_and_drawn_again_for_a_function(
         world, tmp_path, small_limit, monkeypatch):
     monkeypatch.setenv("WARP_LITE_CACHE", str(tmp_path))
-    result = run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, CONFIG.replace(steps=1),
-                      eval_prompts=world.eval_prompts[:3], gold=world.gold, progress=False)
-    first = limit_rewards(result)
+    result = run_warp(world.policy, world.tokenizer, world.reward, world.prompts.given, CONFIG.replace(steps=1),
+                      eval_prompts=world.eval_prompts.given[:3], gold=world.gold, progress=False)
+    first = limit_rewards(result.task)
     (path,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr("warp_lite.evaluation.limit.reference_rewards",
                       lambda *args, **kwargs: pytest.fail("it was sampled again"))
-        assert all(torch.equal(a, b) for a, b in zip(limit_rewards(result), first))
+        assert all(torch.equal(a, b) for a, b in zip(limit_rewards(result.task), first))
     path.write_bytes(b"damaged")
-    assert torch.equal(limit_rewards(result)[1], first[1])
-    for change in ({"gold": None}, {"eval_prompts": world.eval_prompts[3:5]}, {"reward": score}):
-        other = limit_rewards(dataclasses.replace(result, **change))[0]
-        assert not torch.equal(other, first[0]) or "gold" in change
+    assert torch.equal(limit_rewards(result.task)[1], first[1])
+    others = [dataclasses.replace(result.task, gold=None), dataclasses.replace(result.task, reward=score),
+              result.task.measured_on(world.eval_prompts.given[3:5])]
+    for task in others:
+        other = limit_rewards(task)[0]
+        assert not torch.equal(other, first[0]) or task.gold is None
     assert len(list(tmp_path.iterdir())) == 3, "one more without gold, one more on other prompts, none for a function"
 
 

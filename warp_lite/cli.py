@@ -185,10 +185,10 @@ def run_command(arguments) -> int:
             reward_options["log_probability"] = arguments.reward_output == "log-probability"
     executor = chosen_executor(arguments)
 
+    from .launch import run_warp
     from .storage.files import is_taken
     from .training.run_folder import check_out
     from .viewing.front_report import complete_front
-    from .warp import run_warp
 
     check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
     if is_taken(arguments.out):
@@ -201,9 +201,8 @@ def run_command(arguments) -> int:
     if arguments.preset is not None:
         from .worlds import load_world
         world = load_world(chosen.world, device=arguments.device or chosen.device)
-        source = {"preset": arguments.preset, "world": chosen.world}
-        task = (world.model, world.tokenizer, world.reward, world.train_prompts)
-        options |= {"eval_prompts": world.eval_prompts, "gold": world.gold, "texts": world.texts, "source": source}
+        world.source = {"preset": arguments.preset, "world": chosen.world}
+        task = (world,)
     else:
         from .policies.loading import load_policy, pick_device
         from .rewards.loading import load_reward
@@ -269,10 +268,10 @@ def front_command(arguments) -> int:
     usual = PRESETS[source["preset"]].device if source.get("preset") in PRESETS else "auto"
     result = load_result(arguments.folder, device=pick_device(arguments.device or usual))
     if arguments.prompts is not None:
-        there = len(result.eval_prompts)
+        there = len(result.task.eval_prompts)
         if not 2 <= arguments.prompts <= there:
             raise ValueError(f"--prompts must lie between 2 and the {there} held-out prompts, not {arguments.prompts}")
-        result.keep_prompts(arguments.prompts)
+        result.task = result.task.first(arguments.prompts)
     complete_front(result, Path(arguments.folder), etas or ETAS)
     return 0
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import typing
 from dataclasses import dataclass
+from functools import lru_cache
+from types import NoneType
 
 ANCHORS = ("ema", "sft", "none")
-MERGES = ("slerp", "lerp", "none")
+MERGES = ("slerp", "lerp", "none")  # those known without a look at averaging/merging.py, which may have more
 PRECISIONS = ("auto", "fp32", "bf16")
-KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool}  # what a field of that type may hold
-READ = {"int": int, "float": float, "str": str, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
+READ = {int: int, float: float, str: str, bool: lambda text: {"true": True, "false": False}[text.lower()],
+        NoneType: lambda text: {"none": None}[text.lower()]}
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,13 @@ class WarpConfig:
     offload: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, KINDS[field.type]) or isinstance(value, bool) != (field.type == "bool"):
-                kind = f"number of type {field.type}" if field.type in ("int", "float") else field.type
-                raise TypeError(f"{field.name} must be a {kind}, not {value!r}")
-            if field.type == "float" and not abs(value) <= sys.float_info.max:  # NaN, or an int that no float holds
-                raise ValueError(f"{field.name} must be finite, not {value!r}"[:120])
+        for name, kinds in kinds_of(type(self)).items():
+            value = getattr(self, name)
+            if not is_of(value, kinds):
+                number = "number of type " if {int, float} & set(kinds) else ""
+                raise TypeError(f"{name} must be a {number}{names_of(kinds)}, not {value!r}")
+            if float in kinds and value is not None and not abs(value) <= sys.float_info.max:  # NaN, or a huge int
+                raise ValueError(f"{name} must be finite, not {value!r}"[:120])
         for name in ("iterations", "runs", "steps", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
@@ -103,7 +106,7 @@ class WarpConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name, words in (("anchor", ANCHORS), ("merge", MERGES), ("precision", PRECISIONS)):
+        for name, words in (("anchor", ANCHORS), ("merge", merges(self.merge)), ("precision", PRECISIONS)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, not {getattr(self, name)!r}")
         if self.merge == "none" and self.runs != 1:
@@ -122,20 +125,53 @@ class WarpConfig:
 
     def with_text(self, assignments: list[str]) -> WarpConfig:
         """A copy changed by texts of the form NAME=VALUE, as the command line's --set gives them."""
-        changes = {}
-        kinds = {field.name: field.type for field in dataclasses.fields(self)}
+        changes, kinds = {}, kinds_of(type(self))
         for text in assignments:
             name, equals, value = text.partition("=")
             if not equals:
                 raise ValueError(f"--set wants NAME=VALUE, not {text!r}")
             if name not in kinds:
                 self.replace(**{name: value})  # raises, naming the nearest
-            try:
-                changes[name] = READ[kinds[name]](value)
-            except (ValueError, KeyError):
-                wanted = "true or false" if kinds[name] == "bool" else f"of type {kinds[name]}"
-                raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
+            for kind in sorted(kinds[name], key=lambda kind: kind is str):  # any text is a str: it comes last
+                try:
+                    changes[name] = READ[kind](value)
+                    break
+                except (ValueError, KeyError):
+                    pass
+            else:
+                wanted = "true or false" if kinds[name] == (bool,) else f"of type {names_of(kinds[name])}"
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
         return self.replace(**changes)
+
+
+@lru_cache
+def kinds_of(config: type[WarpConfig]) -> dict[str, tuple[type, ...]]:
+    """The types that each field of a config may hold, by its annotation: `int | None` gives (int, NoneType)."""
+    hints = typing.get_type_hints(config)
+    return {field.name: typing.get_args(hints[field.name]) or (hints[field.name],)
+            for field in dataclasses.fields(config)}
+
+
+def is_of(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is of one of the types; an int is a float, and a bool is no int."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or float in kinds and isinstance(value, int)
+
+
+def names_of(kinds: tuple[type, ...]) -> str:
+    """The types as words."""
+    return " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+
+
+def merges(name: str) -> tuple[str, ...]:
+    """The merge methods that a config may name, and "none"; those of averaging/merging.py are looked up only where
+    `name` is none of the usual ones, as that imports torch."""
+    if name in MERGES:
+        return MERGES
+    from .averaging import merging
+
+    return (*merging.MERGES, "none")
 
 
 @dataclass(frozen=True)

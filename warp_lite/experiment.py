@@ -14,21 +14,19 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .averaging.liti import liti
-from .averaging.merging import merge
 from .averaging.slerp import lerp
-from .averaging.state_dicts import Weights, copy_weights, parameters, stack
+from .averaging.state_dicts import Weights, stack
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
-from .policies.precision import full_precision
-from .policies.prompts import check_ids, encode_prompts, room_for_prompts
 from .result import ETAS, Iteration, WarpResult
-from .rewards.calling import reward_name
+from .rewards.calling import RewardFunc, reward_name
 from .storage.files import load_tensors, read_json, save_tensors, weights_hash, write_json
 from .storage.provenance import __version__, json_hash
+from .task import Task
 from .training.batched import SHARED, train_batched
 from .training.memory import MEMORY_SHARE, free_memory, training_memory
-from .training.run import Run
+from .training.run import OnStep, Run
+from .warp import finish_iteration
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
 NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
@@ -60,13 +58,14 @@ class Experiment:
         return [{"config": name, "seed": seed, **row} for name in names or self.results
                 for seed, result in zip(self.seeds, self.results[name]) for row in result.trajectories]
 
-    def measure(self, states: Iterable[Weights], samples: int = 2) -> list[PolicyMetrics]:
-        """Metrics of any weights, in batches, on the held-out prompts; `samples` completions a prompt.
+    def measure(self, states: Iterable[Weights], samples: int = 2, texts: bool = False) -> list[PolicyMetrics]:
+        """Metrics of any weights, in batches, on the held-out prompts; `samples` completions a prompt. `texts`: with
+        the perplexity of held-out texts.
 
         Large weights are better made one by one, by a generator: only those of a batch are held at once.
         """
         any_result = next(iter(self.results.values()))[0]
-        return any_result.measure(states, samples=samples)
+        return any_result.measure(states, samples=samples, texts=texts)
 
 
 @dataclass
@@ -75,22 +74,30 @@ class _Job:
 
     name: str
     config: WarpConfig
-    rewards: list[Callable]
+    rewards: list[RewardFunc]
     result: WarpResult
     inits: list[Weights]
 
 
-def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, WarpConfig], seeds: Sequence[int], *,
-                   eval_prompts: Sequence[str], gold=None, texts=None, rewards: Mapping[str, object] | None = None,
+@dataclass
+class _Shared:
+    """A run, and the jobs that have it in common."""
+
+    run: Run
+    jobs: list[_Job]
+
+
+def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequence[int], *,
+                   rewards: Mapping[str, RewardFunc | Sequence[RewardFunc]] | None = None,
                    starts: Mapping[str, Callable[[WarpResult, int], Weights]] | None = None,
                    checkpoints: Callable[[str, int, int, int, int, Weights], None] | None = None,
-                   trajectory_samples: int = 1, progress: bool = True, out=None) -> Experiment:
+                   trajectory_samples: int = 1, progress: bool = True, out: str | Path | None = None) -> Experiment:
     """Algorithm 1 for every setting and seed, whatever can share a program in one, and a run that
     several settings have in common once.
 
     `configs` by name; each is run with every seed in place of its own. `rewards` gives some of
-    them another reward, or a list with one for each run; the fronts of all are measured by
-    `reward`. `starts` gives some of them another outer step: where run m of the next iteration
+    them another reward, or a list with one for each run; the fronts of all are measured by the
+    task's. `starts` gives some of them another outer step: where run m of the next iteration
     starts, as a function of the result so far and m, in place of LITI; runs that start apart are
     merged around the mean of their starts. Trajectories are measured every `eval_every` steps with
     `trajectory_samples` completions a held-out prompt, and `checkpoints`, where given, is called
@@ -102,67 +109,76 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     seeds = tuple(seeds)
     if not configs or not seeds:
         raise ValueError("run_experiment needs at least one setting and one seed")
-    policy = full_precision(policy)
-    sft = copy_weights(parameters(policy))
-    longest = max(config.max_new_tokens for config in configs.values())
-    room = room_for_prompts(policy, longest)
-    encoded, held_out = (encode_prompts(tokenizer, some, room).to(policy.device) for some in (prompts, eval_prompts))
-    for some in (encoded, held_out):
-        check_ids(policy, tokenizer, some)
-    jobs: dict[str, list[_Job]] = {}
-    for name, config in configs.items():
-        own = (rewards or {}).get(name, reward)
-        own = list(own) if isinstance(own, (list, tuple)) else [own] * config.runs
-        if len(own) != config.runs:
-            raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
-        jobs[name] = [_Job(name, config.replace(seed=seed), own, WarpResult(
-            config.replace(seed=seed), policy, tokenizer, reward, held_out.given, sft, gold=gold, texts=texts,
-            train_prompts=encoded.given), [sft] * config.runs) for seed in seeds]
-    flat = [job for some in jobs.values() for job in some]
+    jobs = {name: _jobs(task, name, config, seeds, (rewards or {}).get(name, task.reward))
+            for name, config in configs.items()}
+    flat = [job for of_config in jobs.values() for job in of_config]
+    kept = None if out is None else _KeptRuns(out, task.policy, task.prompts, task.eval_prompts, trajectory_samples)
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):
             active = [job for job in flat if i <= job.config.iterations]
-            shared: dict[tuple, tuple[list[_Job], Run]] = {}  # a run that several settings have in common trains once
-            for job in active:
-                for m, (init, reward_) in enumerate(zip(job.inits, job.rewards), 1):
-                    key = (job.config.replace(**NOT_OF_A_RUN), m, id(init), id(reward_))
-                    shared.setdefault(key, ([], Run(job.config, i, m, init, sft, reward_)))[0].append(job)
-            trained = {}
-            bar.set_description(f"training, iteration {i}")
-            bar.reset(total=sum(run.config.steps for _, run in shared.values()))
-            kept = None if out is None else _KeptRuns(out, policy, encoded, held_out, trajectory_samples)
-            left = []
-            for some, run in shared.values():
-                found = None if kept is None else kept.load(run, some)
-                if found is None:
-                    left.append((some, run))
-                else:
-                    trained |= {(id(job), run.number): found for job in some}
-                    bar.update(run.config.steps)
-            for group in _groups(left, policy, encoded):
-                on_step = _measure_trajectories(group, held_out, trajectory_samples, checkpoints, bar)
-                states = train_batched(policy, tokenizer, encoded, [run for _, run in group], on_step)
-                for (some, run), state in zip(group, states):
-                    ended = (state.policy, state.anchor)  # Adam's moments are of no more use
-                    if kept is not None:
-                        kept.save(run, some, *ended)
-                        ended = kept.load(run, [])
-                    trained |= {(id(job), run.number): ended for job in some}
-                del states
+            trained = _train(task, _shared_runs(active, i), kept, trajectory_samples, checkpoints, bar, i)
             for job in active:
                 policies, anchors = map(list, zip(*(trained[id(job), m] for m in range(1, job.config.runs + 1))))
                 init = _mean(job.inits)
-                merged = merge(init, policies, job.config.merge)
-                next_init = liti(init, merged, job.config.eta)
-                job.result.iterations.append(
-                    Iteration(init, policies, anchors, merged, next_init))
+                merged, next_init = finish_iteration(init, policies, job.config)
+                job.result.iterations.append(Iteration(init, policies, anchors, merged, next_init))
                 job.inits = [next_init] * job.config.runs
                 if job.name in (starts or {}):
                     job.inits = [starts[job.name](job.result, m) for m in range(1, job.config.runs + 1)]
                     job.result.iterations[-1].next_init = _mean(job.inits)
     for job in flat:
         job.result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
-    return Experiment({name: [job.result for job in some] for name, some in jobs.items()}, seeds)
+    return Experiment({name: [job.result for job in of_config] for name, of_config in jobs.items()}, seeds)
+
+
+def _jobs(task: Task, name: str, config: WarpConfig, seeds: Sequence[int],
+          reward: RewardFunc | Sequence[RewardFunc]) -> list[_Job]:
+    """A setting with each seed, ready to start."""
+    own = list(reward) if isinstance(reward, (list, tuple)) else [reward] * config.runs
+    if len(own) != config.runs:
+        raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
+    task = task.as_in(config)
+    return [_Job(name, config.replace(seed=seed), own, WarpResult(task, config.replace(seed=seed)),
+                 [task.sft] * config.runs) for seed in seeds]
+
+
+def _shared_runs(jobs: list[_Job], i: int) -> list[_Shared]:
+    """The runs of iteration i; one that several jobs have in common is there once."""
+    shared: dict[tuple, _Shared] = {}
+    for job in jobs:
+        for m, (init, reward) in enumerate(zip(job.inits, job.rewards), 1):
+            key = (job.config.replace(**NOT_OF_A_RUN), m, id(init), id(reward))
+            run = Run(job.config, i, m, init, job.result.sft, reward)
+            shared.setdefault(key, _Shared(run, [])).jobs.append(job)
+    return list(shared.values())
+
+
+def _train(task: Task, shared: list[_Shared], kept: _KeptRuns | None, trajectory_samples: int,
+           checkpoints: Callable | None, bar: tqdm, i: int) -> dict[tuple[int, int], tuple[Weights, Weights]]:
+    """Policy and anchor of every run of iteration i, by its job and number: those that are kept, and the others
+    trained in groups."""
+    trained = {}
+    bar.set_description(f"training, iteration {i}")
+    bar.reset(total=sum(one.run.config.steps for one in shared))
+    waiting = []
+    for one in shared:
+        ended = None if kept is None else kept.load(one.run, one.jobs)
+        if ended is None:
+            waiting.append(one)
+        else:
+            trained |= {(id(job), one.run.number): ended for job in one.jobs}
+            bar.update(one.run.config.steps)
+    for group in _groups(waiting, task):
+        on_step = _measure_trajectories(group, trajectory_samples, checkpoints, bar)
+        states = train_batched(task.policy, task.tokenizer, task.prompts, [one.run for one in group], on_step)
+        for one, state in zip(group, states):
+            ended = (state.policy, state.anchor)  # Adam's moments are of no more use
+            if kept is not None:
+                kept.save(one.run, one.jobs, *ended)
+                ended = kept.load(one.run, [])
+            trained |= {(id(job), one.run.number): ended for job in one.jobs}
+        del states
+    return trained
 
 
 class _KeptRuns:
@@ -205,24 +221,23 @@ class _KeptRuns:
                      self.path(run))
 
 
-def _groups(runs: list[tuple[list[_Job], Run]], policy, prompts) -> list[list[tuple[list[_Job], Run]]]:
-    """Runs with the jobs they are of, in groups that can share a program and fit in memory; equal
-    learning rates side by side."""
-    by_shape: dict[tuple, list] = {}
-    for some, run in runs:
-        by_shape.setdefault(tuple(getattr(run.config, name) for name in SHARED), []).append((some, run))
+def _groups(shared: list[_Shared], task: Task) -> list[list[_Shared]]:
+    """Runs in groups that can share a program and fit in memory; equal learning rates side by side."""
+    by_shape: dict[tuple, list[_Shared]] = {}
+    for one in shared:
+        by_shape.setdefault(tuple(getattr(one.run.config, name) for name in SHARED), []).append(one)
     groups = []
-    for some in by_shape.values():
-        some.sort(key=lambda pair: pair[1].config.lr)
-        parts = -(-len(some) // policies_that_fit(policy, prompts, some[0][1].config))
-        groups += [list(part) for part in _split(some, parts)]
+    for alike in by_shape.values():
+        alike.sort(key=lambda one: one.run.config.lr)
+        parts = -(-len(alike) // policies_that_fit(task, alike[0].run.config))
+        groups += [list(part) for part in _split(alike, parts)]
     return groups
 
 
-def policies_that_fit(policy, prompts, config: WarpConfig) -> int:
+def policies_that_fit(task: Task, config: WarpConfig) -> int:
     """How many runs train as one program, by the memory that is free on the policy's device; one at least."""
-    one = training_memory(policy, 1, config.batch_size, prompts.ids.shape[-1], config.max_new_tokens).total
-    return max(1, min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(policy.device) / one)))
+    one = training_memory(task.policy, 1, config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens).total
+    return max(1, min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(task.policy.device) / one)))
 
 
 def _mean(inits: list[Weights]) -> Weights:
@@ -234,7 +249,7 @@ def _split(items: list, parts: int) -> list[list]:
     return [items[a:b] for a, b in zip(edges, edges[1:])]
 
 
-def _measure_trajectories(group, held_out, samples: int, checkpoints, bar):
+def _measure_trajectories(group: list[_Shared], samples: int, checkpoints: Callable | None, bar: tqdm) -> OnStep:
     """The callback that measures a group's policies as they train, those whose turn it is."""
 
     def on_step(runs, step, states, metrics):
@@ -243,17 +258,12 @@ def _measure_trajectories(group, held_out, samples: int, checkpoints, bar):
                if run.config.eval_every and (step % run.config.eval_every == 0 or step == run.config.steps)]
         if not due:
             return
-        job = group[0][0][0]
-        now = states()
-        config = runs[0].config
-        measured = evaluate_many(
-            job.result.model, stack([now[e].policy for e in due]), job.result.sft, job.result.judge, held_out,
-            job.result.tokenizer, gold=job.result.gold, samples=samples, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature)
+        task, now = group[0].jobs[0].result.task, states()
+        measured = evaluate_many(task, stack([now[e].policy for e in due]), samples=samples, texts=False)
         for e, point in zip(due, measured):
-            sharing, run = group[e]
+            run = group[e].run
             row = {"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()}
-            for job in sharing:
+            for job in group[e].jobs:
                 job.result.trajectories.append(row)
                 if checkpoints is not None:
                     checkpoints(job.name, job.config.seed, run.iteration, run.number, step, now[e].policy)

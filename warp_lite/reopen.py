@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from .averaging.liti import liti
 from .averaging.state_dicts import copy_weights, parameters
 from .config import WarpConfig
 from .policies.loading import load_policy
-from .result import NARROW, Iteration, WarpResult, run_settings
+from .policies.prompts import encode_prompts, room_for_prompts
+from .result import Iteration, WarpResult
+from .rewards.calling import RewardFunc
 from .rewards.loading import load_reward
 from .storage.files import first_line, read_json, vouched
+from .task import Task
 from .training.run import Failure
-from .training.run_folder import COPY, RunFolder, read_config
+from .training.run_folder import COPY, NARROW, RunFolder, read_config, run_settings
 
 
-def load_result(path, reward=None, gold=None, texts=None, device="cpu") -> WarpResult:
+def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | None = None,
+                gold: RewardFunc | None = None, texts: Sequence[str] | None = None,
+                device: str | torch.device = "cpu") -> WarpResult:
     """A finished run folder as a WarpResult. `reward` is found by config.json where it says how.
 
     Weights, policy and reward model stand on `device`.
@@ -44,13 +52,14 @@ def load_result(path, reward=None, gold=None, texts=None, device="cpu") -> WarpR
     prompts = read_json(path / "prompts.json")
     if not isinstance(prompts, dict) or not {"train", "eval", "eval_columns"} <= prompts.keys():
         raise ValueError(f"{path / 'prompts.json'} is not what config.json vouches for; {COPY}")
-    result = WarpResult(
-        config, model, tokenizer, reward, prompts["eval"], sft, gold=gold, texts=texts,
-        train_prompts=prompts["train"], eval_columns=prompts["eval_columns"], source=settings.get("source"),
-        dtype=NARROW.get(settings.get("dtype")))
-    found = run_settings(result)
+    room = room_for_prompts(model, config.max_new_tokens)
+    encoded, held_out = (encode_prompts(tokenizer, prompts[part], room).to(model.device) for part in ("train", "eval"))
+    held_out.columns = prompts["eval_columns"]
+    task = Task(model, tokenizer, reward, encoded, held_out, gold, texts, config.max_new_tokens, config.temperature,
+                settings.get("source"), NARROW.get(settings.get("dtype")), sft)
+    result, written = WarpResult(task, config), run_settings(task, config)
     for name, part in (("policy", "sft"), ("prompts", "prompts.json")):
-        if found[name] != settings.get(name):
+        if written[name] != settings.get(name):
             raise ValueError(f"{path / part} is not what config.json vouches for; {COPY}")
     theta_init = result.sft
     for i in range(1, config.iterations + 1):

@@ -1,90 +1,159 @@
-"""What is trained: policy, tokenizer, rewards and prompts, checked once."""
+"""What is trained: policy, tokenizer, rewards and prompts in one object, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .averaging.state_dicts import copy_weights, is_finite, parameters
+from .averaging.state_dicts import Weights, copy_weights, is_finite, load_weights, parameters
 from .config import WarpConfig
-from .policies.precision import compute_dtype, full_precision
+from .policies.loading import load_policy
+from .policies.precision import full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
-from .result import WarpResult
-from .rewards.bradley_terry import BradleyTerry
-from .training.executors import EXECUTORS
-from .worlds.grammar import GoldReward
+from .rewards.calling import RewardFunc, mean_reward
 
 
 @dataclass
-class World:
-    """A task ready to run: policy, tokenizer, rewards, prompts.
+class Task:
+    """A policy, its tokenizer, what rewards it and the prompts that it is trained and measured on.
 
-    `reward` is what RL sees and `gold` the truth, both in standard deviations of SFT
-    samples. `train_prompts` and `eval_prompts` have no prompt in common. `texts` are
-    held-out reviews, for perplexity. `folder` is where the artefacts are cached.
+    `policy` is a causal LM in float32 or wider, `sft` its weights when the task was made, on the CPU: θ_sft, which
+    every KL is to. `dtype` is that of the policy that came in. `reward` is one function, or a list with one for each
+    run; `gold` a true reward, measured but never trained on. `prompts` and `eval_prompts` are encoded, on the policy's
+    device; `texts` are held-out texts, for perplexity. Completions have at most `max_new_tokens` tokens and are
+    sampled at `temperature`. `source` says where policy and rewards came from, for the run folder.
     """
 
-    model: object
-    tokenizer: object
-    reward: BradleyTerry
-    gold: GoldReward
-    train_prompts: list[str]
-    eval_prompts: list[str]
-    texts: list[str]
-    folder: Path | None
-    facts: dict
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reward: RewardFunc | Sequence[RewardFunc]
+    prompts: Prompts
+    eval_prompts: Prompts
+    gold: RewardFunc | None = None
+    texts: Sequence[str] | None = None
+    max_new_tokens: int = WarpConfig.max_new_tokens
+    temperature: float = WarpConfig.temperature
+    source: dict | None = None
+    dtype: torch.dtype | None = None
+    sft: Weights = field(default=None, repr=False)
 
-    def to(self, device) -> World:
-        """The same world with its policy and reward model on a device."""
-        self.model.to(device)
-        self.reward.to(device)
+    def __post_init__(self):
+        if self.sft is None:
+            self.sft = copy_weights(parameters(self.policy))
+
+    @classmethod
+    def of(cls, policy: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None = None,
+           reward: RewardFunc | Sequence[RewardFunc] | None = None, prompts: Sequence | None = None,
+           eval_prompts: Sequence | None = None, *, gold: RewardFunc | None = None, texts: Sequence[str] | None = None,
+           max_new_tokens: int = WarpConfig.max_new_tokens, temperature: float = WarpConfig.temperature,
+           source: dict | None = None) -> Task:
+        """A task of what a user has, everything checked.
+
+        policy: a model, or a name or folder (then its tokenizer comes with it); a narrower one than float32 is
+        widened, and left as it is. prompts, eval_prompts: a list of str or a data set with a `prompt` column; without
+        `eval_prompts` a fifth of the distinct prompts is held out (see `hold_out`).
+        Raises TypeError for what is missing or of the wrong kind, ValueError for a policy that is not finite, prompts
+        that are empty or leave no room for a completion, and token ids that the policy has no embedding for.
+        """
+        if isinstance(policy, (str, Path)):
+            policy, tokenizer = load_policy(policy)
+        if not isinstance(policy, torch.nn.Module):
+            raise TypeError(f"policy is {type(policy).__name__}; pass a causal LM, or the name or folder of one")
+        needed = {"tokenizer": tokenizer, "reward": reward, "prompts": prompts}
+        missing = [name for name, value in needed.items() if value is None]
+        if missing:
+            raise TypeError(f"run_warp needs {' and '.join(missing)}")
+        check_rewards(reward, gold)
+        for name, tensor in parameters(policy).items():
+            if not is_finite(tensor):
+                raise ValueError(f"the policy has NaN or infinite weights in {name!r}; start from a sound one")
+        room = room_for_prompts(policy, max_new_tokens)
+        encoded = encode_prompts(tokenizer, prompts, room)
+        if eval_prompts is None:
+            encoded, held_out = hold_out(encoded)
+        else:
+            held_out = encode_prompts(tokenizer, eval_prompts, room)
+        for some_prompts in (encoded, held_out):
+            check_ids(policy, tokenizer, some_prompts)
+        if texts is not None:
+            encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
+        return cls(full_precision(policy), tokenizer, reward, encoded.to(policy.device), held_out.to(policy.device),
+                   gold, texts, max_new_tokens, temperature, source, policy.dtype)
+
+    @property
+    def judge(self) -> RewardFunc:
+        """The reward that everything is measured by: the only one, or the mean of several."""
+        return mean_reward(self.reward) if isinstance(self.reward, (list, tuple)) else self.reward
+
+    def rewards(self, runs: int) -> list[RewardFunc]:
+        """The reward of each of so many runs. Raises ValueError where there is a list of another length."""
+        if not isinstance(self.reward, (list, tuple)):
+            return [self.reward] * runs
+        if len(self.reward) != runs:
+            raise ValueError(f"there are {len(self.reward)} rewards for {runs} runs; give one, or one for each run")
+        return list(self.reward)
+
+    def as_in(self, config: WarpConfig) -> Task:
+        """The task with a config's length of completions and temperature.
+
+        Raises ValueError where a prompt then leaves no room for a completion.
+        """
+        room = room_for_prompts(self.policy, config.max_new_tokens)
+        for prompts in (self.prompts, self.eval_prompts):
+            if room is not None and len(prompts) and prompts.ids.shape[-1] > room:
+                encode_prompts(self.tokenizer, prompts.given, room)  # raises, naming the first that is too long
+        return dataclasses.replace(self, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+
+    def measured_on(self, prompts: Sequence | Prompts) -> Task:
+        """The task with other held-out prompts, encoded or as a user gives them."""
+        if not isinstance(prompts, Prompts):
+            room = room_for_prompts(self.policy, self.max_new_tokens)
+            prompts = encode_prompts(self.tokenizer, prompts, room).to(self.policy.device)
+        return dataclasses.replace(self, eval_prompts=prompts)
+
+    def first(self, count: int) -> Task:
+        """The task measured on the first `count` of its held-out prompts alone."""
+        return self.measured_on(self.eval_prompts.batch(np.arange(min(count, len(self.eval_prompts)))))
+
+    def to(self, device: str | torch.device) -> Task:
+        """The same task with policy, prompts and reward model on a device; θ_sft stays where it is."""
+        self.policy.to(device)
+        for reward in {id(reward): reward for reward in self.rewards_there()}.values():
+            if hasattr(reward, "to"):
+                reward.to(device)
+        self.prompts, self.eval_prompts = self.prompts.to(device), self.eval_prompts.to(device)
         return self
 
+    def rewards_there(self) -> list[RewardFunc]:
+        """The reward, or those of a list."""
+        return list(self.reward) if isinstance(self.reward, (list, tuple)) else [self.reward]
 
-def checked_input(policy, tokenizer, reward, prompts, config, executor, on_failure, eval_prompts, gold, texts,
-                  source) -> tuple[WarpResult, Prompts, list[Callable]]:
-    """A result with nothing in it yet, the encoded training prompts and the reward of each run, or the
-    ValueError or TypeError that says what cannot be used."""
-    if not isinstance(policy, torch.nn.Module):
-        raise TypeError(f"policy is {type(policy).__name__}; pass a causal LM, or the name or folder of one")
-    if not isinstance(config, WarpConfig):
-        raise TypeError(f"config is {type(config).__name__}; pass a WarpConfig")
-    missing = [n for n, v in (("tokenizer", tokenizer), ("reward", reward), ("prompts", prompts)) if v is None]
-    if missing:
-        raise TypeError(f"run_warp needs {' and '.join(missing)}")
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
-    if on_failure not in ("stop", "continue"):
-        raise ValueError(f"on_failure must be 'stop' or 'continue', not {on_failure!r}")
-    rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward] * config.runs
-    if len(rewards) != config.runs:
-        raise ValueError(f"there are {len(rewards)} rewards for {config.runs} runs; give one, or one for each run")
-    for function in [*rewards, *([gold] if gold is not None else [])]:
+    def restore(self, training: bool = False) -> None:
+        """Put θ_sft back into the policy, without gradients, and its mode of training."""
+        load_weights(self.policy, self.sft).train(training)
+        self.policy.zero_grad(set_to_none=True)
+
+
+@dataclass
+class World(Task):
+    """A task that is made here: `folder` is where its artefacts are cached, `facts` what is known of them."""
+
+    folder: Path | None = None
+    facts: dict = field(default_factory=dict)
+
+
+def check_rewards(reward: RewardFunc | Sequence[RewardFunc], gold: RewardFunc | None = None) -> None:
+    """Raise TypeError for a reward that cannot be called."""
+    rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward]
+    for function in [*rewards, *([] if gold is None else [gold])]:
         if not callable(function):
             raise TypeError(f"a reward is {type(function).__name__}, not a function of prompts and completions")
-    for name, tensor in parameters(policy).items():
-        if not is_finite(tensor):
-            raise ValueError(f"the policy has NaN or infinite weights in {name!r}; start from a sound one")
-    room = room_for_prompts(policy, config.max_new_tokens)
-    encoded = encode_prompts(tokenizer, prompts, room)
-    if eval_prompts is None:
-        encoded, held_out = hold_out(encoded)
-    else:
-        held_out = encode_prompts(tokenizer, eval_prompts, room)
-    for prompts in (encoded, held_out):
-        check_ids(policy, tokenizer, prompts)
-    if texts is not None:
-        encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
-    compute_dtype(config.precision, policy.device)
-    model = full_precision(policy)
-    result = WarpResult(
-        config, model, tokenizer, reward, held_out.given, copy_weights(parameters(model)), gold=gold, texts=texts,
-        train_prompts=encoded.given, eval_columns=held_out.columns, source=source, dtype=policy.dtype)
-    return result, encoded.to(policy.device), rewards
 
 
 def hold_out(prompts: Prompts) -> tuple[Prompts, Prompts]:

@@ -85,7 +85,7 @@ class PolicyStep:
         self.world, self.E = world, policies
         config = WarpConfig(batch_size=batch, max_new_tokens=LENGTH)
         self.runs = [Run(config, 1, m + 1, state, state, world.reward) for m in range(policies)]
-        self.prompts = encode_prompts(world.tokenizer, world.train_prompts)
+        self.prompts = world.prompts
         self.forward = make_forward(model)
         self.ensemble = Ensemble([state] * policies, [1e-6] * policies, (0.9, 0.95), 1e-8, [1.0] * policies)
         self.anchor = FlatAnchor(self.ensemble, [state] * policies, [config.mu] * policies)
@@ -107,7 +107,7 @@ class PolicyStep:
     def operations(self) -> float:
         """Operations of the matrix products of a step, all policies: 2 a weight and token, three times
         that for training, and attention; the passes are sampling, anchor, reward, training."""
-        config, B = self.world.model.config, self.runs[0].config.batch_size
+        config, B = self.world.policy.config, self.runs[0].config.batch_size
         C, L, V = config.n_embd, config.n_layer, config.vocab_size
         S = self.prompts.ids.shape[1] + LENGTH - 1
         trunk = B * (S * 12 * C * C * L * 2 + L * 2 * 2 * S * S * C / 2)  # causal: half of the scores are needed
@@ -151,7 +151,7 @@ def trl_process(folder: Path, batch: int, defaults: bool) -> None:
     from trl import RLOOConfig, RLOOTrainer
 
     world = reviews_world()
-    data = Dataset.from_dict({"prompt": world.train_prompts * 20})
+    data = Dataset.from_dict({"prompt": world.prompts.given * 20})
     own = (
         {}
         if defaults
@@ -211,7 +211,7 @@ def trl_process(folder: Path, batch: int, defaults: bool) -> None:
 def published(world, folder: Path):
     """The tiny world's policy as GPT-2 was published, with the activation "gelu_new": the same function, which
     the library computes in eight passes. Returns the model, saved in `folder`."""
-    model = copy.deepcopy(world.model)
+    model = copy.deepcopy(world.policy)
     model.config.activation_function = "gelu_new"
     save_policy(model, world.tokenizer, folder)
     return load_policy(folder)[0]
@@ -221,7 +221,7 @@ def bench_steps(world, rounds: int, scratch: Path) -> list[dict]:
     """A policy step against TRL's, and against the machine."""
     rows, rate = [], []
     gpt2 = published(world, scratch / "published")
-    save_policy(world.model, world.tokenizer, scratch / "tiny")
+    save_policy(world.policy, world.tokenizer, scratch / "tiny")
     ours = PolicyStep(world, gpt2, 4, 64)
 
     def timed():
@@ -270,7 +270,7 @@ def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
     torch.manual_seed(0)
     big = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=50256, pad_token_id=50256)).eval()
     gpt2 = published(world, scratch / "published-sampling")
-    tiny = encode_prompts(world.tokenizer, world.train_prompts[:64])
+    tiny = encode_prompts(world.tokenizer, world.prompts.given[:64])
     ids = torch.randint(0, 50000, (16, 8))
     for name, model, prompts, length, target in (
         (
@@ -326,12 +326,12 @@ def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
 def bench_experiment(world) -> list[dict]:
     """One iteration of 16 seeds × M=4 × T=100 × batch 4, training only; and batched against serial."""
     rows = []
-    state = parameters(world.model)
-    prompts = encode_prompts(world.tokenizer, world.train_prompts)
+    state = parameters(world.policy)
+    prompts = world.prompts
     config = WarpConfig(steps=100, batch_size=4, lr=1e-3)
     runs = [Run(config.replace(seed=s), 1, m, state, state, world.reward) for s in range(16) for m in range(1, 5)]
     start = time.perf_counter()
-    train_batched(world.model, world.tokenizer, prompts, runs)
+    train_batched(world.policy, world.tokenizer, prompts, runs)
     seconds = time.perf_counter() - start
     rows.append(
         {
@@ -346,8 +346,8 @@ def bench_experiment(world) -> list[dict]:
     short = [Run(config.replace(steps=20), 1, m, state, state, world.reward) for m in range(1, 5)]
     t = interleaved(
         3,
-        batched=lambda: train_batched(world.model, world.tokenizer, prompts, short) and None,
-        serial=lambda: train_serial(world.model, world.tokenizer, prompts, short) and None,
+        batched=lambda: train_batched(world.policy, world.tokenizer, prompts, short) and None,
+        serial=lambda: train_serial(world.policy, world.tokenizer, prompts, short) and None,
     )
     rows.append(row("batched against serial, M=4, batch 4, 20 steps", t["batched"], t["serial"], None))
     return rows
@@ -374,8 +374,7 @@ def bench_saving(world, scratch: Path) -> list[dict]:
             setattr(RunFolder, name, timed(method))
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             start = time.perf_counter()
-            run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, config, Path(folder) / "run",
-                     eval_prompts=world.eval_prompts, progress=False)
+            run_warp(world, config=config, out=Path(folder) / "run", progress=False)
             seconds = time.perf_counter() - start
     finally:
         for name, method in before.items():
@@ -398,8 +397,7 @@ def bench_ray(world, scratch: Path) -> list[dict]:
 
     def side(executor: str) -> None:
         with pinned_threads(1), tempfile.TemporaryDirectory(dir=scratch) as folder:
-            run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, config, Path(folder) / "run",
-                     executor=executor, eval_prompts=world.eval_prompts, progress=False)
+            run_warp(world, config=config, out=Path(folder) / "run", executor=executor, progress=False)
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -516,9 +514,9 @@ def bench_growth(world, scratch: Path) -> dict:
 
     growth = {"E": [], "batch": [], "M": [], "bytes": []}
     for E in (1, 2, 4, 8, 16, 32, 64):
-        growth["E"].append((E, interleaved(4, step=PolicyStep(world, world.model, E, 8))["step"]))
+        growth["E"].append((E, interleaved(4, step=PolicyStep(world, world.policy, E, 8))["step"]))
     for batch in (2, 4, 8, 16, 32, 64, 128):
-        growth["batch"].append((batch, interleaved(4, step=PolicyStep(world, world.model, 4, batch))["step"]))
+        growth["batch"].append((batch, interleaved(4, step=PolicyStep(world, world.policy, 4, batch))["step"]))
     folders = [gpt2_folder(scratch / f"small-{s}", layers=2, seed=s) for s in range(9)]
     for M in (2, 4, 8):
 

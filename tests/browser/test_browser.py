@@ -209,8 +209,8 @@ def test_in_jupyterlab_the_sliders_and_toggles_move_the_point(browser, lab, note
 
 def test_the_page_needs_neither_kernel_nor_network(browser, world, screenshots, tmp_path):
     config = WarpConfig(iterations=2, runs=2, steps=20, lr=1e-3, eval_every=10)
-    result = run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, config,
-                      eval_prompts=world.eval_prompts, gold=world.gold, progress=False)
+    result = run_warp(world.policy, world.tokenizer, world.reward, world.prompts.given, config,
+                      eval_prompts=world.eval_prompts.given, gold=world.gold, progress=False)
     made = tmp_path / "explorer.html"
     ParetoExplorer(result, fast=True, progress=False).to_html(made)
     context = browser.new_context(offline=True, viewport={"width": 1200, "height": 800})

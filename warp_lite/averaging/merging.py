@@ -1,15 +1,90 @@
-"""Stage 2 by the name of its method."""
+"""Merge methods by name. A method is one function, and serves merges in memory, on disk, of adapters and in pictures.
+
+It takes the inner products of the policies' task vectors, (M, M) in float64, and the policies' weights, and returns
+the c_m of θ_init + Σ c_m δ_m, one for each policy; it is called for every tensor apart. A new method is a function and
+its entry in `MERGES`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from .slerp import lerp, slerp
-from .state_dicts import Weights
+import torch
+from torch import Tensor
+
+from .slerp import combine, gram, slerp_coefficients
+from .state_dicts import StateDict, check_weights, label_policies, map_tensors
+
+MergeMethod = Callable[[Tensor, Sequence[float]], Sequence[float]]
 
 
-def merge(init: Weights, policies: Sequence[Weights], method: str) -> Weights:
-    """Stage 2: the merge of an iteration's policies; a single one is taken as it is."""
+def mean_coefficients(products: Tensor, weights: Sequence[float]) -> list[float]:
+    """LERP: the weights themselves, whatever the angles. `products` (M, M) are not looked at."""
+    return list(weights)
+
+
+MERGES: dict[str, MergeMethod] = {"slerp": slerp_coefficients, "lerp": mean_coefficients}
+
+
+def merge_method(name: str) -> MergeMethod:
+    """The method of that name. Raises ValueError that lists the names there are."""
+    if name not in MERGES:
+        raise ValueError(f"there is no merge method {name!r}; there are {', '.join(MERGES)}")
+    return MERGES[name]
+
+
+def needs_products(method: MergeMethod) -> bool:
+    """Whether a method looks at the inner products; a mean is spared the pass over the tensors that they cost."""
+    return method is not mean_coefficients
+
+
+def coefficients_of(method: MergeMethod, products: Tensor | None, weights: Sequence[float]) -> list[float]:
+    """What a method makes of `products` (M, M) and `weights` (M,), checked.
+
+    Raises ValueError where it does not return one finite number for each policy.
+    """
+    coefficients = [float(c) for c in method(products, weights)]
+    if len(coefficients) != len(weights) or not all(abs(c) < float("inf") for c in coefficients):  # nor nan
+        raise ValueError(f"the merge method {getattr(method, '__name__', method)!r} returned {coefficients} for "
+                         f"{len(weights)} policies; it must return a finite number for each")
+    return coefficients
+
+
+def merge_tensors(base: Tensor, thetas: Sequence[Tensor], coefficients: Sequence[float], equal: bool,
+                  around_first: bool = False) -> Tensor:
+    """base + Σ c_m (θ_m − base) of one tensor, in float32 (float64 for float64), in new memory.
+
+    Exact to the bit where one policy has the coefficient 1 and the others 0, and where the policies are `equal` and
+    the coefficients sum to 1. `around_first`: the base drops out of a mean, which is taken around the first policy,
+    so that the base does not enter its rounding.
+    """
+    for theta, coefficient in zip(thetas, coefficients):
+        if coefficient == 1 and sum(map(abs, coefficients)) == 1:
+            return theta.detach().clone()
+    if equal and abs(sum(coefficients) - 1) < 1e-9:
+        return thetas[0].detach().clone()
+    if around_first:
+        return combine(thetas[0], thetas[1:], coefficients[1:])
+    return combine(base, thetas, coefficients)
+
+
+def merge(init: StateDict, policies: Sequence[StateDict], method: str = "slerp",
+          weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """Stage 2: the merge of an iteration's policies by the method of that name; a single one is taken as it is.
+
+    Shapes and dtypes are those of `init`. `weights` (M,) are uniform by default; a policy that has all the weight
+    is the merge. Equal to `slerp` and `lerp` for their names. Raises ValueError as those do, and for another name.
+    """
     if len(policies) == 1:
         return dict(policies[0])
-    return {"slerp": slerp, "lerp": lerp}[method](init, policies)
+    function = merge_method(method)
+    labelled = label_policies(policies)
+    weights = check_weights(weights, len(labelled))
+
+    def of_tensor(base: Tensor, thetas: list[Tensor]) -> Tensor:
+        products = gram(base, thetas) if needs_products(function) else None
+        equal = all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
+        return merge_tensors(base, thetas, coefficients_of(function, products, weights), equal,
+                             not needs_products(function))
+
+    return map_tensors(of_tensor, init, labelled)

@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import parameters
-from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
+from ..config import WarpConfig
+from ..policies.prompts import encode_prompts, room_for_prompts
 from ..policies.randomness import EVALUATION, generator
 from ..policies.sampling import Policies
-from ..result import WarpResult
 from ..rewards.bradley_terry import BradleyTerry
-from ..rewards.calling import rollout_rewards
+from ..rewards.calling import RewardFunc, rollout_rewards
 from ..rewards.classifiers import ClassifierReward
 from ..storage.files import load_tensors, save_tensors, weights_hash
 from ..storage.provenance import cache_folder, json_hash
+from ..task import Task
 from .front import MIN_ESS
 from .metrics import rows_at_once
 
@@ -35,53 +37,53 @@ LARGE, LIMIT_SAMPLES_LARGE = 5_000_000, 128  # a larger policy: the limit must n
 
 
 @torch.no_grad()
-def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples: int, *, max_new_tokens=24,
-                      temperature=1.0, seed=0, progress=None) -> list[Tensor]:
-    """Each reward's values (prompts, samples), float64, of `samples` completions of the reference a prompt.
+def reference_rewards(task: Task, samples: int, *, seed: int = 0,
+                      progress: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rewards, and gold rewards where the task has any, (prompts, samples), float64, of completions of θ_sft.
 
-    `prompts` are as `run_warp` takes them, or encoded. Raises TypeError where one of these is missing.
+    `samples` completions of each held-out prompt of the task, of its length and at its temperature.
     """
-    missing = [name for name, value in (("reference", reference), ("tokenizer", tokenizer), ("prompts", prompts))
-               if value is None] + ["reward"] * (None in rewards)
-    if missing:
-        raise TypeError(f"the limit needs samples: give `rewards` of them, or {', '.join(missing)} to draw them")
-    encoded = prompts
-    if not isinstance(prompts, Prompts):
-        encoded = encode_prompts(tokenizer, prompts, room_for_prompts(reference, max_new_tokens)).to(reference.device)
-    policies = Policies.of(reference)
-    rows = np.repeat(np.arange(len(encoded)), samples)
-    values: list[list[Tensor]] = [[] for _ in rewards]
-    together = rows_at_once(1, len(tokenizer))
+    prompts, judges = task.eval_prompts, [task.judge, *([] if task.gold is None else [task.gold])]
+    policies = Policies.of(task.policy, [task.sft])
+    rows = np.repeat(np.arange(len(prompts)), samples)
+    values: list[list[Tensor]] = [[] for _ in judges]
+    together = rows_at_once(1, len(task.tokenizer))
     for i, start in enumerate(range(0, len(rows), together)):
-        some = rows[start:start + together]
-        uniforms = generator(seed, i, 1, EVALUATION).random((1, len(some), max_new_tokens))
-        batch = encoded.batch(some[None])
-        uniforms = torch.from_numpy(uniforms).to(encoded.ids.device)
-        rollout = policies.sample(batch, uniforms, tokenizer, temperature)
-        for reward, into in zip(rewards, values):
-            into.append(rollout_rewards([reward], rollout, tokenizer)[0].cpu())
+        part = rows[start:start + together]
+        uniforms = generator(seed, i, 1, EVALUATION).random((1, len(part), task.max_new_tokens))
+        uniforms = torch.from_numpy(uniforms).to(prompts.ids.device)
+        rollout = policies.sample(prompts.batch(part[None]), uniforms, task.tokenizer, task.temperature)
+        for judge, into in zip(judges, values):
+            into.append(rollout_rewards([judge], rollout, task.tokenizer)[0].cpu())
         if progress is not None:
-            progress.update(len(some))
-    return [torch.cat(v).view(len(encoded), samples) for v in values]
+            progress.update(len(part))
+    whole = [torch.cat(v).view(len(prompts), samples) for v in values]
+    return whole[0], None if task.gold is None else whole[1]
 
 
-def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[float] | None = None,
-                  samples: int = 1024, *, tokenizer=None, rewards: Tensor | None = None, gold: Tensor | None = None,
-                  min_ess: float = MIN_ESS, **sampling) -> list[dict]:
+def optimal_front(reference: Task | PreTrainedModel | None = None, reward: RewardFunc | None = None,
+                  prompts: Sequence | None = None, betas: Sequence[float] | None = None, samples: int = 1024, *,
+                  tokenizer: PreTrainedTokenizerBase | None = None, rewards: Tensor | None = None,
+                  gold: Tensor | None = None, min_ess: float = MIN_ESS,
+                  max_new_tokens: int = WarpConfig.max_new_tokens, temperature: float = WarpConfig.temperature,
+                  seed: int = 0) -> list[dict]:
     """The limit: points with `beta`, `kl` (nats per sequence), `reward` and `ess`, by falling β.
 
     Per prompt w_i ∝ exp(r_i / β), R̂ = Σ w_i r_i and KL̂ = R̂/β − log mean exp(r/β), averaged
     over prompts. `ess` is the mean effective sample size; the curve ends where it falls under
     `min_ess`, past which it cannot be trusted. `kl_se` and `reward_se` are standard errors over
-    prompts, None for a single one. `rewards` (prompts, samples) are used where they are given, else
-    sampled from `reference`; `gold` likewise gives the gold reward of the same optimum. `betas`
-    default to 20 … 0.1 standard deviations of the rewards.
+    prompts, None for a single one. `rewards` (prompts, samples) are used where they are given, else those of
+    completions sampled from `reference`: a causal LM, with `reward`, `prompts`, `tokenizer` and the completions'
+    length and temperature, or a Task, which has all of them. `gold` (prompts, samples) gives the gold reward of the
+    same optimum. `betas` default to 20 … 0.1 standard deviations of the rewards.
     Raises ValueError for a β that is not above 0 and for rewards that are not finite.
     """
     for beta in () if betas is None else betas:
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"every beta must be above 0 and finite, not {beta}")
-    rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)
+    if rewards is None:
+        rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)
+    rewards = _checked(rewards)
     if betas is None:
         betas = [beta * (rewards.std().item() or 1.0) for beta in BETAS]
     if gold is not None:
@@ -107,16 +109,23 @@ def optimal_front(reference=None, reward=None, prompts=None, betas: Sequence[flo
     return points
 
 
-def best_of_n_front(reference=None, reward=None, prompts=None, ns: Sequence[int] | None = None, samples: int = 1024, *,
-                    tokenizer=None, rewards: Tensor | None = None, **sampling) -> list[dict]:
-    """Best-of-n: points with `n`, `kl_bound` = log n − (n−1)/n, and `reward`, with `reward_se`.
+def best_of_n_front(reference: Task | PreTrainedModel | None = None, reward: RewardFunc | None = None,
+                    prompts: Sequence | None = None, ns: Sequence[int] | None = None, samples: int = 1024, *,
+                    tokenizer: PreTrainedTokenizerBase | None = None, rewards: Tensor | None = None,
+                    max_new_tokens: int = WarpConfig.max_new_tokens, temperature: float = WarpConfig.temperature,
+                    seed: int = 0) -> list[dict]:
+    """Best-of-n: points with `n`, `kl_bound` = log n − (n−1)/n in nats, and `reward`, with `reward_se`.
+
+    The samples are those of `optimal_front`, by the same arguments.
 
     The KL is an upper bound (it is reached where no two completions are alike). The expected
     maximum of n of the N samples of a prompt is exact: the i-th smallest is the maximum with
     probability C(i−1, n−1) / C(N, n). `ns` default to 1, 2, 4, … 128, as far as there are samples.
     Raises ValueError for n outside 1..N.
     """
-    rewards = _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling)
+    if rewards is None:
+        rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)
+    rewards = _checked(rewards)
     N = rewards.shape[1]
     ordered = rewards.sort(1).values
     points = []
@@ -132,10 +141,22 @@ def best_of_n_front(reference=None, reward=None, prompts=None, ns: Sequence[int]
     return points
 
 
-def _rewards(reference, reward, prompts, samples, tokenizer, rewards, sampling) -> Tensor:
-    if rewards is None:
-        (rewards,) = reference_rewards(reference, tokenizer, [reward], prompts, samples, **sampling)
-    return _checked(rewards)
+def sampled_rewards(reference: Task | PreTrainedModel | None, reward: RewardFunc | None, prompts: Sequence | None,
+                    samples: int, tokenizer: PreTrainedTokenizerBase | None, max_new_tokens: int, temperature: float,
+                    seed: int) -> Tensor:
+    """Rewards (prompts, samples) of a Task, or of a reference policy on prompts.
+
+    Raises TypeError where one of what is needed is missing, ValueError for prompts that cannot be used.
+    """
+    if not isinstance(reference, Task):
+        needed = {"reference": reference, "tokenizer": tokenizer, "prompts": prompts, "reward": reward}
+        if missing := [name for name, value in needed.items() if value is None]:
+            raise TypeError(f"the limit needs samples: give `rewards` of them, or {', '.join(missing)} to draw them")
+        room = room_for_prompts(reference, max_new_tokens)
+        encoded = encode_prompts(tokenizer, prompts, room).to(reference.device)
+        reference = Task(reference, tokenizer, reward, encoded, encoded, None, None, max_new_tokens, temperature,
+                         sft=parameters(reference))
+    return reference_rewards(reference, samples, seed=seed)[0]
 
 
 def _checked(rewards) -> Tensor:
@@ -152,21 +173,20 @@ def _se(values: Tensor) -> float | None:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
-def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tensor, Tensor | None]:
+def limit_rewards(task: Task, samples: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Rewards, and gold rewards where there are any, (prompts, samples) of the SFT policy on held-out prompts.
 
     They cost more than a front, so those of a reward model are kept in the cache, by the hash of
     all that they depend on. A reward function has no hash and is asked again.
     """
     if samples is None:
-        size = sum(tensor.numel() for tensor in result.sft.values())
+        size = sum(tensor.numel() for tensor in task.sft.values())
         samples = LIMIT_SAMPLES if size < LARGE else LIMIT_SAMPLES_LARGE
-    prompts = result.held_out.batch(np.arange(min(LIMIT_PROMPTS, len(result.eval_prompts))))
-    config, judge, gold = result.config, result.judge, result.gold
-    path = None
+    task = task.first(LIMIT_PROMPTS)
+    judge, path = task.judge, None
     if isinstance(judge, (BradleyTerry, ClassifierReward)):
-        key = json_hash([prompts.texts, samples, config.max_new_tokens, config.temperature, gold is not None,
-                         weights_hash(result.sft), reward_hash(judge)])
+        key = json_hash([task.eval_prompts.texts, samples, task.max_new_tokens, task.temperature,
+                         task.gold is not None, weights_hash(task.sft), reward_hash(judge)])
         path = cache_folder() / f"limit-{key[:12]}.safetensors"
     if path is not None and path.is_file():
         try:
@@ -174,14 +194,11 @@ def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tenso
             return kept["reward"], kept.get("gold")
         except (ValueError, KeyError):  # damaged: sampled again
             path.unlink()
-    wanted = [judge] if gold is None else [judge, gold]
-    with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None, leave=False) as bar:
-        values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, progress=bar,
-                                   temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    kept = dict(zip(("reward", "gold"), values))
+    with tqdm(total=len(task.eval_prompts) * samples, desc="limit", unit="sample", disable=None, leave=False) as bar:
+        rewards, gold = reference_rewards(task, samples, progress=bar)
     if path is not None:
-        save_tensors(kept, path)
-    return kept["reward"], kept.get("gold")
+        save_tensors({"reward": rewards} if gold is None else {"reward": rewards, "gold": gold}, path)
+    return rewards, gold
 
 
 def reward_hash(reward: BradleyTerry | ClassifierReward) -> str:

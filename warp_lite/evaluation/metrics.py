@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import Weights, check_same_tensors, parameters, stack
+from ..config import WarpConfig
 from ..policies.forward import make_forward
 from ..policies.prompts import Prompts, encode_prompts, encode_texts, room_for_prompts
 from ..policies.randomness import EVALUATION, generator
-from ..policies.sampling import Policies, Rollout, log_softmax
-from ..rewards.calling import rollout_rewards
+from ..policies.sampling import Policies, Rollout, completions_text, log_softmax
+from ..rewards.calling import RewardFunc, rollout_rewards
+from ..task import Task
 
 ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps
 LOGITS_AT_ONCE = 2**28  # bytes of logits: with a vocabulary of 50,000 words they would fill the memory before
@@ -52,8 +55,11 @@ class PolicyMetrics:
                 for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def evaluate(policy, reference, reward, prompts, tokenizer, *, gold=None, texts=None, samples=1,
-             max_new_tokens=24, temperature=1.0, seed=0) -> PolicyMetrics:
+def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, reward: RewardFunc, prompts: Sequence,
+             tokenizer: PreTrainedTokenizerBase, *, gold: RewardFunc | None = None,
+             texts: Sequence[str] | None = None, samples: int = 1,
+             max_new_tokens: int = WarpConfig.max_new_tokens, temperature: float = WarpConfig.temperature,
+             seed: int = 0) -> PolicyMetrics:
     """Measure one policy against a reference policy, both causal LMs, on prompts.
 
     `samples` completions a prompt. Raises ValueError on prompts that are empty or too long, on
@@ -61,31 +67,31 @@ def evaluate(policy, reference, reward, prompts, tokenizer, *, gold=None, texts=
     """
     encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens)).to(policy.device)
     check_same_tensors(parameters(reference), {"policy": parameters(policy)})
-    return evaluate_many(policy, stack([parameters(policy)]), parameters(reference), reward, encoded, tokenizer,
-                         gold=gold, texts=texts, samples=samples, max_new_tokens=max_new_tokens,
-                         temperature=temperature, seed=seed)[0]
+    task = Task(policy, tokenizer, reward, encoded, encoded, gold, texts, max_new_tokens, temperature,
+                sft=parameters(reference))
+    return evaluate_many(task, stack([parameters(policy)]), samples=samples, seed=seed)[0]
 
 
 @torch.no_grad()
-def evaluate_many(model, weights: Weights, reference: Weights, reward, prompts: Prompts, tokenizer, *, gold=None,
-                  texts=None, samples=1, max_new_tokens=24, temperature=1.0, seed=0) -> list[PolicyMetrics]:
-    """Measure E policies, `weights` (E, …), of one architecture on the same prompts and random numbers.
+def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int = 0,
+                  texts: bool = True) -> list[PolicyMetrics]:
+    """Measure E policies, `weights` (E, …), of a task's architecture on its held-out prompts, all with the same random
+    numbers, `samples` completions a prompt; with the perplexity of its held-out texts unless `texts` is False.
 
     The KL is the Rao–Blackwellised estimator of KL(policy ‖ reference): completions are
     sampled from the policy and the exact KL over the vocabulary is summed at every position
     up to the one that emits EOS. Policy and reference are taken at one temperature.
-    Weights may lie on another device than the model: they are moved to it, a few policies at a time.
+    Weights may lie on another device than the policy: they are moved to it, a few policies at a time.
+    Raises ValueError where a reward is not finite.
     """
-    forward = make_forward(model)
+    forward, prompts, device = make_forward(task.policy), task.eval_prompts, task.policy.device
     E = len(next(iter(weights.values())))
-    uniforms = evaluation_uniforms(seed, len(prompts), samples, max_new_tokens, prompts.ids.device)   # (N·k, T)
-    repeated = np.repeat(np.arange(len(prompts)), samples)
-    fixed = Policies(forward, {name: tensor.unsqueeze(0).to(model.device) for name, tensor in reference.items()})
-    together, results = policies_at_once(len(repeated)), []
+    uniforms = evaluation_uniforms(seed, len(prompts), samples, task.max_new_tokens, prompts.ids.device)   # (N·k, T)
+    fixed = Policies(forward, {name: tensor.unsqueeze(0).to(device) for name, tensor in task.sft.items()})
+    together, results = policies_at_once(len(prompts) * samples), []
     for e in range(0, E, together):
-        some = {name: tensor[e:e + together].to(model.device) for name, tensor in weights.items()}
-        results += _evaluate_some(Policies(forward, some), fixed, reward, prompts, tokenizer, gold, texts, repeated,
-                                  uniforms, samples, temperature)
+        part = {name: tensor[e:e + together].to(device) for name, tensor in weights.items()}
+        results += _evaluate_together(task, Policies(forward, part), fixed, uniforms, samples, texts)
     return results
 
 
@@ -99,9 +105,10 @@ def rows_at_once(policies: int, vocabulary: int) -> int:
     return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (16 * vocabulary)) // policies)
 
 
-def _evaluate_some(policies: Policies, fixed: Policies, reward, prompts, tokenizer, gold, texts, repeated, uniforms,
-                   samples, temperature) -> list[PolicyMetrics]:
-    E, vocabulary = len(policies), len(tokenizer)
+def _evaluate_together(task: Task, policies: Policies, fixed: Policies, uniforms: Tensor, samples: int,
+                       texts: bool) -> list[PolicyMetrics]:
+    prompts, tokenizer, temperature = task.eval_prompts, task.tokenizer, task.temperature
+    E, vocabulary, repeated = len(policies), len(tokenizer), np.repeat(np.arange(len(prompts)), samples)
     together = rows_at_once(E, vocabulary)
     parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
     ids, masks = [], []
@@ -112,9 +119,9 @@ def _evaluate_some(policies: Policies, fixed: Policies, reward, prompts, tokeniz
         rollout = policies.sample(batch, u, tokenizer, temperature)
         scored = max(1, LOGITS_AT_ONCE // (4 * vocabulary * E * rollout.ids.shape[-1]))
         parts["kl"] += [sequence_kl(policies, fixed, part, temperature) for part in rollout.split(scored)]
-        parts["reward"].append(finite_rewards(reward, rollout, tokenizer))
-        if gold is not None:
-            parts["gold"].append(finite_rewards(gold, rollout, tokenizer))
+        parts["reward"].append(finite_rewards(task.judge, rollout, tokenizer))
+        if task.gold is not None:
+            parts["gold"].append(finite_rewards(task.gold, rollout, tokenizer))
         parts["length"].append(rollout.mask.sum(-1).double())
         width = uniforms.shape[-1] - rollout.ids.shape[-1]
         ids.append(torch.nn.functional.pad(rollout.ids, (0, width)))
@@ -122,13 +129,24 @@ def _evaluate_some(policies: Policies, fixed: Policies, reward, prompts, tokeniz
     means = {name: prompt_means(torch.cat(values, 1), samples) for name, values in parts.items() if values}
     ids, masks = torch.cat(ids, 1), torch.cat(masks, 1)
     perplexities = [None] * E
-    if texts is not None:
-        perplexities = perplexity(policies, tokenizer, texts)
+    if texts and task.texts is not None:
+        perplexities = perplexity(policies, tokenizer, task.texts)
     return [PolicyMetrics(
         **{name: value[e].mean().item() for name, value in means.items()},
         **{f"{name}_se": standard_error(value[e]) for name, value in means.items()},
         distinct=distinct_pairs(ids[e], masks[e]), repeated=repeated_pairs(ids[e], masks[e]),
         samples=ids.shape[1], perplexity=perplexities[e]) for e in range(E)]
+
+
+@torch.no_grad()
+def sample_completions(task: Task, states: Sequence[Weights], seed: int = 0) -> list[list[str]]:
+    """One completion of each held-out prompt of a task by each of the policies, all with the same random numbers."""
+    prompts = task.eval_prompts
+    uniforms = evaluation_uniforms(seed, len(prompts), 1, task.max_new_tokens, task.policy.device)
+    rollout = Policies.of(task.policy, states).sample(
+        prompts.repeat(len(states)), uniforms.expand(len(states), -1, -1), task.tokenizer, task.temperature)
+    texts = completions_text(task.tokenizer, rollout.ids, rollout.mask)
+    return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
 
 
 def evaluation_uniforms(seed: int, prompts: int, samples: int, length: int, device="cpu") -> Tensor:

@@ -9,16 +9,14 @@ import numpy as np
 import torch
 
 from ..averaging.liti import liti
-from ..averaging.state_dicts import Weights, parameters, stack
+from ..averaging.state_dicts import Weights, stack
 from ..config import WarpConfig
 from ..evaluation.limit import limit_rewards
 from ..evaluation.metrics import evaluate_many
 from ..experiment import Experiment, run_experiment
 from ..policies.forward import make_forward
-from ..policies.prompts import encode_prompts, room_for_prompts
 from ..policies.randomness import prompt_indices, token_uniforms
 from ..policies.sampling import Policies
-from ..result import WarpResult
 from ..rewards.calling import rollout_rewards
 from ..task import World
 from ..training.reinforce import advantages, regularised_rewards, reinforce_loss
@@ -61,21 +59,17 @@ class Bench:
     @property
     def sft(self) -> Weights:
         """θ_sft."""
-        return parameters(self.world.model)
+        return self.world.sft
 
     def train(self, configs: Mapping[str, WarpConfig], **options) -> Experiment:
         """`run_experiment` of the settings, by name, for every seed."""
-        w = self.world
-        return run_experiment(w.model, w.tokenizer, w.reward, w.train_prompts, configs, self.seeds,
-                              eval_prompts=w.eval_prompts, gold=w.gold, progress=False, **options)
+        return run_experiment(self.world, configs, self.seeds, progress=False, **options)
 
     def measure(self, states: Sequence[Weights], samples: int = SAMPLES, texts: bool = False) -> list[dict]:
         """Metrics of any weights on the held-out prompts, a dict each; with the perplexity of held-out texts or not."""
-        w, rows = self.world, []
-        held_out = encode_prompts(w.tokenizer, w.eval_prompts, room_for_prompts(w.model, 24))
+        rows = []
         for start in range(0, len(states), 512):  # what is stacked is a copy
-            metrics = evaluate_many(w.model, stack(states[start:start + 512]), self.sft, w.reward, held_out,
-                                    w.tokenizer, gold=w.gold, texts=w.texts if texts else None, samples=samples)
+            metrics = evaluate_many(self.world, stack(states[start:start + 512]), samples=samples, texts=texts)
             rows += [{name: round(value, 5) for name, value in m.as_dict().items() if value is not None}
                      for m in metrics]
         return rows
@@ -100,9 +94,7 @@ class Bench:
 
     def limit_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards and gold rewards (prompts, samples) of θ_sft on the held-out prompts, from the cache or sampled."""
-        w = self.world
-        result = WarpResult(WarpConfig(), w.model, w.tokenizer, w.reward, w.eval_prompts, self.sft, gold=w.gold)
-        return limit_rewards(result, LIMIT_SAMPLES)
+        return limit_rewards(self.world, LIMIT_SAMPLES)
 
     def noise_scale(self, policy: Weights, anchor: Weights, beta: float, key: tuple[int, ...],
                     batches: int = 16, batch: int = 32) -> float:
@@ -112,10 +104,10 @@ class Bench:
         1812.06162). Both parts are estimated without bias; inf where the signal is not above 0.
         """
         w = self.world
-        prompts = encode_prompts(w.tokenizer, w.train_prompts)
+        prompts, length = w.prompts, w.max_new_tokens
         index = np.stack([prompt_indices((*key, b), 0, batch, len(prompts)) for b in range(batches)])
-        uniforms = torch.stack([token_uniforms((*key, b), 0, batch, 24) for b in range(batches)])
-        forward = make_forward(w.model)
+        uniforms = torch.stack([token_uniforms((*key, b), 0, batch, length) for b in range(batches)])
+        forward = make_forward(w.policy)
         leaves = {name: tensor.detach().expand(batches, *tensor.shape).clone().requires_grad_()
                   for name, tensor in policy.items()}
         with torch.no_grad():
@@ -125,7 +117,7 @@ class Bench:
         rewards = rollout_rewards([w.reward] * batches, rollout, w.tokenizer)
         logp = Policies(forward, leaves).logprobs(rollout).sum(-1)
         advantage = advantages(regularised_rewards(rewards, logp, anchor_logp, beta))
-        grads = torch.autograd.grad(reinforce_loss(logp, advantage, 24).sum(), list(leaves.values()))
+        grads = torch.autograd.grad(reinforce_loss(logp, advantage, length).sum(), list(leaves.values()))
         return noise_scale(torch.cat([grad.flatten(1) for grad in grads], 1), batch)
 
 

@@ -23,6 +23,9 @@ from ..policies.prompts import is_conversation
 from ..policies.sampling import Rollout, completion_ids
 from .classifiers import PipelineReward
 
+# reward(prompts=…, completions=…, **columns of the data set) -> a number for each completion, as TRL's reward
+# functions: prompts and completions are lists of texts or of conversations, and what it does not name it is not given.
+RewardFunc = Callable[..., Sequence[float]]
 
 def mean_reward(rewards: Sequence[Callable]) -> Callable:
     """The mean of several rewards, as one."""

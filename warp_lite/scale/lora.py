@@ -26,16 +26,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..averaging.state_dicts import Weights, load_weights
-from ..policies.prompts import Prompts
+from ..config import WarpConfig
 from ..policies.randomness import ADAPTERS, generator
+from ..task import Task
 from ..training.batched import Ensemble, train_batched
+from ..training.executors import TOGETHER, LocalTrainer
 from ..training.run import OnStep, Run, RunState
+from ..training.run_folder import RunFolder
 from .adapters import Adapter, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
 from .peft_folders import (
     PREFIX,
@@ -79,22 +83,30 @@ class LoraSettings:
 # --- stage 1 on adapters ---
 
 
-class AdapterTrainer:
+class AdapterTrainer(LocalTrainer):
     """Stage 1 with adapters in place of weights: M runs train their factors over one base model.
 
     PEFT's layers stand around the same memory as the policy's weights, which therefore must hold θ_init
     while runs train. What comes out are dense policies and anchors, so that all that follows is as ever.
     """
 
-    def __init__(self, policy, settings: LoraSettings):
-        """Raises ValueError for a policy in 16 bits, into which a small ΔW cannot be folded."""
-        peft = library("peft", "lora")
-        dtype = next(policy.parameters()).dtype
+    def __init__(self, settings: LoraSettings, name: str = "batched", at_once: int = TOGETHER):
+        """`name` and `at_once` are those of a trainer: whether the runs train together or one after the other."""
+        self.settings, self.name, self.at_once = settings, name, at_once
+
+    def start(self, task: Task, config: WarpConfig, out: str | Path | None) -> str | Path | None:
+        """Put adapters around the task's policy. Returns `out`.
+
+        Raises ValueError for a policy in 16 bits, into which a small ΔW cannot be folded, and for target modules that
+        are not linear; ImportError without PEFT.
+        """
+        super().start(task, config, out)
+        peft, settings, policy = library("peft", "lora"), self.settings, task.policy
+        dtype = task.dtype or next(policy.parameters()).dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the policy is {dtype}, and a small ΔW added to such weights is rounded away; "
                              "load it in float32 to train adapters")
-        self.settings, self.policy = settings, policy
-        targets = settings.target_modules
+        self.policy, targets = policy, settings.target_modules
         shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in policy.parameters()}
         transposed = any(isinstance(module, Conv1D) for module in policy.modules())
         self.model = peft.get_peft_model(copy.deepcopy(policy, shared), peft.LoraConfig(
@@ -114,31 +126,39 @@ class AdapterTrainer:
                                     if isinstance(layer.get_base_layer(), Conv1D))
         self.shapes = {name: p.shape for name, p in self.model.named_parameters() if p.requires_grad}
 
+        return out
+
     @property
-    def size(self) -> tuple[int, int]:
+    def adapter(self) -> tuple[int, int]:
         """How many numbers the factors of one run have, and the matrices that they change."""
         return (sum(shape.numel() for shape in self.shapes.values()),
                 sum(self.policy.get_parameter(name).numel() for name in self.names))
 
-    def train(self, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+    def one_by_one(self) -> AdapterTrainer:
+        """The same adapters, one run after the other."""
+        trainer = copy.copy(self)
+        trainer.name, trainer.at_once = "serial", 1
+        return trainer
+
+    def train(self, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
         """Train runs of one θ_init together, as `train_batched` does; states have dense policies and anchors, and
         the factors as `trained`."""
         init = runs[0].init
         load_weights(self.policy, init)
-        starts = [dataclasses.replace(run, state=self.start(run)) for run in runs]
+        starts = [dataclasses.replace(run, state=self.begin(run)) for run in runs]
 
         def dense(states: list[RunState]) -> list[RunState]:
-            return [RunState(state.step, fold(init, self.adapter(state.policy)),
+            return [RunState(state.step, fold(init, self.adapter_of(state.policy)),
                              {name: state.anchor.get(name, base.clone()).to(base) for name, base in init.items()},
                              state.exp_avg, state.exp_avg_sq, trained=state.policy) for state in states]
 
         def watch(_, step, states: Callable[[], list[RunState]], metrics) -> None:
             on_step(runs, step, lambda: dense(states()), metrics)
 
-        return dense(train_batched(self.model, tokenizer, prompts, starts, watch if on_step else None,
-                                   anchor_of=partial(WeightAnchor, self)))
+        return dense(train_batched(self.model, self.task.tokenizer, self.task.prompts, starts,
+                                   watch if on_step else None, anchor_of=partial(WeightAnchor, self)))
 
-    def start(self, run: Run) -> RunState:
+    def begin(self, run: Run) -> RunState:
         """Where a run begins or goes on: factors, and the adapted matrices of its anchor."""
         state = run.start()
         anchor = {name: state.anchor[name] for name in self.names}
@@ -157,14 +177,14 @@ class AdapterTrainer:
                 torch.from_numpy(draw.uniform(-1, 1, tuple(shape)) / math.sqrt(shape[1])).to(like)
                 for name, shape in self.shapes.items()}
 
-    def save(self, folder, run: Run, state: RunState) -> None:
+    def keep(self, folder: RunFolder, run: Run, state: RunState) -> None:
         """Write the adapter of a finished run beside its policy: a PEFT folder on the iteration's init."""
         base = folder.path / "sft" if run.iteration == 1 else folder.iteration(run.iteration - 1) / "next-init"
         target = folder.run(run.iteration, run.number) / "adapter"
         if not target.is_dir():
-            save_adapter(self.adapter(state.trained), target, base)
+            save_adapter(self.adapter_of(state.trained), target, base)
 
-    def adapter(self, factors: Weights) -> Adapter:
+    def adapter_of(self, factors: Weights) -> Adapter:
         """The adapter of a run's factors, under the names of the weights that it changes."""
         return Adapter({weight: (self.settings.scaling * factors[B], factors[A])
                         for weight, (B, A) in self.names.items()}, self.transposed)

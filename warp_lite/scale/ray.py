@@ -28,14 +28,15 @@ from ..averaging.state_dicts import copy_weights, parameters
 from ..config import WarpConfig
 from ..policies.loading import load_policy
 from ..policies.prompts import Prompts
-from ..result import WarpResult
 from ..rewards.calling import reward_name
 from ..rewards.loading import load_reward
 from ..storage.files import first_line, weights_hash
 from ..storage.provenance import pinned_threads
+from ..task import Task
+from ..training.executors import SerialTrainer
+from ..training.iteration import Stage1
 from ..training.run import Run
 from ..training.run_folder import RunFolder, read_config
-from ..training.serial import train_serial
 
 POLL = 0.25  # seconds between two looks at what the workers have done
 
@@ -45,15 +46,14 @@ class Job:
     """What every run of a `run_warp` needs beside the run folder; put into Ray's store once."""
 
     prompts: Prompts
+    eval_prompts: Prompts
     rewards: bytes  # (reward, gold reward), pickled by Ray's cloudpickle; the reward may be the text that names it
-    eval_prompts: list[str]
-    eval_columns: dict[str, list]
     attention: str
     device: str
     path: list[str]  # where the driver finds its modules
 
 
-class RayExecutor:
+class RayExecutor(SerialTrainer):
     """`run_warp(…, executor=RayExecutor(…))`: what executor="ray" stands for, with settings.
 
     address: "local" starts Ray on this machine and ends it afterwards; "auto" or "HOST:PORT" joins a cluster
@@ -66,6 +66,8 @@ class RayExecutor:
     when the workers cannot see the run folder or cannot be sent the rewards, ConnectionError when the
     cluster cannot be reached and ChildProcessError when a run's workers are lost more than `retries` times.
     """
+
+    name = "ray"
 
     def __init__(self, address: str | None = None, cpus: int = 1, gpus: float = 0, retries: int = 3,
                  timeout: float = 10):
@@ -83,11 +85,12 @@ class RayExecutor:
         self.address = address or os.environ.get("RAY_ADDRESS") or "local"
         self.cleanup = ExitStack()
 
-    def start(self, out, result: WarpResult, prompts: Prompts) -> Path:
+    def start(self, task: Task, config: WarpConfig, out: str | Path | None) -> Path:
         """Join Ray, give it what every run needs, and pin this process to the threads of a run. Returns the
         folder to share: `out`, or without one a temporary folder, where Ray has no other machine."""
         ray, joined = self.ray, self.ray.is_initialized()
-        job = self._job(result, prompts)
+        super().start(task, config, out)
+        job = self._job(task)
         if out is None and self.address != "local" and not joined:
             raise ValueError(f"the Ray cluster at {self.address!r} may have several machines; give `out` (--out), "
                              "a folder on storage that all of them share")
@@ -133,9 +136,9 @@ class RayExecutor:
         """Leave Ray, end it if it was started here, and remove the temporary folder."""
         self.cleanup.close()
 
-    def train(self, runs: Sequence[Run], folder: RunFolder, progress: bool, stop: Callable[[], bool] | None,
-              on_failure: str = "stop") -> None:
-        """Stage 1: leave the runs of an iteration finished in the folder, from where they are taken up.
+    def ahead(self, runs: Sequence[Run], folder: RunFolder, progress: bool, stop: Callable[[], bool] | None,
+              on_failure: str) -> None:
+        """Leave the runs of an iteration finished in the folder, by tasks of Ray; they are taken up from there.
 
         A run that fails, and `stop`, end the others too, each saved after the step it is at. Raises what the
         first run that failed raised, and KeyboardInterrupt when it was told to stop.
@@ -176,19 +179,19 @@ class RayExecutor:
         if stopped:
             raise KeyboardInterrupt(f"{saved_steps(folder, i, left)} of iteration {i} in {folder.path}")
 
-    def _job(self, result: WarpResult, prompts: Prompts) -> Job:
+    def _job(self, task: Task) -> Job:
         """What the workers get. A reward that config.json says how to load is loaded by them."""
-        reward = (result.source or {}).get("reward") or result.reward
+        reward = (task.source or {}).get("reward") or task.reward
         if isinstance(reward, str) and Path(reward).exists():
             reward = str(Path(reward).resolve())
         try:
-            rewards = self.ray.cloudpickle.dumps((reward, result.gold))
+            rewards = self.ray.cloudpickle.dumps((reward, task.gold))
         except Exception as error:  # whatever the reward's own __reduce__ raises
-            raise ValueError(f"the reward {reward_name(result.reward)} cannot be sent to Ray's workers: "
+            raise ValueError(f"the reward {reward_name(task.reward)} cannot be sent to Ray's workers: "
                              f"{first_line(error)}; make it a function of a module, without open files, locks or "
                              "sessions") from error
-        return Job(prompts.to("cpu"), rewards, result.eval_prompts, result.eval_columns,
-                   result.model.config._attn_implementation, "cuda" if self.gpus else "cpu",
+        return Job(task.prompts.to("cpu"), task.eval_prompts.to("cpu"), rewards,
+                   task.policy.config._attn_implementation, "cuda" if self.gpus else "cpu",
                    [os.path.abspath(entry) for entry in (*sys.path, "")])
 
     def _reason(self, error, run: Run, folder: RunFolder) -> Exception:
@@ -210,8 +213,6 @@ def train_run(path: str, i: int, m: int, start: str, job: Job, on_failure: str =
     start: the hash of θ_init. Raises ValueError where the folder cannot be seen or holds other weights,
     and what `train_serial` raises.
     """
-    from ..training.iteration import train_runs
-
     host = socket.gethostname()
     settings = read_config(path, f"cannot be seen from {host}; a run folder of several machines must lie on storage "
                                  "that all of them share")["settings"]
@@ -226,17 +227,17 @@ def train_run(path: str, i: int, m: int, start: str, job: Job, on_failure: str =
         raise ValueError(f"what {host} reads in {path} are not the weights that were written there; is the folder on "
                          "storage that all machines share, and are their package versions the same?")
     reward, gold = load_rewards(job)
-    rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward] * config.runs
     folder = RunFolder(path, settings, sft, resume=True)
     flag = stop_flag(folder, i)
     if flag.exists():
         return False
-    result = WarpResult(config, model, tokenizer, reward, job.eval_prompts, sft, gold=gold,
-                        eval_columns=job.eval_columns)
-    run = Run(config, i, m, init, sft, rewards[m - 1])
+    task = Task(model, tokenizer, reward, job.prompts.to(job.device), job.eval_prompts.to(job.device), gold,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature, sft=sft)
+    run, trainer = Run(config, i, m, init, sft, task.rewards(config.runs)[m - 1]), SerialTrainer()
+    trainer.start(task, config, path)
     with pinned_threads(folder.threads):
         try:
-            train_runs(train_serial, [run], job.prompts.to(job.device), result, folder, False, flag.exists, on_failure)
+            Stage1(task, config, trainer, folder, False, flag.exists, on_failure).train([run])
         except KeyboardInterrupt:
             return False
         except ValueError:

@@ -44,16 +44,15 @@ import torch
 from tqdm.auto import tqdm
 
 from ..averaging.checkpoints import merge_checkpoints
-from ..averaging.state_dicts import copy_weights, is_finite, parameters
+from ..averaging.state_dicts import is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
 from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
-from ..result import WarpResult, run_settings, write_start
 from ..storage.provenance import pinned_threads
-from ..task import hold_out
+from ..task import Task, hold_out
 from ..training.run import RunState
-from ..training.run_folder import RunFolder
+from ..training.run_folder import RunFolder, run_settings, write_start
 from .peft_folders import library
 
 # Of TRL's arguments, those that say where and how a run is done and not what it is.
@@ -88,16 +87,16 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     from accelerate import PartialState
 
     config, args = agree(config or WarpConfig(), args)
-    result, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source)
-    settings, processes = run_settings(result) | {"trl": chosen(args)}, PartialState()
+    task, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source)
+    settings, processes = run_settings(task, config) | {"trl": chosen(args)}, PartialState()
     if processes.is_main_process:
-        folder = RunFolder(out, settings, result.sft, resume)
-        write_start(folder, result)
+        folder = RunFolder(out, settings, task.sft, resume)
+        write_start(folder, task)
     processes.wait_for_everyone()
     if not processes.is_main_process:
-        folder = RunFolder(out, settings, result.sft, resume=True)
-    tokenizer = result.tokenizer
-    result.model = None  # every run loads its own from disk
+        folder = RunFolder(out, settings, task.sft, resume=True)
+    tokenizer = task.tokenizer
+    task.policy = policy = None  # every run loads its own from disk
     gc.collect()
     runs = [(i, m) for i in range(1, config.iterations + 1) for m in range(1, config.runs + 1)]
     with pinned_threads(folder.threads), tqdm(
@@ -148,7 +147,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
                                          f"(now {args.learning_rate:g}) or raise beta (now {config.beta:g})")
         (folder.run(i, m) / "metrics.jsonl").unlink(missing_ok=True)
         folder.append(i, m, "metrics.jsonl", log_rows(trainer.state.log_history))
-        folder.finish_run(i, m, RunState(config.steps, policy, anchor, {}, {}))
+        folder.finish_run(i, m, RunState.finished(config.steps, policy, anchor))
     trainer.accelerator.free_memory()
     del trainer, model
     gc.collect()
@@ -243,8 +242,7 @@ def agree(config: WarpConfig, args):
 
 
 def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config: WarpConfig, args, source):
-    """A result with nothing in it yet and the data set to train on, or the ValueError or TypeError that says what
-    cannot be used."""
+    """The task and the data set to train on, or the ValueError or TypeError that says what cannot be used."""
     from datasets import Dataset
 
     if isinstance(policy, (str, Path)):
@@ -278,10 +276,9 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
     else:
         held_out = encode_prompts(tokenizer, eval_prompts, room)
     check_enough(prompts, args)
-    result = WarpResult(config, policy, tokenizer, reward_funcs, held_out.texts, copy_weights(parameters(policy)),
-                        train_prompts=prompts.texts, eval_columns=held_out.columns,
-                        source=source or find_source(reward_funcs))
-    return result, train_dataset
+    task = Task(policy, tokenizer, reward_funcs, prompts, held_out, max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature, source=source or find_source(reward_funcs))
+    return task, train_dataset
 
 
 def check_enough(prompts: Prompts, args) -> None:

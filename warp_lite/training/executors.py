@@ -1,28 +1,125 @@
-"""The ways in which the runs of an iteration can train, by name."""
+"""How the runs of an iteration train: as one program, one after the other, or elsewhere."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+from ..config import WarpConfig
+from ..task import Task
 from .batched import train_batched
+from .run import OnStep, Run, RunState
 from .run_folder import RunFolder
 from .serial import train_serial
 
-EXECUTORS = {"batched": train_batched, "serial": train_serial, "ray": train_serial}  # a Ray worker trains one run
+TOGETHER = sys.maxsize  # `at_once` of a trainer that takes all runs of an iteration into one program
 
 
-def remote_workers(executor) -> tuple[str, object]:
-    """The executor's name, and what takes runs to other processes (scale/ray.py); None if they train in this one."""
-    if executor == "ray":
-        from ..scale.ray import RayExecutor
-        executor = RayExecutor()
-    return (executor, None) if not hasattr(executor, "train") else ("ray", executor)
+@runtime_checkable
+class Trainer(Protocol):
+    """What takes the runs of an iteration through stage 1.
+
+    `name` is noted in the run folder. `at_once` is how many runs train as one program. `adapter` is how many numbers
+    the factors of a run's adapter have, and the matrices that it changes; None where whole policies train.
+    """
+
+    name: str
+    at_once: int
+    adapter: tuple[int, int] | None
+
+    def start(self, task: Task, config: WarpConfig, out: str | Path | None) -> str | Path | None:
+        """Make ready for a task; returns the run folder to use. Raises ValueError for what cannot be trained so."""
+
+    def ahead(self, runs: Sequence[Run], folder: RunFolder, progress: bool, stop: Callable[[], bool] | None,
+              on_failure: str) -> None:
+        """Leave runs finished in the folder before they are taken up from there: for what trains elsewhere."""
+
+    def train(self, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+        """Train runs from where they start or stand to their last step; `at_once` of them at most. Raises RunFailed."""
+
+    def keep(self, folder: RunFolder, run: Run, state: RunState) -> None:
+        """Write what a finished run leaves beside its policy and anchor."""
+
+    def one_by_one(self) -> Trainer:
+        """A trainer of the same task that takes the runs one after the other."""
+
+    def close(self) -> None:
+        """Let go of what `start` took."""
 
 
-def same_executor(executor: str, folder: RunFolder | None) -> str:
-    """The executor, or "serial" where a folder's runs began one after the other: together they would have no
-    step in common to go on from, and would round otherwise."""
-    if folder is not None and executor == "batched" and folder.executor in ("serial", "ray"):
-        print(f"warp-lite: the runs in {folder.path} began one after the other and go on so", file=sys.stderr)
-        return "serial"
+class LocalTrainer:
+    """What trainers of this process share: nothing to do elsewhere, nothing to keep beside the policy."""
+
+    name, at_once, adapter = "serial", 1, None
+
+    def start(self, task: Task, config: WarpConfig, out: str | Path | None) -> str | Path | None:
+        """Take a task; returns `out`."""
+        self.task = task
+        return out
+
+    def ahead(self, runs: Sequence[Run], folder: RunFolder, progress: bool, stop: Callable[[], bool] | None,
+              on_failure: str) -> None:
+        """Nothing: the runs train here."""
+
+    def keep(self, folder: RunFolder, run: Run, state: RunState) -> None:
+        """Nothing more than policy and anchor."""
+
+    def one_by_one(self) -> Trainer:
+        """The serial trainer of the same task."""
+        trainer = SerialTrainer()
+        trainer.task = self.task
+        return trainer
+
+    def close(self) -> None:
+        """Nothing was taken."""
+
+
+class SerialTrainer(LocalTrainer):
+    """The runs one after the other, by the library's module and optimiser: the readable reference."""
+
+    def train(self, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+        """Train runs; raises RunFailed, naming run, step and prompt."""
+        return train_serial(self.task.policy, self.task.tokenizer, self.task.prompts, runs, on_step)
+
+
+class BatchedTrainer(LocalTrainer):
+    """The runs as one program."""
+
+    name, at_once = "batched", TOGETHER
+
+    def train(self, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
+        """Train runs; raises RunFailed, naming run, step and prompt."""
+        return train_batched(self.task.policy, self.task.tokenizer, self.task.prompts, runs, on_step)
+
+
+# Where the trainer of a name is; looked up when it is asked for, as it may need an optional library.
+EXECUTORS = {"batched": "warp_lite.training.executors:BatchedTrainer",
+             "serial": "warp_lite.training.executors:SerialTrainer",
+             "ray": "warp_lite.scale.ray:RayExecutor"}
+
+
+def trainer_for(executor: str | Trainer) -> Trainer:
+    """A trainer by its name in `EXECUTORS`, or the trainer itself.
+
+    Raises ValueError for another name and where an optional library is missing, TypeError for what is no trainer.
+    """
+    if isinstance(executor, str):
+        if executor not in EXECUTORS:
+            raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
+        module, _, name = EXECUTORS[executor].partition(":")
+        return getattr(import_module(module), name)()
+    if not isinstance(executor, Trainer):
+        raise TypeError(f"executor is {type(executor).__name__}; pass one of {', '.join(EXECUTORS)}, or a Trainer")
     return executor
+
+
+def as_begun(trainer: Trainer, folder: RunFolder | None) -> Trainer:
+    """The trainer, or the one that takes runs one after the other where a folder's runs began so: together they would
+    have no step in common to go on from, and would round otherwise."""
+    if folder is not None and trainer.name == "batched" and folder.executor in ("serial", "ray"):
+        print(f"warp-lite: the runs in {folder.path} began one after the other and go on so", file=sys.stderr)
+        return trainer.one_by_one()
+    return trainer

@@ -4,143 +4,183 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..averaging.state_dicts import stack
+from ..averaging.state_dicts import Weights, stack
 from ..config import WarpConfig
 from ..evaluation.metrics import evaluate_many
-from ..policies.prompts import Prompts
 from ..policies.sampling import Policies
-from ..result import WarpResult
 from ..rewards.calling import reward_name, rollout_rewards
 from ..storage.files import first_line
+from ..task import Task
+from .executors import Trainer
 from .reinforce import checked_rewards, draw
 from .run import Failure, Run, RunFailed, RunState
 from .run_folder import RunFolder, SaveClock
-from .serial import train_serial
 
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
 
 
-def train_runs(train, runs: list[Run], prompts: Prompts, result: WarpResult, folder: RunFolder | None, progress: bool,
-               stop: Callable[[], bool] | None, on_failure: str = "stop",
-               adapters=None) -> tuple[list[RunState], list[Failure]]:
-    """Stage 1: the M runs of an iteration, measured as they train, and saved and taken up again in a folder.
+@dataclass(frozen=True)
+class Trained:
+    """What stage 1 leaves of an iteration: the policies and anchors of the runs that did not fail, in their order, the
+    failures, and what was measured of all of them on the way."""
 
-    Returns the states of those that did not fail, in their order, and the failures.
+    policies: list[Weights]
+    anchors: list[Weights]
+    failures: list[Failure]
+    trajectory: list[dict]
+
+
+@dataclass
+class Stage1:
+    """Trains the runs of an iteration by a trainer, in a run folder where there is one.
+
+    `stop` is asked after every step; when it says True the states are saved and KeyboardInterrupt is raised.
+    `on_failure`: "stop" raises RunFailed, "continue" leaves a run that failed out.
     """
-    config, iteration = result.config, runs[0].iteration
-    done, failures = take_up(runs, result, folder, on_failure, train is train_serial) if folder else ({}, [])
-    left = [run for run in runs if run.number not in {*done, *(failure.run for failure in failures)}]
-    taken = sum(run.state.step for run in left if run.state)
-    at_once = 1 if train is train_serial else max(1, len(left))
-    clock = SaveClock(config.save_every, at_once * 4 * sum(tensor.nbytes for tensor in result.sft.values()))
-    standing = None  # gives the states after the last step that was taken
 
-    def on_step(members: Sequence[Run], step: int, states: Callable[[], list[RunState]], metrics: list[dict]) -> None:
-        nonlocal standing
-        standing = states
-        bar.update(len(members))
-        bar.set_postfix_str(f"reward {np.mean([m['reward'] for m in metrics]):.2f}", refresh=False)
-        points, failed = [], {}
-        if step in measured_steps(config):
-            points, failed = measure(result, members, step, states(), on_failure)
-            result.trajectories += points
+    task: Task
+    config: WarpConfig
+    trainer: Trainer
+    folder: RunFolder | None = None
+    progress: bool = True
+    stop: Callable[[], bool] | None = None
+    on_failure: str = "stop"
+
+    def train(self, runs: list[Run]) -> Trained:
+        """Take the runs of an iteration to their ends, or as far as they come.
+
+        Raises RunFailed, ValueError where all of them failed, KeyboardInterrupt when it was told to stop.
+        """
+        config, folder, iteration = self.config, self.folder, runs[0].iteration
         if folder is not None:
-            for run, metric in zip(members, metrics):
-                folder.append(iteration, run.number, "metrics.jsonl", [metric])
-            for point in points:
-                folder.append(iteration, point["run"], "trajectory.jsonl", [point])
-        if failed:
-            raise RunFailed(failed)
-        stopping = stop is not None and stop()
-        if folder is not None and (stopping or clock.due(step) or step == config.steps):
-            with clock.timed():
-                folder.save_states(iteration, [run.number for run in members], states())
-        if stopping:
-            where = f"is saved in {folder.path}" if folder else "was the last; there is no folder to save it in"
-            raise KeyboardInterrupt(f"step {step} of iteration {iteration} {where}")
+            self.trainer.ahead(runs, folder, self.progress, self.stop, self.on_failure)
+        ended, failures, trajectory = self._take_up(runs) if folder is not None else ({}, [], [])
+        waiting = [run for run in runs if run.number not in {*ended, *(failure.run for failure in failures)}]
+        taken = sum(run.state.step for run in waiting if run.state)
+        at_once = max(1, min(self.trainer.at_once, len(waiting)))
+        clock = SaveClock(config.save_every, at_once * 4 * sum(tensor.nbytes for tensor in self.task.sft.values()))
+        standing = None  # gives the states after the last step that was taken
 
-    with tqdm(total=len(left) * config.steps, initial=taken, desc=f"iteration {iteration}", unit="step",
-              disable=None if progress and left else True, leave=False) as bar:
-        for group in [left[n:n + at_once] for n in range(0, len(left), at_once)]:
-            while group:
-                standing = None
-                try:
-                    if adapters is None:
-                        states = train(result.model, result.tokenizer, prompts, group, on_step)
-                    else:
-                        states = adapters.train(result.tokenizer, prompts, group, on_step)
-                except RunFailed as error:
-                    states = standing() if standing else [run.start() for run in group]
-                    failures += leave_out(error, group, states, folder, on_failure)
-                    group = [run for e, run in enumerate(group) if e not in error.reasons]
-                    continue
-                for run, state in zip(group, states):
-                    done[run.number] = state
-                    if folder is not None:
-                        if adapters is not None:
-                            adapters.save(folder, run, state)
-                        folder.finish_run(iteration, run.number, state)
-                break
-    if not done:
-        way_out = f"; to train them again, remove {folder.iteration(iteration)} and resume" if folder else ""
-        raise ValueError(f"all {len(runs)} runs of iteration {iteration} failed, the first because "
-                         f"{failures[0].reason}{way_out}")
-    result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
-    return [done[run.number] for run in runs if run.number in done], sorted(failures, key=lambda failure: failure.run)
-
-
-def take_up(runs: list[Run], result: WarpResult, folder: RunFolder, on_failure: str,
-            one_by_one: bool) -> tuple[dict[int, RunState], list[Failure]]:
-    """What the folder has of an iteration's runs: those that are finished, by number, and those that failed; the
-    others get the state they go on from. Runs that train as one program go on from one step."""
-    iteration, config, done, failures = runs[0].iteration, result.config, {}, []
-    for run in runs:
-        finished, failed = folder.finished_run(iteration, run.number), folder.failed_run(iteration, run.number)
-        if finished is not None:
-            done[run.number] = RunState(config.steps, *finished, {}, {})
-        elif failed is not None:
-            failures.append(Failure(run.number, *failed))
-    if failures and on_failure == "stop" and not folder.finished_iteration(iteration):
-        first = failures[0]
-        raise ValueError(f"run {first.run} of iteration {iteration} in {folder.path} was left out ({first.reason}); "
-                         "resume with --on-failure=continue, or remove "
-                         f"{folder.run(iteration, first.run)} to train it again")
-    left = [run for run in runs if run.number not in {*done, *(failure.run for failure in failures)}]
-    for group in [[run] for run in left] if one_by_one else [left]:
-        for run, state in zip(group, folder.load_states(iteration, [run.number for run in group])):
-            run.state = state
-            folder.cut_logs(iteration, run.number, state.step if state else 0, measured_steps(config))
-    result.trajectories += [row for run in runs for row in folder.trajectory(iteration, run.number)]
-    return done, failures
-
-
-def leave_out(error: RunFailed, group: list[Run], states: list[RunState], folder: RunFolder | None,
-              on_failure: str) -> list[Failure]:
-    """Stop runs that failed at their last good step, from which the others of their group go on.
-
-    All are saved there first, so that a process that is killed meanwhile comes to the same. With
-    on_failure="stop" the error is raised.
-    """
-    iteration, numbers = group[0].iteration, [run.number for run in group]
-    begun = folder is not None and states[0].step > 0  # else there is nothing to save yet
-    if begun:
-        folder.save_states(iteration, numbers, states)
-    if on_failure == "stop":
-        saved = f"; step {states[0].step} is saved in {folder.path}" if begun else ""
-        text = f"{error}{saved}; on-failure=continue would merge the other runs without it"
-        raise RunFailed({**error.reasons, min(error.reasons): text}) from error
-    failures = []
-    for e, (run, state) in enumerate(zip(group, states)):
-        run.state = state
-        if e in error.reasons:
-            failures.append(Failure(run.number, state.step, error.reasons[e], state.policy, state.anchor))
+        def on_step(members: Sequence[Run], step: int, states: Callable[[], list[RunState]],
+                    metrics: list[dict]) -> None:
+            nonlocal standing
+            standing = states
+            bar.update(len(members))
+            rewards = [row["reward"] for row in metrics if row["reward"] is not None]
+            bar.set_postfix_str(f"reward {np.mean(rewards):.2f}" if rewards else "", refresh=False)
+            points, failed = [], {}
+            if step in measured_steps(config):
+                points, failed = self._measure(members, step, states())
+                trajectory.extend(points)
             if folder is not None:
-                folder.finish_run(iteration, run.number, state, error.reasons[e])
-    return failures
+                for run, metric in zip(members, metrics):
+                    folder.append(iteration, run.number, "metrics.jsonl", [metric])
+                for point in points:
+                    folder.append(iteration, point["run"], "trajectory.jsonl", [point])
+            if failed:
+                raise RunFailed(failed)
+            stopping = self.stop is not None and self.stop()
+            if folder is not None and (stopping or clock.due(step) or step == config.steps):
+                with clock.timed():
+                    folder.save_states(iteration, [run.number for run in members], states())
+            if stopping:
+                where = f"is saved in {folder.path}" if folder else "was the last; there is no folder to save it in"
+                raise KeyboardInterrupt(f"step {step} of iteration {iteration} {where}")
+
+        with tqdm(total=len(waiting) * config.steps, initial=taken, desc=f"iteration {iteration}", unit="step",
+                  disable=None if self.progress and waiting else True, leave=False) as bar:
+            for group in [waiting[n:n + at_once] for n in range(0, len(waiting), at_once)]:
+                while group:
+                    standing = None
+                    try:
+                        states = self.trainer.train(group, on_step)
+                    except RunFailed as error:
+                        states = standing() if standing else [run.start() for run in group]
+                        failures += self._leave_out(error, group, states)
+                        group = [run for e, run in enumerate(group) if e not in error.reasons]
+                        continue
+                    for run, state in zip(group, states):
+                        ended[run.number] = state
+                        if folder is not None:
+                            self.trainer.keep(folder, run, state)
+                            folder.finish_run(iteration, run.number, state)
+                    break
+        if not ended:
+            way_out = f"; to train them again, remove {folder.iteration(iteration)} and resume" if folder else ""
+            raise ValueError(f"all {len(runs)} runs of iteration {iteration} failed, the first because "
+                             f"{failures[0].reason}{way_out}")
+        states = [ended[run.number] for run in runs if run.number in ended]
+        return Trained([state.policy for state in states], [state.anchor for state in states],
+                       sorted(failures, key=lambda failure: failure.run),
+                       sorted(trajectory, key=lambda row: (row["run"], row["step"])))
+
+    def _take_up(self, runs: list[Run]) -> tuple[dict[int, RunState], list[Failure], list[dict]]:
+        """What the folder has of an iteration's runs: those that are finished, by number, those that failed, and what
+        was measured; the others get the state they go on from. Runs of one program go on from one step."""
+        iteration, config, folder, ended, failures = runs[0].iteration, self.config, self.folder, {}, []
+        for run in runs:
+            finished, failed = folder.finished_run(iteration, run.number), folder.failed_run(iteration, run.number)
+            if finished is not None:
+                ended[run.number] = RunState.finished(config.steps, *finished)
+            elif failed is not None:
+                failures.append(Failure(run.number, *failed))
+        if failures and self.on_failure == "stop" and not folder.finished_iteration(iteration):
+            first = failures[0]
+            raise ValueError(f"run {first.run} of iteration {iteration} in {folder.path} was left out "
+                             f"({first.reason}); resume with --on-failure=continue, or remove "
+                             f"{folder.run(iteration, first.run)} to train it again")
+        waiting = [run for run in runs if run.number not in {*ended, *(failure.run for failure in failures)}]
+        for group in [[run] for run in waiting] if self.trainer.at_once == 1 else [waiting]:
+            for run, state in zip(group, folder.load_states(iteration, [run.number for run in group])):
+                run.state = state
+                folder.cut_logs(iteration, run.number, state.step if state else 0, measured_steps(config))
+        return ended, failures, [row for run in runs for row in folder.trajectory(iteration, run.number)]
+
+    def _leave_out(self, error: RunFailed, group: list[Run], states: list[RunState]) -> list[Failure]:
+        """Stop runs that failed at their last good step, from which the others of their group go on.
+
+        All are saved there first, so that a process that is killed meanwhile comes to the same. With
+        on_failure="stop" the error is raised.
+        """
+        iteration, folder, numbers = group[0].iteration, self.folder, [run.number for run in group]
+        begun = folder is not None and states[0].step > 0  # else there is nothing to save yet
+        if begun:
+            folder.save_states(iteration, numbers, states)
+        if self.on_failure == "stop":
+            saved = f"; step {states[0].step} is saved in {folder.path}" if begun else ""
+            text = f"{error}{saved}; on-failure=continue would merge the other runs without it"
+            raise RunFailed({**error.reasons, min(error.reasons): text}) from error
+        failures = []
+        for e, (run, state) in enumerate(zip(group, states)):
+            run.state = state
+            if e in error.reasons:
+                failures.append(Failure(run.number, state.step, error.reasons[e], state.policy, state.anchor))
+                if folder is not None:
+                    folder.finish_run(iteration, run.number, state, error.reasons[e])
+        return failures
+
+    def _measure(self, members: Sequence[Run], step: int,
+                 states: list[RunState]) -> tuple[list[dict], dict[int, str]]:
+        """The trajectory's points of runs after a step, and why some have none: a reward on the held-out prompts that
+        is not finite stops its run as one in training does."""
+        try:
+            return trajectory_points(self.task, members, step, states), {}
+        except ValueError:
+            if self.on_failure == "stop":
+                raise
+        points, reasons = [], {}
+        for e, (run, state) in enumerate(zip(members, states)):
+            try:
+                points += trajectory_points(self.task, [run], step, [state])
+            except ValueError as error:
+                reasons[e] = (f"{error}, when run {run.number} of iteration {run.iteration} was measured after "
+                              f"step {step}")
+        return points, reasons
 
 
 def measured_steps(config: WarpConfig) -> list[int]:
@@ -149,51 +189,30 @@ def measured_steps(config: WarpConfig) -> list[int]:
     return sorted({*range(every, config.steps + 1, every), config.steps}) if every else []
 
 
-def measure(result: WarpResult, members: Sequence[Run], step: int, states: list[RunState],
-            on_failure: str) -> tuple[list[dict], dict[int, str]]:
-    """The trajectory's points of runs after a step, and why some have none: a reward on the held-out prompts that
-    is not finite stops its run as one in training does."""
-    try:
-        return trajectory_points(result, members, step, states), {}
-    except ValueError:
-        if on_failure == "stop":
-            raise
-    points, reasons = [], {}
-    for e, (run, state) in enumerate(zip(members, states)):
-        try:
-            points += trajectory_points(result, [run], step, [state])
-        except ValueError as error:
-            reasons[e] = f"{error}, when run {run.number} of iteration {run.iteration} was measured after step {step}"
-    return points, reasons
-
-
-def trajectory_points(result: WarpResult, members: Sequence[Run], step: int, states: list[RunState]) -> list[dict]:
-    """Where runs stand after a step: a dict each, on the held-out prompts."""
-    config, held_out = result.config, result.held_out
-    metrics = evaluate_many(
-        result.model, stack([state.policy for state in states]), result.sft, result.judge, held_out, result.tokenizer,
-        gold=result.gold, samples=max(1, math.ceil(TRAJECTORY_SAMPLES / len(held_out))),
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+def trajectory_points(task: Task, members: Sequence[Run], step: int, states: list[RunState]) -> list[dict]:
+    """Where runs stand after a step: a dict each, on the held-out prompts, perplexity left out."""
+    samples = max(1, math.ceil(TRAJECTORY_SAMPLES / len(task.eval_prompts)))
+    metrics = evaluate_many(task, stack([state.policy for state in states]), samples=samples, texts=False)
     return [{"iteration": run.iteration, "run": run.number, "step": step, **m.as_dict()}
             for run, m in zip(members, metrics)]
 
 
-def try_rewards(result: WarpResult, prompts: Prompts, rewards: Sequence[Callable]) -> None:
-    """Score what the first step will sample, and as many completions of held-out prompts.
+def try_rewards(task: Task, config: WarpConfig) -> None:
+    """Score what the first step of each run will sample, and as many completions of held-out prompts.
 
     Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite.
     """
-    policies, config, held_out = Policies.of(result.model, [result.sft]), result.config, result.held_out
-    for m, reward in enumerate(rewards, 1):
-        run = Run(config, 1, m, result.sft, result.sft, reward)
-        batch, uniforms = draw([run], 0, prompts)
+    policies, held_out = Policies.of(task.policy, [task.sft]), task.eval_prompts
+    for m, reward in enumerate(task.rewards(config.runs), 1):
+        run = Run(config, 1, m, task.sft, task.sft, reward)
+        batch, uniforms = draw([run], 0, task.prompts)
         other = held_out.batch(np.arange(config.batch_size)[None] % len(held_out))
-        rollout, measured = (policies.sample(prompts_, uniforms, result.tokenizer, config.temperature)
-                             for prompts_ in (batch, other))
+        rollout, measured = (policies.sample(prompts, uniforms, task.tokenizer, config.temperature)
+                             for prompts in (batch, other))
         try:
-            checked_rewards([run], 0, rollout, result.tokenizer)
-            for judge in (reward, result.gold) if result.gold is not None else (reward,):
-                rollout_rewards([judge], measured, result.tokenizer)
+            checked_rewards([run], 0, rollout, task.tokenizer)
+            for judge in (reward,) if task.gold is None else (reward, task.gold):
+                rollout_rewards([judge], measured, task.tokenizer)
         except ValueError:
             raise
         except Exception as error:

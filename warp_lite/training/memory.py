@@ -12,7 +12,8 @@ import torch
 from ..config import WarpConfig
 from ..policies.gpt2_forward import GPT2Forward
 from ..policies.precision import compute_dtype
-from ..policies.prompts import Prompts
+from ..task import Task
+from .executors import Trainer
 from .reinforce import forward_for
 
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
@@ -143,35 +144,34 @@ def free_memory(device="cpu") -> int:
     return psutil.virtual_memory().available
 
 
-def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig, progress: bool = True,
-                     adapter: tuple[int, int] | None = None) -> str:
+def fitting_trainer(trainer: Trainer, task: Task, config: WarpConfig, progress: bool = True) -> Trainer:
     """How an iteration's runs train: one after the other if together they would not fit in memory, or cannot be
-    checkpointed. Says so, and what to set where not even one fits, on stderr in one line. adapter: as
-    `training_memory` has it.
+    checkpointed. Says so, and what to set where not even one fits, on stderr in one line.
 
     Raises ValueError for settings that the policy cannot be trained with.
     """
-    if executor == "batched" and config.checkpointing:
+    policy, adapter = task.policy, trainer.adapter
+    if trainer.at_once > 1 and config.checkpointing:
         try:
             forward_for(policy, "batched", config)
         except ValueError as error:
             print(f"warp-lite: {str(error).partition(';')[0]}; they train one after the other", file=sys.stderr)
-            executor = "serial"
+            trainer = trainer.one_by_one()
     if config.checkpointing or config.logit_chunk:
-        forward_for(policy, executor, config)
-    shape = config.batch_size, prompts.ids.shape[-1], config.max_new_tokens, config
+        forward_for(policy, "serial" if trainer.at_once == 1 else "batched", config)
+    shape = config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens, config
     free = free_memory(policy.device)
-    there, told, apart = f"{free / 2**30:.2f} GiB are free", "", ""
-    together = executor == "batched"
+    there, line, apart = f"{free / 2**30:.2f} GiB are free", "", ""
+    together = trainer.at_once > 1
     needed = training_memory(policy, config.runs if together else 1, *shape, together, adapter)
     if together and needed.total > MEMORY_SHARE * free:
-        told = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
+        line = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
         apart = "the runs do not fit together and they train one after the other; even "
-        executor, needed = "serial", training_memory(policy, 1, *shape, False, adapter)
-    if executor != "batched" and needed.total > MEMORY_SHARE * free:
+        trainer, needed = trainer.one_by_one(), training_memory(policy, 1, *shape, False, adapter)
+    if trainer.at_once == 1 and needed.total > MEMORY_SHARE * free:
         changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, False, adapter)
         advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
-        told = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
-    if told or progress and needed.total > WORTH_SAYING:
-        print(told or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
-    return executor
+        line = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
+    if line or progress and needed.total > WORTH_SAYING:
+        print(line or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
+    return trainer

@@ -26,6 +26,11 @@ class RunState:
     exp_avg_sq: Weights
     trained: Weights = field(default_factory=dict)
 
+    @classmethod
+    def finished(cls, step: int, policy: Weights, anchor: Weights) -> RunState:
+        """A run that has ended: nothing of the optimiser is left to go on with."""
+        return cls(step, policy, anchor, {}, {})
+
 
 @dataclass
 class Run:

@@ -9,13 +9,21 @@ place, and a run that is not finished has the state of the last saved step.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..averaging.state_dicts import Weights
+import torch
+
+from ..averaging.state_dicts import Weights, load_weights
+from ..config import WarpConfig
+from ..policies.loading import save_policy
+from ..rewards.calling import reward_name
 from ..storage.files import (
     LOCK,
     PARTS,
@@ -27,14 +35,20 @@ from ..storage.files import (
     sync,
     vouch,
     vouched,
+    weights_hash,
     whole,
     write_bytes,
     write_json,
     writing,
 )
-from ..storage.provenance import provenance
+from ..storage.provenance import json_hash, provenance
+from ..task import Task
 from .run import RunState
 
+if TYPE_CHECKING:
+    from ..scale.lora import LoraSettings
+
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # policies that are widened while they train
 STATE = ("policy", "anchor", "exp_avg", "exp_avg_sq", "trained")
 COPY = "take it from a copy, or run again"  # the way out where nothing makes a file anew
 MERGED = ("merged", "next-init")
@@ -295,3 +309,38 @@ class SaveClock:
         yield
         self.last = self.now()
         self.cost = self.last - begin
+
+
+# --- what a run is, as its folder has it ---
+
+
+def run_settings(task: Task, config: WarpConfig, lora: LoraSettings | None = None) -> dict:
+    """What must be equal for a run to go on: the config, the policy, the rewards, the prompts.
+
+    Raises ValueError for columns of a data set that JSON cannot hold.
+    """
+    prompts, held_out = task.prompts, task.eval_prompts
+    try:
+        hashed = json_hash([prompts.given, held_out.given, held_out.columns])
+    except TypeError as error:
+        raise ValueError(f"the prompts have a column that a run folder cannot hold ({error}); "
+                         "keep text and numbers, or leave out `out`") from None
+    narrow = next((name for name, dtype in NARROW.items() if dtype == task.dtype), None)
+    return {"config": dataclasses.asdict(config), "policy": weights_hash(task.sft),
+            "lora": None if lora is None else dataclasses.asdict(lora),
+            "reward": reward_name(task.reward), "source": task.source, **({"dtype": narrow} if narrow else {}),
+            "prompts": {"train": len(prompts), "eval": len(held_out), "sha256": hashed}}
+
+
+def write_start(folder: RunFolder, task: Task) -> None:
+    """θ_sft and the prompts. Raises ValueError where others stand there."""
+    prompts = {"train": task.prompts.given, "eval": task.eval_prompts.given, "eval_columns": task.eval_prompts.columns}
+    folder.write_start(prompts, lambda path: save_policy(task.policy, task.tokenizer, path))
+
+
+def write_iteration(folder: RunFolder, task: Task, i: int, merged: Weights, next_init: Weights) -> None:
+    """The merge of iteration i and the init of the next, each a Hugging Face folder."""
+    def model_of(weights: Weights) -> Callable[[Path], None]:
+        return lambda path: save_policy(load_weights(copy.deepcopy(task.policy), weights), task.tokenizer, path)
+
+    folder.finish_iteration(i, {"merged": model_of(merged), "next-init": model_of(next_init)})

@@ -49,16 +49,16 @@ def left_out(result: WarpResult) -> str:
 def measure_front(result: WarpResult, etas: Sequence[float] = ETAS) -> dict:
     """Points, limit, best-of-n and trajectories, as front.json holds them."""
     points = result.front(etas)
-    rewards, gold = limit_rewards(result)
+    rewards, gold = limit_rewards(result.task)
     return {
         "points": points,
         "limit": optimal_front(rewards=rewards, gold=gold),
         "best_of_n": best_of_n_front(rewards=rewards),
         "trajectories": result.trajectories,
-        "unit": getattr(result.judge, "unit", OWN_UNIT),
+        "unit": getattr(result.task.judge, "unit", OWN_UNIT),
         "samples_per_point": points[0]["samples"],
         "limit_samples_per_prompt": rewards.shape[1],
-        "prompts": len(result.eval_prompts),
+        "prompts": len(result.task.eval_prompts),
     }
 
 
@@ -66,7 +66,7 @@ def fingerprint(result: WarpResult, etas: Sequence[float]) -> str:
     """What a front depends on: the weights, where and how they are measured, and this package's version."""
     weights = [weights_hash(w) for w in [result.sft, *(iteration.merged for iteration in result.iterations)]]
     config = result.config
-    return json_hash([__version__, weights, list(etas), result.eval_prompts, EVALUATION_SAMPLES,
+    return json_hash([__version__, weights, list(etas), result.task.eval_prompts.given, EVALUATION_SAMPLES,
                       config.max_new_tokens, config.temperature])
 
 
@@ -98,10 +98,11 @@ def front_table(front: dict) -> str:
 
 def completions_table(result: WarpResult, count: int = 4, etas: Sequence[float] = (0.0, 0.5, 1.0)) -> str:
     """Completions of a few held-out prompts along the last front, with the same random numbers at every η."""
-    prompts = result.eval_prompts[:count]
+    task = result.task.first(count)
+    prompts = task.eval_prompts.given
     texts = {eta: result.completions(prompts, eta) for eta in etas}
     lines = []
-    for n, prompt in enumerate(result.held_out.texts[:count]):
+    for n, prompt in enumerate(task.eval_prompts.texts):
         lines.append(prompt)
         lines += [f"  η={eta:<4g} {' '.join(texts[eta][n].split())}" for eta in etas]
     return "\n".join(lines)

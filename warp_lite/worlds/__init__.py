@@ -49,7 +49,9 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     else:
         held_out, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
     reward = load_reward(str(folder / "reward"), device)
-    return World(model, tokenizer, reward, None, prompts, held_out, None, folder, {})
+    world = World.of(model, tokenizer, reward, prompts, held_out)
+    world.folder = folder
+    return world
 
 
 def load_rewards(name: str, device="cpu"):

@@ -66,7 +66,9 @@ def imdb_world(settings: ImdbSettings, progress: bool = True, device="cpu") -> W
     folder = None
     if settings.sft_steps:
         model, folder = fine_tuned(model, tokenizer, left, settings, progress)
-    return World(model, tokenizer, reward, None, prompts[len(held_out):], held_out, None, folder, {})
+    world = World.of(model, tokenizer, reward, prompts[len(held_out):], held_out)
+    world.folder = folder
+    return world
 
 
 def reviews(name: str, count: int, seed: int = 0) -> list[str]:

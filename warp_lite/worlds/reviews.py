@@ -75,7 +75,9 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     texts = reviews(generator(settings.seed, 2, WORLD), 512)
     gold = GoldReward(tokenizer, facts["gold_mean"], facts["gold_std"], settings.taste)
     reward = BradleyTerry.load(folder / "reward")
-    return World(model, tokenizer, reward, gold, train, held_out, texts, folder, facts)
+    world = World.of(model, tokenizer, reward, train, held_out, gold=gold, texts=texts, max_new_tokens=MAX_COMPLETION)
+    world.folder, world.facts = folder, facts
+    return world
 
 
 def settings_hash(settings) -> str:

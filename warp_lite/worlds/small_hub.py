@@ -39,7 +39,7 @@ def make_small_hub(folder, worlds=("gpt2-imdb",), progress: bool = True) -> Path
         with _whole(folder / settings.policy) as made:
             if made is not None:
                 world = reviews_world(ARCHITECTURES[name], progress=progress)
-                save_policy(world.model, world.tokenizer, made)
+                save_policy(world.policy, world.tokenizer, made)
         with _whole(folder / settings.reward) as made:
             if made is not None:
                 save_policy(*sentiment_classifier(texts), made)

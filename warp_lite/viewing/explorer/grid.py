@@ -6,23 +6,19 @@ A grid holds `lines`, each the front of one merge: `iteration`, `runs` (how many
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from ...averaging.liti import liti
-from ...averaging.slerp import lerp, slerp
+from ...averaging.merging import merge
 from ...averaging.state_dicts import Weights
 from ...evaluation.limit import optimal_front, reference_rewards
-from ...evaluation.metrics import evaluation_uniforms
-from ...policies.prompts import encode_prompts, room_for_prompts
-from ...policies.sampling import Policies, completions_text
+from ...evaluation.metrics import sample_completions
 
 ETAS, LAMBDAS, SAMPLES = tuple(np.linspace(0, 1, 11).round(2)), (0.0, 0.25, 0.5, 0.75, 1.0), 256
 FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0), 64
@@ -55,10 +51,10 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
     if not result.iterations:
         raise ValueError("the result has no iterations to explore; run_warp returns one that has")
     etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
-    shown = result.eval_prompts[:prompts]
+    shown = result.task.first(prompts).eval_prompts.given
     keys = _keys(result, lambdas)
     places = [(key, eta) for key in keys for eta in etas[1:]]
-    per_prompt = max(1, math.ceil(samples / len(result.eval_prompts)))
+    per_prompt = max(1, math.ceil(samples / len(result.task.eval_prompts)))
     sized = sum(tensor.numel() * tensor.element_size() for tensor in result.sft.values())
     at_once = max(1, min(64, BYTES_AT_ONCE // sized))
     with tqdm(total=len(places) + 1, desc="explorer", unit="point", disable=None if progress else True,
@@ -78,8 +74,9 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
         limit = estimate_limit(result, fast, progress)
     return {"etas": list(map(float, etas)), "lambdas": list(lambdas), "lines": lines,
             "iterations": sorted({key[0] for key in keys}), "runs": sorted({key[1] for key in keys}),
-            "gold": result.gold is not None, "unit": getattr(result.judge, "unit", "reward units"),
-            "prompts": result.held_out.texts[:len(shown)], "samples": per_prompt * len(result.eval_prompts),
+            "gold": result.task.gold is not None, "unit": getattr(result.task.judge, "unit", "reward units"),
+            "prompts": result.task.eval_prompts.texts[:len(shown)],
+            "samples": per_prompt * len(result.task.eval_prompts),
             "trajectories": [dict(row) for row in result.trajectories], "limit": [dict(p) for p in limit]}
 
 
@@ -99,41 +96,26 @@ def merged_weights(result, iteration: int, runs: int, lam: float | None = None) 
         return dict(policies[0])
     if runs == len(chosen.policies) and runs != 2:
         return chosen.merged
-    merge = lerp if result.config.merge == "lerp" else slerp
-    return merge(chosen.init, policies, weights=None if runs != 2 or lam is None else (1 - lam, lam))
+    return merge(chosen.init, policies, result.config.merge, None if runs != 2 or lam is None else (1 - lam, lam))
 
 
 def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Sequence[str],
                    samples: int) -> list[dict]:
     """Points of a grid: metrics of `samples` completions a held-out prompt, and the completions of `prompts`."""
-    metrics = dataclasses.replace(result, texts=None).measure(states, samples=samples)  # perplexity is not shown
-    texts = sample_completions(result, states, prompts)
+    metrics = result.measure(states, samples=samples, texts=False)  # perplexity is not shown
+    texts = [[" ".join(text.split()) for text in of_policy]
+             for of_policy in sample_completions(result.task.measured_on(prompts), states)]
     numbers = [{name: math.nan if value is None else value for name, value in m.as_dict().items()} for m in metrics]
     return [{"eta": float(eta), **some, "completions": said} for eta, some, said in zip(etas, numbers, texts)]
 
 
-@torch.no_grad()
-def sample_completions(result, states: Sequence[Weights], prompts: Sequence[str], seed: int = 0) -> list[list[str]]:
-    """One completion of each prompt by each of the policies, all with the same random numbers."""
-    config = result.config
-    encoded = encode_prompts(result.tokenizer, prompts, room_for_prompts(result.model, config.max_new_tokens))
-    encoded = encoded.to(result.model.device).repeat(len(states))                                # (E, B, P)
-    uniforms = evaluation_uniforms(seed, len(prompts), 1, config.max_new_tokens, result.model.device)
-    rollout = Policies.of(result.model, states).sample(
-        encoded, uniforms.expand(len(states), -1, -1), result.tokenizer, config.temperature)
-    texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout.ids, rollout.mask)]
-    return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
-
-
 def estimate_limit(result, fast: bool = False, progress: bool = True) -> list[dict]:
     """The limit on (some of) the held-out prompts, with the gold reward of the same optimum where there is one."""
-    prompts, samples = result.eval_prompts[:LIMIT_PROMPTS], FAST_LIMIT_SAMPLES if fast else LIMIT_SAMPLES
-    wanted = [result.judge, *([result.gold] if result.gold is not None else [])]
-    with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None if progress else True,
+    task, samples = result.task.first(LIMIT_PROMPTS), FAST_LIMIT_SAMPLES if fast else LIMIT_SAMPLES
+    with tqdm(total=len(task.eval_prompts) * samples, desc="limit", unit="sample", disable=None if progress else True,
               leave=False) as bar:
-        values = reference_rewards(result.model, result.tokenizer, wanted, prompts, samples, progress=bar,
-                                   max_new_tokens=result.config.max_new_tokens, temperature=result.config.temperature)
-    return optimal_front(rewards=values[0], gold=values[1] if len(values) > 1 else None)
+        rewards, gold = reference_rewards(task, samples, progress=bar)
+    return optimal_front(rewards=rewards, gold=gold)
 
 
 # --- reading a grid ---------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class ParetoExplorer:
         view = self.view
         lam = view.lam if view.runs == 2 else None
         theta = liti(self.result.sft, merged_weights(self.result, view.iteration, view.runs, lam), check_eta(view.eta))
-        per_prompt = self.grid["samples"] // len(self.result.eval_prompts)
+        per_prompt = self.grid["samples"] // len(self.result.task.eval_prompts)
         (point,) = measure_points(self.result, [theta], [view.eta], self.grid["prompts"], per_prompt)
         self.exact[self._key()] = {**point, "live": True, "between": False, "completions_eta": view.eta}
         return self.exact[self._key()]
