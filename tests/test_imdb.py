@@ -93,7 +93,7 @@ def test_gemma_imdb_is_fine_tuned_on_other_reviews_and_kept(offline, monkeypatch
     monkeypatch.setattr("warp_lite.worlds.imdb.train_on_texts", lambda *a: pytest.fail("it trained again"))
     again = imdb_world(settings, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(parameters(made.policy).values(), parameters(again.policy).values()))
-    assert again.train_prompts == made.train_prompts
+    assert again.prompts.given == made.prompts.given
 
 
 def test_the_preset_runs_and_its_front_is_measured_again(offline, monkeypatch, tmp_path, capsys):
