@@ -6,10 +6,8 @@ several settings cost little more than one run. Evaluation is batched in the sam
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -23,15 +21,13 @@ from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .policies.precision import full_precision
 from .policies.prompts import check_ids, encode_prompts, room_for_prompts
 from .result import ETAS, Iteration, WarpResult
-from .rewards.calling import reward_name
-from .storage.files import load_tensors, read_json, save_tensors, weights_hash, write_json
-from .storage.provenance import __version__, json_hash
+from .storage.provenance import source_hash
 from .training.batched import SHARED, train_batched
+from .training.kept_runs import NOT_OF_A_RUN, KeptRuns
 from .training.memory import MEMORY_SHARE, free_memory, training_memory
 from .training.run import Run
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
-NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
 
 
 @dataclass
@@ -119,6 +115,9 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
             config.replace(seed=seed), policy, tokenizer, reward, held_out.given, sft, gold=gold, texts=texts,
             train_prompts=encoded.given), [sft] * config.runs) for seed in seeds]
     flat = [job for some in jobs.values() for job in some]
+    kept = None
+    if out is not None:
+        kept = KeptRuns(out, policy, encoded, held_out, trajectory_samples, source_hash(__name__))
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):
             active = [job for job in flat if i <= job.config.iterations]
@@ -130,7 +129,6 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
             trained = {}
             bar.set_description(f"training, iteration {i}")
             bar.reset(total=sum(run.config.steps for _, run in shared.values()))
-            kept = None if out is None else _KeptRuns(out, policy, encoded, held_out, trajectory_samples)
             left = []
             for some, run in shared.values():
                 found = None if kept is None else kept.load(run, some)
@@ -163,46 +161,6 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     for job in flat:
         job.result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
     return Experiment({name: [job.result for job in some] for name, some in jobs.items()}, seeds)
-
-
-class _KeptRuns:
-    """The runs of an experiment in a folder, each by a hash of all that it depends on: weights and measurements."""
-
-    def __init__(self, out, policy, prompts, held_out, samples: int):
-        self.folder = Path(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.names, self.hashes = [name for name, _ in policy.named_parameters()], {}
-        self.about = [__version__, json_hash([prompts.given, held_out.given, samples])]
-
-    def path(self, run: Run) -> Path:
-        """Where a run's weights are, or will be."""
-        hashes = [self.hashes.setdefault(id(weights), (weights_hash(weights), weights))[0]  # kept alive: so is its id
-                  for weights in (run.init, run.sft)]
-        settings = dataclasses.asdict(run.config.replace(**NOT_OF_A_RUN))
-        key = json_hash([*self.about, settings, run.iteration, run.number, reward_name(run.reward), hashes])
-        return self.folder / f"run-{key[:16]}.safetensors"
-
-    def load(self, run: Run, jobs: list[_Job]) -> tuple[Weights, Weights] | None:
-        """The policy and anchor of a run that has ended, its measurements given to the jobs; else None.
-
-        Raises ValueError where the file cannot be read.
-        """
-        path = self.path(run)
-        if not path.is_file():
-            return None
-        tensors = load_tensors(path, "cpu", "remove it to train that run again")
-        for job in jobs:
-            job.result.trajectories += read_json(path.with_suffix(".json"))["trajectory"]
-        return tuple({name: tensors[f"{part}.{name}"] for name in self.names} for part in ("policy", "anchor"))
-
-    def save(self, run: Run, jobs: list[_Job], policy: Weights, anchor: Weights) -> None:
-        """Keep a run that has ended; the weights come last, since they say that it is whole."""
-        rows = [row for row in jobs[0].result.trajectories
-                if (row["iteration"], row["run"]) == (run.iteration, run.number)]
-        write_json(self.path(run).with_suffix(".json"), {"trajectory": rows})
-        parts = {"policy": policy, "anchor": anchor}
-        save_tensors({f"{part}.{name}": w for part, weights in parts.items() for name, w in weights.items()},
-                     self.path(run))
 
 
 def _groups(runs: list[tuple[list[_Job], Run]], policy, prompts) -> list[list[tuple[list[_Job], Run]]]:

@@ -25,7 +25,7 @@ from ..rewards.bradley_terry import BradleyTerry
 from ..rewards.calling import rollout_rewards
 from ..rewards.classifiers import ClassifierReward
 from ..storage.files import load_tensors, save_tensors, weights_hash
-from ..storage.provenance import cache_folder, json_hash
+from ..storage.provenance import cache_folder, json_hash, package_versions, source_hash
 from .front import MIN_ESS
 from .metrics import rows_at_once
 
@@ -168,7 +168,7 @@ def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tenso
     path = None
     if isinstance(judge, (BradleyTerry, ClassifierReward)):
         key = json_hash([prompts.texts, samples, config.max_new_tokens, config.temperature, gold is not None,
-                         weights_hash(result.sft), reward_hash(judge)])
+                         weights_hash(result.sft), reward_hash(judge), source_hash(__name__), package_versions()])
         path = cache_folder() / f"limit-{key[:12]}.safetensors"
     if path is not None and path.is_file():
         try:

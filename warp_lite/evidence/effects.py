@@ -24,6 +24,7 @@ class Rows:
                  best_of_n: Mapping[int, list[dict]] | None = None):
         self.world, self.limits, self.best_of_n = world, limits or {}, best_of_n or {}
         self.cpu_seconds = 0.0
+        self.kept: list[dict] = []  # what the files of its units hold, and of those of its limits
         self.by_line: dict[str, list[dict]] = {}
         for row in rows:
             self.by_line.setdefault(row["line"], []).append(row)
