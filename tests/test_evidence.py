@@ -51,11 +51,12 @@ def test_the_runs_of_a_seed_count_as_their_mean():
     assert effect.level == 4 and effect.values == pytest.approx({0: 2.0})
 
 
-def test_a_trajectory_counts_where_it_first_crosses_a_kl():
-    path = [{"line": "t", "seed": 0, "step": step, "kl": kl, "reward": reward}
+def test_two_trajectories_are_compared_where_each_first_crosses_a_kl():
+    rows = [{"line": line, "seed": 0, "step": step, "kl": kl, "reward": reward + more}
+            for line, more in (("a", 1.0), ("b", 0.0))
             for step, kl, reward in ((20, 3.0, 9.0), (0, 0.0, 0.0), (10, 2.0, 2.0), (30, 1.0, 5.0))]
-    assert effects.level_of(path, 1.0) == pytest.approx(1.0)       # on the way up, not 5 at the end
-    assert math.isnan(effects.level_of(path, 3.5))
+    effect = effects.at_kl("a", "b")(Rows("sentiment", rows))
+    assert effect.level == 3.0 and effect.values == pytest.approx({0: 1.0})
 
 
 def test_gold_is_read_where_the_proxy_first_gets_to_a_level():

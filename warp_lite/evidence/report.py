@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import hierarchical_bootstrap
 from ..storage.files import whole, write_bytes, write_json
 from .bench import TUNING_SEEDS, WORLDS, draw_of
 from .claims import METHODS, Claim, decide, lines_of
 from .drawing import claim_figure, limit_figure
-from .effects import Rows, level_of, share
+from .effects import Rows, share
 from .noise import PREDICTORS, correlations
 from .runner import provenances, run_units, units_of
 from .settings import EQUAL, KL_MAX
@@ -181,7 +182,7 @@ def equal_compute(evidence: Evidence, worlds: Sequence[str]) -> list[dict]:
             levels = {}
             for kl in (1.0, 2.0, 3.0):
                 for kind in ("reward", "gold", "perplexity"):
-                    values = {seed: float(np.mean([level_of(f, kl, kind) for f in rows.fronts(name, seed)]))
+                    values = {seed: float(np.mean([reward_at_kl(f, kl, kind) for f in rows.fronts(name, seed)]))
                               for seed in rows.seeds}
                     if all(map(math.isfinite, values.values())):
                         levels[f"{kind} at {kl:g}"] = interval_of(values)

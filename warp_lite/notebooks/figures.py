@@ -69,11 +69,14 @@ def level(*curves: Sequence[dict]) -> float:
 
 
 def at_kl(rows: Sequence[dict], kl: float, name: str = "reward") -> np.ndarray:
-    """A number where each seed's front crosses a KL, in nats: (seeds,); nan where it does not."""
-    fronts: dict[int, list[dict]] = {}
-    for row in rows:
-        fronts.setdefault(row["seed"], []).append({"kl": row["kl"], "reward": row[name]})
-    return np.array([reward_at_kl(fronts[seed], kl) for seed in sorted(fronts)])
+    """`reward_at_kl` of each seed's front or trajectory, or another number there, in the order of seeds: (seeds,)."""
+    return np.array([reward_at_kl(curve, kl, name) for curve in curves(rows)])
+
+
+def curves(rows: Sequence[dict], **which) -> list[list[dict]]:
+    """The rows of each seed, in the order of seeds; `which` names what they must have, as `config="WARP"`."""
+    chosen = [row for row in rows if all(row[name] == value for name, value in which.items())]
+    return [[row for row in chosen if row["seed"] == seed] for seed in sorted({row["seed"] for row in chosen})]
 
 
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
