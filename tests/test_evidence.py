@@ -37,17 +37,17 @@ def two_lines(seeds=range(8), reach=4.0):
 
 
 def test_two_lines_are_compared_at_the_highest_kl_that_every_seed_reaches():
-    effect = effects.at_kl("a", "b")(two_lines(reach=2.6))
+    effect = effects.at_one_kl("a", "b")(two_lines(reach=2.6))
     assert effect.level == 2.5 and effect.reached == {"4": 7, "3.5": 7, "3": 7, "2.5": 8}
     assert effect.values == pytest.approx({seed: 0.5 for seed in range(8)})
-    nowhere = effects.at_kl("a", "b")(two_lines(reach=0.1))
+    nowhere = effects.at_one_kl("a", "b")(two_lines(reach=0.1))
     assert nowhere.level is None and nowhere.values == {}
 
 
 def test_the_runs_of_a_seed_count_as_their_mean():
     rows = [*front("one", 0, [0, 4], [0, 1], run=1), *front("one", 0, [0, 4], [0, 3], run=2),
             *front("other", 0, [0, 4], [0, 0])]
-    effect = effects.at_kl("one", "other")(Rows("sentiment", rows))
+    effect = effects.at_one_kl("one", "other")(Rows("sentiment", rows))
     assert effect.level == 4 and effect.values == pytest.approx({0: 2.0})
 
 
@@ -55,7 +55,7 @@ def test_two_trajectories_are_compared_where_each_first_crosses_a_kl():
     rows = [{"line": line, "seed": 0, "step": step, "kl": kl, "reward": reward + more}
             for line, more in (("a", 1.0), ("b", 0.0))
             for step, kl, reward in ((20, 3.0, 9.0), (0, 0.0, 0.0), (10, 2.0, 2.0), (30, 1.0, 5.0))]
-    effect = effects.at_kl("a", "b")(Rows("sentiment", rows))
+    effect = effects.at_one_kl("a", "b")(Rows("sentiment", rows))
     assert effect.level == 3.0 and effect.values == pytest.approx({0: 1.0})
 
 
@@ -81,12 +81,12 @@ def test_areas_shares_and_shapes_of_curves_that_are_known():
 
 
 def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
-    found = decide(Claim("c", "3b", "words", "s", effects.at_kl("a", "b"), "above"), two_lines())
+    found = decide(Claim("c", "3b", "words", "s", effects.at_one_kl("a", "b"), "above"), two_lines())
     assert {"name", "world", "paper_figure", "statement", "effect", "ci_low", "ci_high", "unit", "null", "margin",
             "rule", "seeds", "verdict"} <= set(found)
     assert (found["verdict"], found["seeds"], found["draws"], found["level"]) == ("holds", 8, 4, 4)
-    assert decide(Claim("c", "", "", "", effects.at_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
-    missing = decide(Claim("c", "", "", "", effects.at_kl("a", "b"), "above"), two_lines(reach=0.1))
+    assert decide(Claim("c", "", "", "", effects.at_one_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
+    missing = decide(Claim("c", "", "", "", effects.at_one_kl("a", "b"), "above"), two_lines(reach=0.1))
     assert (missing["verdict"], missing["effect"], missing["seeds"]) == ("unclear", None, 0)
     json.dumps(missing, allow_nan=False)
 
@@ -218,7 +218,7 @@ def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path,
 def test_rows_are_reported_with_the_commit_that_made_them_and_not_with_todays(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "studies", lambda: {"s": two_line_study})
     monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: seeds))
-    claim = Claim("c", "3b", "a is above b", "s", effects.at_kl("a", "b"), "above", lines=("a", "b"))
+    claim = Claim("c", "3b", "a is above b", "s", effects.at_one_kl("a", "b"), "above", lines=("a", "b"))
     stamp = runner.provenance()
     commits = iter(["1111111111aa"] * 2 + ["2222222222bb"] * 2)
     monkeypatch.setattr(runner, "provenance", lambda: {**stamp, "commit": next(commits)})
@@ -239,7 +239,7 @@ def two_line_study(bench):
 
 
 def test_the_table_and_the_figure_say_what_the_json_says(tmp_path):
-    claim = Claim("c", "3b", "a is above b", "s", effects.at_kl("a", "b"), "above", lines=("a", "b"))
+    claim = Claim("c", "3b", "a is above b", "s", effects.at_one_kl("a", "b"), "above", lines=("a", "b"))
     rows = two_lines(reach=2.6)
     found = report.report([claim], {("sentiment", "s"): rows}, ["sentiment"], range(8), whole=False)
     text = report.write_report(found, [claim], {("sentiment", "s"): rows}, tmp_path)

@@ -85,7 +85,7 @@ def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dic
     return Effect({}, None, reached)
 
 
-def at_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
+def at_one_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
     """The difference of two lines in reward (or another number) at one KL."""
     return lambda rows: compare(rows, named(a, rows), named(b, rows), KLS,
                                 lambda front, kl: reward_at_kl(front, kl, kind))

@@ -60,7 +60,7 @@ def imdb_world(settings: ImdbSettings, progress: bool = True, device="cpu") -> W
     reward = load_reward(settings.reward, device)
     model, tokenizer = load_policy(settings.policy, device=device)
     wanted = settings.train_prompts + settings.eval_prompts
-    texts = reviews(settings.data, 2 * wanted + settings.sft_steps * settings.sft_batch, settings.seed)
+    texts = read_reviews(settings.data, 2 * wanted + settings.sft_steps * settings.sft_batch, settings.seed)
     prompts, left = openings(tokenizer, texts, wanted, settings.prompt_tokens)
     held_out = prompts[:settings.eval_prompts * len(prompts) // wanted]
     folder = None
@@ -69,7 +69,7 @@ def imdb_world(settings: ImdbSettings, progress: bool = True, device="cpu") -> W
     return World(model, tokenizer, reward, None, prompts[len(held_out):], held_out, None, folder, {})
 
 
-def reviews(name: str, count: int, seed: int = 0) -> list[str]:
+def read_reviews(name: str, count: int, seed: int = 0) -> list[str]:
     """That many texts of a data set, or all where there are fewer, in an order of their own, without line breaks.
 
     The data set is sorted by sentiment, so it is read whole. Raises ValueError in one line.

@@ -45,7 +45,8 @@ def make_small_hub(folder, worlds=("gpt2-imdb",), progress: bool = True) -> Path
                 save_policy(*sentiment_classifier(texts), made)
         with _whole(folder / settings.data) as made:
             if made is not None:
-                rows = sorted(({"text": text, "label": label_of(text)} for text in texts), key=lambda row: row["label"])
+                rows = [{"text": text, "label": sentiment_of(text)} for text in texts]
+                rows.sort(key=lambda row: row["label"])
                 (made / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -73,7 +74,7 @@ def use_small_hub(world: str, progress: bool = True) -> None:
         os.environ["WARP_LITE_HUB"] = str(make_small_hub(cache_folder() / "small-hub", [world], progress))
 
 
-def label_of(text: str) -> int:
+def sentiment_of(text: str) -> int:
     """1 for a review with more good words than bad ones, else 0."""
     signs = {word: 1 if state[-1] == "+" else -1 for state, words in WORDS.items() if state[-1] in "+-"
              for word in words.split()}
@@ -96,7 +97,7 @@ def sentiment_classifier(texts, steps: int = 60, batch: int = 64):
     for step in range(steps):
         some = [texts[(step * batch + i) % len(texts)] for i in range(batch)]
         inputs = tokenizer(some, padding=True, padding_side="right", return_tensors="pt")
-        loss = F.cross_entropy(model(**inputs).logits, torch.tensor([label_of(text) for text in some]))
+        loss = F.cross_entropy(model(**inputs).logits, torch.tensor([sentiment_of(text) for text in some]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

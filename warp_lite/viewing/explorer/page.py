@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from ..plots import COLOURS, KL_LABEL, iteration_colour
-from .grid import View, changed_words, reach
-from .picture import ROOT_LABEL, reward_name
+from .grid import View, changed_words, shown_kl
+from .picture import ROOT_LABEL, reward_label
 
 
 def write_page(grid: dict, view: View, path) -> None:
@@ -48,8 +48,8 @@ def page_data(grid: dict, view: View) -> dict:
         "lines": lines, "view": dataclasses.asdict(view), "trajectories": list(runs.values()),
         "limit": [_numbers(p, names[1:4]) for p in grid["limit"]],
         **{name: grid[name] for name in ("etas", "lambdas", "iterations", "runs", "unit", "prompts", "samples")},
-        "reach": [reach(grid, limit) for limit in (False, True)],
-        "rewards": {name: reward_name(grid, name) for name in rewards}, "axis": [KL_LABEL, ROOT_LABEL],
+        "reach": [shown_kl(grid, limit) for limit in (False, True)],
+        "rewards": {name: reward_label(grid, name) for name in rewards}, "axis": [KL_LABEL, ROOT_LABEL],
         "colours": {**COLOURS, **{f"iteration {i}": iteration_colour(i) for i in grid["iterations"]}}}
 
 
