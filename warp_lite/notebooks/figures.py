@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 
 from ..evaluation.front import best_within_kl, reward_at_kl
 from ..evaluation.statistics import Interval, bootstrap
+from ..storage.files import write_bytes
 from ..viewing.plots import COLOURS, column
 
 
@@ -172,10 +173,8 @@ def finding(claim: str, interval: Interval, rule: str, unit: str = "", null: flo
 
 
 def keep(folder, name: str, **measured) -> None:
-    """Write what a notebook measured to `folder`/`name`.json."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / f"{name}.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    """Write what a notebook measured to `folder`/`name`.json, whole or not at all. Raises CannotWrite."""
+    write_bytes(Path(folder) / f"{name}.json", json.dumps(measured, indent=1).encode())  # NaN and all
     print(f"written: {name}.json")
 
 

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 from ..policies.loading import save_policy
 from ..policies.randomness import WORLD, generator
+from ..storage.files import beside
 from ..storage.provenance import cache_folder
 from .grammar import WORDS, make_tokenizer, review
 from .imdb import IMDB
@@ -36,35 +34,20 @@ def make_small_hub(folder, worlds=("gpt2-imdb",), progress: bool = True) -> Path
     texts = [review(rng) for _ in range(REVIEWS)]
     for name in worlds:
         settings = IMDB[name]
-        with _whole(folder / settings.policy) as made:
-            if made is not None:
-                world = reviews_world(ARCHITECTURES[name], progress=progress)
+        if not (folder / settings.policy).is_dir():
+            world = reviews_world(ARCHITECTURES[name], progress=progress)
+            with beside(folder / settings.policy, stays=Path.is_dir) as made:
                 save_policy(world.model, world.tokenizer, made)
-        with _whole(folder / settings.reward) as made:
-            if made is not None:
+        if not (folder / settings.reward).is_dir():
+            with beside(folder / settings.reward, stays=Path.is_dir) as made:
                 save_policy(*sentiment_classifier(texts), made)
-        with _whole(folder / settings.data) as made:
-            if made is not None:
-                rows = [{"text": text, "label": sentiment_of(text)} for text in texts]
-                rows.sort(key=lambda row: row["label"])
+        if not (folder / settings.data).is_dir():
+            rows = [{"text": text, "label": sentiment_of(text)} for text in texts]
+            rows.sort(key=lambda row: row["label"])
+            with beside(folder / settings.data, stays=Path.is_dir) as made:
+                made.mkdir()
                 (made / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-@contextmanager
-def _whole(target: Path):
-    """A temporary folder to fill, put in the place of `target` when it is whole; None where that is there."""
-    if target.is_dir():
-        yield None
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        yield made
-        with suppress(OSError):  # another process was first
-            made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def use_small_hub(world: str, progress: bool = True) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ...storage.files import write_bytes
 from ..plots import COLOURS, KL_LABEL, iteration_colour
 from .grid import View, changed_words, shown_kl
 from .picture import ROOT_LABEL, reward_label
@@ -19,10 +20,7 @@ def write_page(grid: dict, view: View, path) -> None:
         raise ModuleNotFoundError("the page needs plotly; install it with: pip install 'warp-lite[html]'") from None
     data = json.dumps(page_data(grid, view), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    path = Path(path)
-    made = path.with_name(f".{path.name}.part")
-    made.write_text(page.replace("/*PLOTLY*/", get_plotlyjs()).replace("/*DATA*/", data), encoding="utf-8")
-    made.replace(path)
+    write_bytes(Path(path), page.replace("/*PLOTLY*/", get_plotlyjs()).replace("/*DATA*/", data).encode())
 
 
 def page_data(grid: dict, view: View) -> dict:
