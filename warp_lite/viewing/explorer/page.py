@@ -1,4 +1,4 @@
-"""The explorer as one HTML page (explorer_page.html) with its data and plotly.js inside: no kernel, no network."""
+"""The explorer as one HTML page (page.html) with its data and plotly.js inside: no kernel, no network."""
 
 from __future__ import annotations
 
