@@ -60,7 +60,7 @@ def hashes(*folders):
 
 def remains(parent):
     """What a merge has left behind that no reader of checkpoints should find."""
-    return sorted(path.name for path in parent.iterdir() if path.name.endswith(".partial"))
+    return sorted(path.name for path in parent.iterdir() if path.name.endswith(".part"))
 
 
 # The result

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from warp_lite.evidence import effects, load, noise, report, runner, tuning
 from warp_lite.evidence.bench import TUNING_SEEDS, draw_of, noise_scale
 from warp_lite.evidence.claims import CLAIMS, Claim, decide
 from warp_lite.evidence.effects import Rows
+from warp_lite.storage import provenance
 
 
 def front(line, seed, kl, reward, **more):
@@ -35,25 +37,26 @@ def two_lines(seeds=range(8), reach=4.0):
 
 
 def test_two_lines_are_compared_at_the_highest_kl_that_every_seed_reaches():
-    effect = effects.at_kl("a", "b")(two_lines(reach=2.6))
+    effect = effects.at_one_kl("a", "b")(two_lines(reach=2.6))
     assert effect.level == 2.5 and effect.reached == {"4": 7, "3.5": 7, "3": 7, "2.5": 8}
     assert effect.values == pytest.approx({seed: 0.5 for seed in range(8)})
-    nowhere = effects.at_kl("a", "b")(two_lines(reach=0.1))
+    nowhere = effects.at_one_kl("a", "b")(two_lines(reach=0.1))
     assert nowhere.level is None and nowhere.values == {}
 
 
 def test_the_runs_of_a_seed_count_as_their_mean():
     rows = [*front("one", 0, [0, 4], [0, 1], run=1), *front("one", 0, [0, 4], [0, 3], run=2),
             *front("other", 0, [0, 4], [0, 0])]
-    effect = effects.at_kl("one", "other")(Rows("sentiment", rows))
+    effect = effects.at_one_kl("one", "other")(Rows("sentiment", rows))
     assert effect.level == 4 and effect.values == pytest.approx({0: 2.0})
 
 
-def test_a_trajectory_counts_where_it_first_crosses_a_kl():
-    path = [{"line": "t", "seed": 0, "step": step, "kl": kl, "reward": reward}
+def test_two_trajectories_are_compared_where_each_first_crosses_a_kl():
+    rows = [{"line": line, "seed": 0, "step": step, "kl": kl, "reward": reward + more}
+            for line, more in (("a", 1.0), ("b", 0.0))
             for step, kl, reward in ((20, 3.0, 9.0), (0, 0.0, 0.0), (10, 2.0, 2.0), (30, 1.0, 5.0))]
-    assert effects.level_of(path, 1.0) == pytest.approx(1.0)       # on the way up, not 5 at the end
-    assert math.isnan(effects.level_of(path, 3.5))
+    effect = effects.at_one_kl("a", "b")(Rows("sentiment", rows))
+    assert effect.level == 3.0 and effect.values == pytest.approx({0: 1.0})
 
 
 def test_gold_is_read_where_the_proxy_first_gets_to_a_level():
@@ -78,12 +81,12 @@ def test_areas_shares_and_shapes_of_curves_that_are_known():
 
 
 def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
-    found = decide(Claim("c", "3b", "words", "s", effects.at_kl("a", "b"), "above"), two_lines())
+    found = decide(Claim("c", "3b", "words", "s", effects.at_one_kl("a", "b"), "above"), two_lines())
     assert {"name", "world", "paper_figure", "statement", "effect", "ci_low", "ci_high", "unit", "null", "margin",
             "rule", "seeds", "verdict"} <= set(found)
     assert (found["verdict"], found["seeds"], found["draws"], found["level"]) == ("holds", 8, 4, 4)
-    assert decide(Claim("c", "", "", "", effects.at_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
-    missing = decide(Claim("c", "", "", "", effects.at_kl("a", "b"), "above"), two_lines(reach=0.1))
+    assert decide(Claim("c", "", "", "", effects.at_one_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
+    missing = decide(Claim("c", "", "", "", effects.at_one_kl("a", "b"), "above"), two_lines(reach=0.1))
     assert (missing["verdict"], missing["effect"], missing["seeds"]) == ("unclear", None, 0)
     json.dumps(missing, allow_nan=False)
 
@@ -186,8 +189,57 @@ def test_units_are_run_once_and_again_where_their_file_is_damaged(tmp_path, monk
     assert units[0].fingerprint() != runner.Unit("fake", "sentiment", 1, (0, 8)).fingerprint()
 
 
+def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path, monkeypatch):
+    unit, tuning_unit = (runner.Unit(name, "sentiment", 1, (0, 4)) for name in ("anchors", "tuning of weak"))
+    before = unit.fingerprint(), tuning_unit.fingerprint()
+    with monkeypatch.context() as patched:  # code in a module that the study calls
+        patched.setattr(provenance, "_code", lambda path: "changed" if path.name == "liti.py" else "as it was")
+        changed = unit.fingerprint()
+        patched.setattr(provenance, "_code", lambda path: "as it was")
+        assert unit.fingerprint() != changed != before[0]
+        drawing = ("plots.py", "report.py", "drawing.py")
+        patched.setattr(provenance, "_code", lambda path: "changed" if path.name in drawing else "as it was")
+        drawn = unit.fingerprint()
+        patched.setattr(provenance, "_code", lambda path: "as it was")
+        assert unit.fingerprint() == drawn
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "package_versions", lambda: {"torch": "9"})
+        assert unit.fingerprint() != before[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.settings, "SFT_BETAS", (0.5,))
+        assert unit.fingerprint() != before[0]
+    with monkeypatch.context() as patched:  # what was chosen counts where it is used, and not while it is chosen
+        patched.setattr(runner, "tuned_configs", lambda world: {"EMA anchor": {"beta": 9}})
+        assert unit.fingerprint() != before[0] and tuning_unit.fingerprint() == before[1]
+    assert (unit.fingerprint(), tuning_unit.fingerprint()) == before
+    assert unit.fingerprint() != runner.Unit("equal", "sentiment", 1, (0, 4)).fingerprint()
+
+
+def test_rows_are_reported_with_the_commit_that_made_them_and_not_with_todays(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "studies", lambda: {"s": two_line_study})
+    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: seeds))
+    claim = Claim("c", "3b", "a is above b", "s", effects.at_one_kl("a", "b"), "above", lines=("a", "b"))
+    stamp = runner.provenance()
+    commits = iter(["1111111111aa"] * 2 + ["2222222222bb"] * 2)
+    monkeypatch.setattr(runner, "provenance", lambda: {**stamp, "commit": next(commits)})
+    runner.run_units(runner.units_of(["s"], ["sentiment"], (0, 1)), tmp_path, workers=1, progress=False)
+    evidence = report.gather(["s"], ["sentiment"], range(4), tmp_path, workers=1, progress=False)  # two are kept
+    found = report.report([claim], evidence, ["sentiment"], range(4), whole=False)
+    assert [(made["commit"], made["studies"]) for made in found["provenance"]] == [
+        ("1111111111aa", ["sentiment, s"]), ("2222222222bb", ["sentiment, s"])]
+    assert found["claims"][0]["commits"] == ["1111111111aa", "2222222222bb"]
+    assert all(made["code"] and made["packages"] == stamp["packages"] for made in found["provenance"])
+    text = report.write_report(found, [claim], evidence, tmp_path)
+    assert "at commit 1111111111: sentiment, s" in text and "at commit 2222222222: sentiment, s" in text
+
+
+def two_line_study(bench):
+    """The lines `a` and `b`, `a` above."""
+    return [row for seed in bench for row in (*front("a", seed, [0, 4], [0, 2]), *front("b", seed, [0, 4], [0, 1]))]
+
+
 def test_the_table_and_the_figure_say_what_the_json_says(tmp_path):
-    claim = Claim("c", "3b", "a is above b", "s", effects.at_kl("a", "b"), "above", lines=("a", "b"))
+    claim = Claim("c", "3b", "a is above b", "s", effects.at_one_kl("a", "b"), "above", lines=("a", "b"))
     rows = two_lines(reach=2.6)
     found = report.report([claim], {("sentiment", "s"): rows}, ["sentiment"], range(8), whole=False)
     text = report.write_report(found, [claim], {("sentiment", "s"): rows}, tmp_path)
@@ -240,7 +292,8 @@ def test_the_committed_evidence_is_of_every_claim_sixteen_seeds_and_four_draws(c
     assert len(committed["seeds"]) == 16 and len(committed["draws"]) == 4
     assert not set(committed["seeds"]) & set(committed["tuning_seeds"])
     assert not set(committed["draws"]) & set(committed["tuning_draws"])
-    assert committed["provenance"]["commit"] and committed["provenance"]["packages"]["torch"]
+    for line in report.made_by(committed):
+        assert re.fullmatch(r"torch [\w.+]+, transformers [\w.]+, warp-lite [\w.]+ at commit [0-9a-f]{10}(: .*)?", line)
     counts = report.chance(committed["claims"])
     assert committed["chance"] == counts and counts["verdicts"] == len(committed["claims"])
 

@@ -158,14 +158,16 @@ def test_runs_are_kept_in_a_folder_and_a_second_call_trains_only_what_is_missing
     files[3].unlink()
     part = experiment(policy, configs, (0, 1), out=tmp_path)
     assert len(trained) == 1
-    for other in (first, again, part):
-        assert other.trajectory_rows() == whole.trajectory_rows()
+    for other, tolerance in ((first, 0), (again, 0), (part, 1e-9)):  # a run that trains alone rounds otherwise
+        for ours, theirs in zip(other.trajectory_rows(), whole.trajectory_rows(), strict=True):
+            assert ours == pytest.approx(theirs, abs=tolerance)
         for name in configs:
             for ours, theirs in zip(other.results[name], whole.results[name]):
                 for one, two in zip(ours.iterations, theirs.iterations):
                     for a, b in zip([one.merged, *one.policies, *one.anchors],
                                     [two.merged, *two.policies, *two.anchors]):
-                        assert all(torch.equal(a[tensor], b[tensor]) for tensor in b)
+                        for tensor in b:
+                            torch.testing.assert_close(a[tensor], b[tensor], rtol=0, atol=tolerance)
     trained.clear()
     experiment(policy, {"a": CONFIG.replace(iterations=1, seed=9)}, (0,), out=tmp_path)  # what no single run sees
     assert not trained

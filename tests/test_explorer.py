@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
-from warp_lite.viewing.explorer.grid import View, changed_words, line_at, merged_weights, point_at, reach
-from warp_lite.viewing.explorer.picture import draw, spread
+from warp_lite.viewing.explorer.grid import View, changed_words, line_at, merged_weights, point_at, shown_kl
+from warp_lite.viewing.explorer.picture import draw_picture, spread
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this plot", "the film was", "that film", "dull and", "it was"]
 
@@ -290,8 +290,8 @@ def test_a_single_held_out_prompt_has_no_standard_errors_and_nothing_fails(resul
 
 
 def test_a_point_far_beyond_the_merges_stays_visible_at_the_edge(explorer):
-    far = {"kl": 10 * reach(explorer.grid, True), "kl_se": 0.1}
-    figure = draw(explorer.grid, explorer.view, {**explorer.point(), **far})
+    far = {"kl": 10 * shown_kl(explorer.grid, True), "kl_se": 0.1}
+    figure = draw_picture(explorer.grid, explorer.view, {**explorer.point(), **far})
     axes = figure.axes[0]
     marker = axes.lines[-1]
     assert marker.get_marker() == ">" and marker.get_xdata()[0] == axes.get_xlim()[1]

@@ -263,16 +263,16 @@ def score(prompts, completions, completion_ids, **kwargs):
 def test_a_failure_names_the_prompt_that_is_farthest_from_the_mean_or_the_first_that_is_no_number():
     from types import SimpleNamespace
 
-    from warp_lite.training.reinforce import check_finite
+    from warp_lite.training.reinforce import check_step
 
     texts = [f"prompt {i}" for i in range(6)]
     rollout = SimpleNamespace(prompts=SimpleNamespace(texts=texts), ids=torch.zeros(2, 3, 1))
     runs = [SimpleNamespace(iteration=1, number=m, config=CONFIG) for m in (1, 2)]
     good, nan = torch.ones(2), torch.tensor([1.0, np.nan])
-    check_finite(runs, 4, rollout, torch.ones(2, 3), good, good)
+    check_step(runs, 4, rollout, torch.ones(2, 3), good, good)
     for r_beta, culprit in (([0.0, 9.0, 1.0], "prompt 4"), ([9.0, 0.0, np.nan], "prompt 5"),
                             ([np.inf, 0.0, -np.inf], "prompt 3")):
         with pytest.raises(RunFailed, match=f"the gradient is not finite in iteration 1, run 2, step 5, .*{culprit}"):
-            check_finite(runs, 4, rollout, torch.tensor([[9.0, 0.0, 0.0], r_beta]), good, nan)
+            check_step(runs, 4, rollout, torch.tensor([[9.0, 0.0, 0.0], r_beta]), good, nan)
     with pytest.raises(RunFailed, match="the loss is nan in iteration 1, run 2, step 5"):
-        check_finite(runs, 4, rollout, torch.ones(2, 3), nan, good)
+        check_step(runs, 4, rollout, torch.ones(2, 3), nan, good)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warp_lite import hypervolume, reward_at_kl
-from warp_lite.evaluation.front import GRID, points_array, running_maximum
+from warp_lite.evaluation.front import GRID, best_within_kl, first_crossing, points_array, running_maximum
 
 STEP = 1 / (GRID - 1)  # of the grid, in units of kl_max: a jump is off by at most half of it times its height
 
@@ -104,6 +104,49 @@ def test_a_better_reward_never_lowers_the_hypervolume(points, data, more):
 def test_reward_at_kl_is_linear_between_points_and_exact_at_them():
     points = [(0.0, 1.0), (1.0, 2.0), (3.0, 1.0)]
     assert [reward_at_kl(points, k) for k in (0, 0.5, 1, 2, 3)] == [1, 1.5, 2, 1.5, 1]
+
+
+def path(*points):
+    """A trajectory of those (step, kl, reward); a gold reward of minus the reward."""
+    return [{"step": step, "kl": kl, "reward": reward, "gold": -reward} for step, kl, reward in points]
+
+
+UP_AND_BACK = path((20, 3.0, 9.0), (0, 0.0, 0.0), (10, 2.0, 2.0), (30, 1.0, 5.0))
+
+
+def test_a_trajectory_counts_where_it_first_crosses_a_kl_in_the_order_of_its_steps():
+    assert reward_at_kl(UP_AND_BACK, 1.0) == 1.0  # on the way up, and not the 5 of its end
+    assert [reward_at_kl(UP_AND_BACK, k) for k in (0.0, 2.0, 2.5, 3.0)] == [0.0, 2.0, 5.5, 9.0]
+    assert reward_at_kl(UP_AND_BACK, 1.0, "gold") == -1.0
+    assert math.isnan(reward_at_kl(UP_AND_BACK, 3.5))
+    assert math.isnan(reward_at_kl(path((0, 2.0, 1.0), (1, 0.5, 2.0)), 1.0))  # it begins above and only falls
+
+
+def test_the_points_of_a_front_count_in_the_order_of_kl_whatever_their_order():
+    front = [{key: value for key, value in point.items() if key != "step"} for point in UP_AND_BACK]
+    assert reward_at_kl(front, 1.0) == 5.0 == reward_at_kl(front[::-1], 1.0)
+    assert reward_at_kl([(1, 2), (0, 0), (1, 4)], 1) == 4.0  # the better of two at one KL
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(kl, number), min_size=1, max_size=8, unique_by=lambda p: p[0]), kl)
+def test_a_curve_whose_kl_only_rises_has_one_reward_at_a_kl_as_front_and_as_trajectory(points, at):
+    rising = sorted(points)
+    by_steps = path(*((step, *point) for step, point in enumerate(rising)))
+    ours, theirs = reward_at_kl(points, at), reward_at_kl(by_steps, at)
+    expected = np.interp(at, *np.array(rising).T, left=math.nan, right=math.nan)
+    assert ours == pytest.approx(expected, nan_ok=True) and theirs == pytest.approx(ours, nan_ok=True)
+
+
+def test_the_first_crossing_is_the_first_of_several_and_of_any_two_numbers():
+    assert first_crossing([0, 2, 0, 2], [0, 10, 20, 30], 1) == 5
+    assert first_crossing([1], [7], 1) == 7 and math.isnan(first_crossing([1], [7], 2))
+
+
+def test_the_best_within_a_kl_is_the_height_that_the_area_is_taken_under():
+    points = [(0.0, 0.0), (1.0, 3.0), (2.0, 1.0)]
+    assert [best_within_kl(points, k) for k in (0, 0.5, 1, 2, 9)] == [0, 1.5, 3, 3, 3]
+    assert best_within_kl(points[1:], 0.5) == -math.inf
 
 
 @pytest.mark.parametrize("outside", [-0.1, 0.49, 3.01, math.nan])

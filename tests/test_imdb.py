@@ -22,7 +22,7 @@ from warp_lite.policies import hub
 from warp_lite.policies.loading import save_policy
 from warp_lite.task import World
 from warp_lite.worlds import load_world, small_hub
-from warp_lite.worlds.imdb import IMDB, ImdbSettings, imdb_world, openings, reviews
+from warp_lite.worlds.imdb import IMDB, ImdbSettings, imdb_world, openings, read_reviews
 from warp_lite.worlds.reviews import reviews_world
 
 SHORT = [f"--set={setting}" for setting in (
@@ -61,7 +61,7 @@ def test_gpt2_imdb_is_the_policy_the_classifier_and_the_openings_of_reviews(offl
     for prompt in found.eval_prompts.given:
         assert len(found.tokenizer.tokenize(prompt)) == 8 and any(text.startswith(prompt) for text in texts)
     labels = {row["text"]: row["label"] for row in rows}
-    first = [labels[text] for text in reviews("stanfordnlp/imdb", 100)]
+    first = [labels[text] for text in read_reviews("stanfordnlp/imdb", 100)]
     assert [row["label"] for row in rows] == sorted(row["label"] for row in rows) and 20 < sum(first) < 80
     judge = pipeline("text-classification", str(offline / "lvwerra/distilbert-imdb"), top_k=None)
     (scores,) = judge(["this film was great"], function_to_apply="none")
@@ -130,7 +130,7 @@ def test_reviews_that_cannot_be_read_are_one_line(content, message, tmp_path, mo
     if content:
         (tmp_path / "imdb" / "train.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
-        reviews(str(tmp_path / "imdb"), 3)
+        read_reviews(str(tmp_path / "imdb"), 3)
     assert "\n" not in str(caught.value)
 
 

@@ -6,7 +6,6 @@ several settings cost little more than one run. Evaluation is batched in the sam
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,16 @@ from .averaging.state_dicts import Weights, stack
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .result import ETAS, Iteration, WarpResult
-from .rewards.calling import RewardFunc, reward_name
-from .storage.files import load_tensors, read_json, save_tensors, weights_hash, write_json
-from .storage.provenance import __version__, json_hash
+from .rewards.calling import RewardFunc
+from .storage.provenance import source_hash
 from .task import Task
 from .training.batched import SHARED, train_batched
+from .training.kept_runs import NOT_OF_A_RUN, KeptRuns
 from .training.memory import MEMORY_SHARE, free_memory, training_memory
 from .training.run import OnStep, Run
 from .warp import finish_iteration
 
 POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
-NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees
 
 
 @dataclass
@@ -112,7 +110,9 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
     jobs = {name: _jobs(task, name, config, seeds, (rewards or {}).get(name, task.reward))
             for name, config in configs.items()}
     flat = [job for of_config in jobs.values() for job in of_config]
-    kept = None if out is None else _KeptRuns(out, task.policy, task.prompts, task.eval_prompts, trajectory_samples)
+    kept = None
+    if out is not None:
+        kept = KeptRuns(out, task.policy, task.prompts, task.eval_prompts, trajectory_samples, source_hash(__name__))
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):
             active = [job for job in flat if i <= job.config.iterations]
@@ -153,7 +153,7 @@ def _shared_runs(jobs: list[_Job], i: int) -> list[_Shared]:
     return list(shared.values())
 
 
-def _train(task: Task, shared: list[_Shared], kept: _KeptRuns | None, trajectory_samples: int,
+def _train(task: Task, shared: list[_Shared], kept: KeptRuns | None, trajectory_samples: int,
            checkpoints: Callable | None, bar: tqdm, i: int) -> dict[tuple[int, int], tuple[Weights, Weights]]:
     """Policy and anchor of every run of iteration i, by its job and number: those that are kept, and the others
     trained in groups."""
@@ -179,46 +179,6 @@ def _train(task: Task, shared: list[_Shared], kept: _KeptRuns | None, trajectory
             trained |= {(id(job), one.run.number): ended for job in one.jobs}
         del states
     return trained
-
-
-class _KeptRuns:
-    """The runs of an experiment in a folder, each by a hash of all that it depends on: weights and measurements."""
-
-    def __init__(self, out, policy, prompts, held_out, samples: int):
-        self.folder = Path(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.names, self.hashes = [name for name, _ in policy.named_parameters()], {}
-        self.about = [__version__, json_hash([prompts.given, held_out.given, samples])]
-
-    def path(self, run: Run) -> Path:
-        """Where a run's weights are, or will be."""
-        hashes = [self.hashes.setdefault(id(weights), (weights_hash(weights), weights))[0]  # kept alive: so is its id
-                  for weights in (run.init, run.sft)]
-        settings = dataclasses.asdict(run.config.replace(**NOT_OF_A_RUN))
-        key = json_hash([*self.about, settings, run.iteration, run.number, reward_name(run.reward), hashes])
-        return self.folder / f"run-{key[:16]}.safetensors"
-
-    def load(self, run: Run, jobs: list[_Job]) -> tuple[Weights, Weights] | None:
-        """The policy and anchor of a run that has ended, its measurements given to the jobs; else None.
-
-        Raises ValueError where the file cannot be read.
-        """
-        path = self.path(run)
-        if not path.is_file():
-            return None
-        tensors = load_tensors(path, "cpu", "remove it to train that run again")
-        for job in jobs:
-            job.result.trajectories += read_json(path.with_suffix(".json"))["trajectory"]
-        return tuple({name: tensors[f"{part}.{name}"] for name in self.names} for part in ("policy", "anchor"))
-
-    def save(self, run: Run, jobs: list[_Job], policy: Weights, anchor: Weights) -> None:
-        """Keep a run that has ended; the weights come last, since they say that it is whole."""
-        rows = [row for row in jobs[0].result.trajectories
-                if (row["iteration"], row["run"]) == (run.iteration, run.number)]
-        write_json(self.path(run).with_suffix(".json"), {"trajectory": rows})
-        parts = {"policy": policy, "anchor": anchor}
-        save_tensors({f"{part}.{name}": w for part, weights in parts.items() for name, w in weights.items()},
-                     self.path(run))
 
 
 def _groups(shared: list[_Shared], task: Task) -> list[list[_Shared]]:

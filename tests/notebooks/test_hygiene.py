@@ -136,3 +136,31 @@ def test_it_can_be_read_in_one_sitting(notebook):
 def test_nothing_in_it_belongs_to_one_machine(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|work|Users|tmp|root)/", text)
+
+
+def functions(path):
+    """The functions of a notebook: (name, arguments and body as a syntax tree), those inside others too."""
+    for cell in code(nbformat.read(path, as_version=4)):
+        source = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines())
+        if "setup" not in cell.metadata.get("tags", ()):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                    yield node.name, ast.dump(node.args) + "".join(map(ast.dump, body))
+
+
+def test_no_notebook_holds_a_function_that_another_holds_too():
+    """Neither by name nor by what it does: what two of them need is in the package."""
+    homes: dict[str, set[str]] = {}
+    for path in PATHS:
+        for name, tree in functions(path):
+            homes.setdefault(name, set()).add(path.stem)
+            homes.setdefault(tree, set()).add(path.stem)
+    assert len(homes) > 20
+    assert not {what[:80]: where for what, where in homes.items() if len(where) > 1}
+
+
+def test_the_notebooks_leave_the_reward_at_a_kl_to_the_package():
+    for path in PATHS:
+        for name, tree in functions(path):
+            assert not {"argmax", "running_maximum"} & set(re.findall(r"\w+", tree)), (path.stem, name)

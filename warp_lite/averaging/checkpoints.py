@@ -51,7 +51,7 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     vouches for is checked first.
     Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
     that hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
-    A merge that is killed leaves at most `.NAME.….partial` beside `out`, which can be deleted.
+    A merge that is killed leaves at most `.NAME.….part` beside `out`, which can be deleted.
     """
     begin = time.perf_counter()
     if method not in ("slerp", "lerp"):

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .state_dicts import StateDict, check_same_tensors, is_finite, storage_key, widen
+from .state_dicts import Weights, check_same_tensors, is_finite, storage_key, widen
 
 
 class EMAAnchor:
@@ -26,7 +26,7 @@ class EMAAnchor:
     Source: Algorithm 1, stage 1; figure 15 for μ.
     """
 
-    def __init__(self, params: StateDict, mu: float):
+    def __init__(self, params: Weights, mu: float):
         if not (math.isfinite(mu) and 0 <= mu <= 1):
             raise ValueError(f"mu is {mu}; it must lie between 0 (never moves) and 1 (is the policy)")
         check_same_tensors(params, {})
@@ -53,7 +53,7 @@ class EMAAnchor:
         self._layout = [(self.average[name].shape, self._dtypes[name]) for name in self._moving]
 
     @torch.no_grad()
-    def update(self, params: StateDict) -> None:
+    def update(self, params: Weights) -> None:
         """θ_ema ← (1 − μ) θ_ema + μ θ, in place; call it after every optimiser step.
 
         Raises ValueError if `params` no longer has the tensors that the anchor was made from, and TypeError for

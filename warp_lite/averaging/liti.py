@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .state_dicts import StateDict, map_tensors, widen
+from .state_dicts import Weights, map_tensors, widen
 
 LARGEST = torch.finfo(torch.float32).max  # what torch takes a step of float32 weights by
 
 
-def liti(init: StateDict, theta: StateDict, eta: float) -> dict[str, Tensor]:
+def liti(init: Weights, theta: Weights, eta: float) -> dict[str, Tensor]:
     """(1 − η)·init + η·theta: `init` at η = 0 and `theta` at η = 1, both exactly; beyond, it extrapolates.
 
     Raises ValueError for an η that is negative or not finite, tensors that do not match, NaN weights, and

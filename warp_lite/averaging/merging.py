@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .slerp import combine, gram, slerp_coefficients
-from .state_dicts import StateDict, check_weights, label_policies, map_tensors
+from .state_dicts import Weights, check_weights, label_policies, map_tensors
 
 MergeMethod = Callable[[Tensor, Sequence[float]], Sequence[float]]
 
@@ -68,7 +68,7 @@ def merge_tensors(base: Tensor, thetas: Sequence[Tensor], coefficients: Sequence
     return combine(base, thetas, coefficients)
 
 
-def merge(init: StateDict, policies: Sequence[StateDict], method: str = "slerp",
+def merge(init: Weights, policies: Sequence[Weights], method: str = "slerp",
           weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Stage 2: the merge of an iteration's policies by the method of that name; a single one is taken as it is.
 

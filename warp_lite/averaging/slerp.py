@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .state_dicts import StateDict, check_finite, check_same_tensors, check_weights, label_policies, map_tensors, widen
+from .state_dicts import Weights, check_finite, check_same_tensors, check_weights, label_policies, map_tensors, widen
 
 CHUNK = 2**16  # elements at a time in `gram`: its float64 copies stay in the processor's cache
 
 
-def task_vector(theta: StateDict, init: StateDict) -> dict[str, Tensor]:
+def task_vector(theta: Weights, init: Weights) -> dict[str, Tensor]:
     """What a run learned: δ = θ − θ_init, for each tensor.
 
     Shapes and dtypes are those of `init`; integer buffers, which must be equal, give zeros.
@@ -31,7 +31,7 @@ def task_vector(theta: StateDict, init: StateDict) -> dict[str, Tensor]:
                        buffer=torch.zeros_like)
 
 
-def lerp(init: StateDict, policies: Sequence[StateDict],
+def lerp(init: Weights, policies: Sequence[Weights],
          weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """The weighted mean of the policies (uniform by default), the baseline of stage 2.
 
@@ -48,7 +48,7 @@ def lerp(init: StateDict, policies: Sequence[StateDict],
     return map_tensors(merge, init, labelled)
 
 
-def slerp(init: StateDict, policies: Sequence[StateDict],
+def slerp(init: Weights, policies: Sequence[Weights],
           weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Spherical interpolation of the policies' task vectors, each tensor with its own angle Ω.
 
@@ -73,7 +73,7 @@ def slerp(init: StateDict, policies: Sequence[StateDict],
     return map_tensors(merge, init, labelled)
 
 
-def angles(init: StateDict, policies: Sequence[StateDict]) -> dict[str, Tensor]:
+def angles(init: Weights, policies: Sequence[Weights]) -> dict[str, Tensor]:
     """The angle Ω between each two task vectors, in degrees: (M, M) in float64 for each float tensor.
 
     Near 90° for task vectors, near 0° for whole weights (pass zeros as `init`). A tensor that did not

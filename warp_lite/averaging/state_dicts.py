@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-StateDict = Mapping[str, Tensor]
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]  # a state dict, or the parameters of one: tensors by name
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -25,8 +24,8 @@ def widen(tensor: Tensor) -> Tensor:
 
 def map_tensors(
     function: Callable[[Tensor, list[Tensor]], Tensor],
-    init: StateDict,
-    others: Mapping[str, StateDict],
+    init: Weights,
+    others: Mapping[str, Weights],
     buffer: Callable[[Tensor], Tensor] = torch.clone,
 ) -> dict[str, Tensor]:
     """Apply `function(init tensor, the others' tensors)` to every tensor, keeping dtypes and ties.
@@ -64,7 +63,7 @@ def storage_key(name: str, tensor: Tensor) -> tuple:
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def label_policies(policies: Sequence[StateDict], at_least: int = 2) -> dict[str, StateDict]:
+def label_policies(policies: Sequence[Weights], at_least: int = 2) -> dict[str, Weights]:
     """{"policies[0]": …, …}, the names by which errors speak of the policies."""
     if isinstance(policies, (Mapping, torch.nn.Module)):
         raise TypeError("policies is a single model; pass a list of state dicts, one for each policy")
@@ -89,7 +88,7 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return values
 
 
-def check_same_tensors(init: StateDict, others: Mapping[str, StateDict]) -> None:
+def check_same_tensors(init: Weights, others: Mapping[str, Weights]) -> None:
     """Raise unless all state dicts have the same names, shapes, dtypes and devices."""
     for label, state in {"init": init, **others}.items():
         if not isinstance(state, Mapping):
@@ -149,7 +148,7 @@ def check_equal_buffers(name: str, tensor: Tensor, others: Mapping[str, Tensor])
                              "and cannot be averaged; make them equal or drop it")
 
 
-def _check_still_tied(first: str, second: str, others: Mapping[str, StateDict]) -> None:
+def _check_still_tied(first: str, second: str, others: Mapping[str, Weights]) -> None:
     for label, state in others.items():
         if state[first] is not state[second] and not torch.equal(state[first], state[second]):
             raise ValueError(f"{label} has different values for {first!r} and {second!r}, which init "

@@ -27,12 +27,47 @@ def points_array(points: Sequence) -> np.ndarray:
     return array[np.lexsort((array[:, 1], array[:, 0]))]
 
 
-def reward_at_kl(points: Sequence, kl: float) -> float:
-    """The reward where the front crosses a KL, linearly between its points; nan outside their range."""
-    array = points_array(points)
-    if not array[0, 0] <= kl <= array[-1, 0]:
-        return math.nan
-    return float(np.interp(kl, *_unique(array).T))
+def reward_at_kl(points: Sequence, kl: float, kind: str = "reward") -> float:
+    """The reward where a curve first gets to a KL, in nats, by a straight line between its points.
+
+    points: dicts with `kl` and `reward`, or pairs of both. A trajectory, dicts with a `step`, is followed in the
+    order of its steps; a front in the order of KL, with the better of two points at one KL. `kind` names another
+    number of the dicts to be read in place of the reward. nan where the curve begins above that KL or does not get
+    to it: never an extrapolation.
+
+    The first crossing, and not the best within a budget of KL (`best_within_kl`): it is the policy that one has who
+    stops there, and it counts noise as often up as down, while a maximum over noisy points is too high, the more so
+    the more points a curve has. A front crosses a KL once, so that fronts and trajectories are compared by one rule.
+
+    Raises ValueError when there are no points or a value is not finite.
+    """
+    pairs = [(p["kl"], p[kind]) if isinstance(p, dict) else tuple(p) for p in points]
+    front = points_array(pairs)
+    if all(isinstance(p, dict) and "step" in p for p in points):
+        order = sorted(range(len(pairs)), key=lambda i: points[i]["step"])
+        return first_crossing(*np.array(pairs, dtype=float)[order].T, kl)
+    return first_crossing(*_unique(front).T, kl)
+
+
+def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float:
+    """y where x, in the order of the points (N,), first rises to a level, by a straight line between two points.
+
+    nan where x begins above the level or never gets to it.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if x[0] == level:
+        return float(y[0])
+    after = int(np.argmax(x >= level))
+    return float(np.interp(level, x[after - 1:after + 1], y[after - 1:after + 1])) if after else math.nan
+
+
+def best_within_kl(points: Sequence, kl: float) -> float:
+    """The best reward of a curve at no more than a KL, in nats: what a budget buys from who may stop anywhere.
+
+    Points as for `hypervolume`, which takes its area under this. −∞ before the first point, flat past the last.
+    A maximum over measured points is too high by their noise: `reward_at_kl` is what methods are compared by.
+    """
+    return float(running_maximum(points, np.array([kl], dtype=float))[0])
 
 
 def running_maximum(points: Sequence, grid: np.ndarray) -> np.ndarray:

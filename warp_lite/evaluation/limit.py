@@ -25,7 +25,7 @@ from ..rewards.bradley_terry import BradleyTerry
 from ..rewards.calling import RewardFunc, rollout_rewards
 from ..rewards.classifiers import ClassifierReward
 from ..storage.files import load_tensors, save_tensors, weights_hash
-from ..storage.provenance import cache_folder, json_hash
+from ..storage.provenance import cache_folder, json_hash, package_versions, source_hash
 from ..task import Task
 from .front import MIN_ESS
 from .metrics import rows_at_once
@@ -186,7 +186,8 @@ def limit_rewards(task: Task, samples: int | None = None) -> tuple[Tensor, Tenso
     judge, path = task.judge, None
     if isinstance(judge, (BradleyTerry, ClassifierReward)):
         key = json_hash([task.eval_prompts.texts, samples, task.max_new_tokens, task.temperature,
-                         task.gold is not None, weights_hash(task.sft), reward_hash(judge)])
+                         task.gold is not None, weights_hash(task.sft), reward_hash(judge), source_hash(__name__),
+                         package_versions()])
         path = cache_folder() / f"limit-{key[:12]}.safetensors"
     if path is not None and path.is_file():
         try:

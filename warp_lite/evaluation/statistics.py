@@ -95,10 +95,3 @@ def verdict(low: float, high: float, rule: str, null: float = 0.0, margin: float
     if low >= null - margin and high <= null + margin:
         return "holds"
     return "fails" if low > null + margin or high < null - margin else "unclear"
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean over seeds; nan for fewer than two values."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

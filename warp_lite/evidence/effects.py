@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..evaluation.front import hypervolume, reward_at_kl
+from ..evaluation.front import first_crossing, hypervolume, reward_at_kl
 from .bench import draw_of
 from .settings import KL_MAX, area
 
@@ -24,6 +24,7 @@ class Rows:
                  best_of_n: Mapping[int, list[dict]] | None = None):
         self.world, self.limits, self.best_of_n = world, limits or {}, best_of_n or {}
         self.cpu_seconds = 0.0
+        self.kept: list[dict] = []  # what the files of its units hold, and of those of its limits
         self.by_line: dict[str, list[dict]] = {}
         for row in rows:
             self.by_line.setdefault(row["line"], []).append(row)
@@ -65,24 +66,10 @@ class Effect:
     reached: dict[str, int] = field(default_factory=dict)
 
 
-def crossing(path: Sequence[dict], kl: float, kind: str = "reward") -> float:
-    """The reward where a trajectory, in the order of its steps, first crosses a KL; nan where it does not."""
-    x, y = (np.array([row[name] for row in path]) for name in ("kl", kind))
-    after = int(np.argmax(x >= kl))
-    return float(np.interp(kl, x[after - 1:after + 1], y[after - 1:after + 1])) if after else math.nan
-
-
-def level_of(front: Sequence[dict], kl: float, kind: str = "reward") -> float:
-    """A front's or trajectory's reward at a KL; nan outside its range."""
-    if "step" in front[0]:
-        return crossing(sorted(front, key=lambda row: row["step"]), kl, kind)
-    return reward_at_kl([(row["kl"], row[kind]) for row in front], kl)
-
-
 def gold_at_proxy(front: Sequence[dict], proxy: float) -> float:
     """The gold reward where the proxy reward of a front, in the order of η, first gets to a level; nan if never."""
     ordered = sorted(front, key=lambda row: row["eta"])
-    return crossing([{"kl": row["reward"], "reward": row["gold"]} for row in ordered], proxy)
+    return first_crossing([row["reward"] for row in ordered], [row["gold"] for row in ordered], proxy)
 
 
 def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dict], float], float]) -> Effect:
@@ -98,10 +85,10 @@ def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dic
     return Effect({}, None, reached)
 
 
-def at_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
+def at_one_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
     """The difference of two lines in reward (or another number) at one KL."""
     return lambda rows: compare(rows, named(a, rows), named(b, rows), KLS,
-                                lambda front, kl: level_of(front, kl, kind))
+                                lambda front, kl: reward_at_kl(front, kl, kind))
 
 
 def at_proxy(a, b) -> Callable[[Rows], Effect]:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import hierarchical_bootstrap
-from ..storage.files import write_json
-from ..storage.provenance import provenance
+from ..storage.files import whole, write_bytes, write_json
 from .bench import TUNING_SEEDS, WORLDS, draw_of
 from .claims import METHODS, Claim, decide, lines_of
 from .drawing import claim_figure, limit_figure
-from .effects import Rows, level_of, share
+from .effects import Rows, share
 from .noise import PREDICTORS, correlations
-from .runner import run_units, units_of
+from .runner import provenances, run_units, units_of
 from .settings import EQUAL, KL_MAX
 from .tuning import PARTS, chosen_settings, tuned
 
@@ -41,10 +41,11 @@ def run_tuning(out: Path, worlds: Sequence[str], workers: int | None = None, pro
     worlds = pick_worlds(worlds)
     units = units_of([f"tuning of {part}" for part in PARTS], worlds, TUNING_SEEDS)
     rows: dict[str, list[dict]] = {world: [] for world in worlds}
-    for unit, found in zip(units, run_units(units, out, workers, progress)):
-        rows[unit.world] += found["rows"]
+    kept = run_units(units, out, workers, progress)
+    for unit in kept:
+        rows[unit["world"]] += unit["rows"]
     chosen = {world: chosen_settings(some) for world, some in rows.items()}
-    write_json(out / "tuned.json", {"worlds": chosen, "provenance": provenance()})
+    write_json(out / "tuned.json", {"worlds": chosen, "provenance": provenances(kept)})
     lines = [f"{world:10} {purpose:24} {some['chosen']}" for world, found in chosen.items()
              for purpose, some in found.items()]
     return "\n".join([*lines, f"written: {out / 'tuned.json'}; the claims read warp_lite/evidence/tuned.json"])
@@ -56,11 +57,12 @@ def run_noise_map(out: Path, worlds: Sequence[str], seeds: Sequence[int], worker
     worlds = pick_worlds(worlds)
     units = units_of(["noise"], worlds, seeds)
     rows: dict[str, list[dict]] = {world: [] for world in worlds}
-    for unit, some in zip(units, run_units(units, out, workers, progress)):
-        rows[unit.world] += [{**row, "draw": unit.draw} for row in some["rows"]]
+    kept = run_units(units, out, workers, progress)
+    for unit in kept:
+        rows[unit["world"]] += [{**row, "draw": unit["draw"]} for row in unit["rows"]]
     found = {world: {"correlations": correlations(some, [row["draw"] for row in some]), "cells": cells(some)}
              for world, some in rows.items()}
-    write_json(out / "noise.json", {"worlds": found, "seeds": list(seeds), "provenance": provenance()})
+    write_json(out / "noise.json", {"worlds": found, "seeds": list(seeds), "provenance": provenances(kept)})
     lines = [f"{world:10} gain against {name:18} {c['correlation']:+.2f} [{c['ci_low']:+.2f}, {c['ci_high']:+.2f}]"
              for world, some in found.items() for name, c in some["correlations"].items()]
     return "\n".join([*lines, f"written: {out / 'noise.json'}"])
@@ -101,6 +103,7 @@ def gather(studies: Sequence[str], worlds: Sequence[str], seeds: Sequence[int], 
             rows = [row for some in kept[world, study] for row in some["rows"]]
             evidence[world, study] = Rows(world, rows, *bounds)
             evidence[world, study].cpu_seconds = sum(some["cpu_seconds"] for some in kept[world, study])
+            evidence[world, study].kept = kept[world, study] + kept.get((world, "limit"), [])
     return evidence
 
 
@@ -114,11 +117,12 @@ def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], s
     """What claims.json holds: every verdict, by what seeds, and with `whole` the tables. A claim whose study
     `evidence` lacks in a world has no verdict there."""
     found = {
-        "claims": [decide(claim, evidence[world, claim.study]) for claim in claims for world in worlds
-                   if (world, claim.study) in evidence],
+        "claims": [{**decide(claim, evidence[world, claim.study]), "commits": commits(evidence[world, claim.study])}
+                   for claim in claims for world in worlds if (world, claim.study) in evidence],
         "seeds": list(seeds), "tuning_seeds": list(TUNING_SEEDS),
         "draws": sorted({draw_of(seed) for seed in seeds}), "tuning_draws": sorted({draw_of(s) for s in TUNING_SEEDS}),
-        "worlds": {world: WORLDS[world] for world in worlds}, "level": 0.95, "provenance": provenance(),
+        "worlds": {world: WORLDS[world] for world in worlds}, "level": 0.95,
+        "provenance": provenances([unit for rows in evidence.values() for unit in rows.kept]),
         "cpu_minutes": {f"{world}, {study}": round(rows.cpu_seconds / 60, 1)
                         for (world, study), rows in evidence.items()}}
     found["chance"] = chance(found["claims"])
@@ -128,6 +132,27 @@ def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], s
         found["curves"] = curves(claims, evidence, worlds)
         found["limits"] = {world: mean_limit(evidence[world, "equal"]) for world in worlds}
     return found
+
+
+def commits(rows: Rows) -> list[str | None]:
+    """The commits that made the rows of a study and the limits they are held against; None where it is not known."""
+    return list(dict.fromkeys(made_by["commit"] for made_by in provenances(rows.kept)))
+
+
+def made_by(found: dict) -> list[str]:
+    """What made the rows of a report, a line each: versions, commit, and the studies where there are several.
+
+    `found` is what claims.json, tuned.json or noise.json holds; those that were written before rows had a
+    provenance of their own say when they were put together.
+    """
+    sources = found["provenance"] if isinstance(found["provenance"], list) else [found["provenance"]]
+    lines = []
+    for source in sources:
+        versions = ", ".join(f"{name} {source['packages'][name]}" for name in ("torch", "transformers", "warp-lite"))
+        lines.append(f"{versions} at commit {str(source['commit'])[:10]}")
+        if len(sources) > 1:
+            lines[-1] += f": {'; '.join(source['studies'])}"
+    return lines
 
 
 def chance(verdicts: Sequence[dict]) -> dict:
@@ -157,7 +182,7 @@ def equal_compute(evidence: Evidence, worlds: Sequence[str]) -> list[dict]:
             levels = {}
             for kl in (1.0, 2.0, 3.0):
                 for kind in ("reward", "gold", "perplexity"):
-                    values = {seed: float(np.mean([level_of(f, kl, kind) for f in rows.fronts(name, seed)]))
+                    values = {seed: float(np.mean([reward_at_kl(f, kl, kind) for f in rows.fronts(name, seed)]))
                               for seed in rows.seeds}
                     if all(map(math.isfinite, values.values())):
                         levels[f"{kind} at {kl:g}"] = interval_of(values)
@@ -278,19 +303,16 @@ def bound(value: float | None, digits: int = 2) -> str:
 
 
 def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folder: Path) -> str:
-    """claims.json, claims.md and figures/ in a folder; returns the table."""
+    """claims.json, claims.md and figures/ in a folder; returns the table, with what made its rows."""
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_json(folder / "claims.json", found)
-    text = table(found)
-    made = folder / ".claims.md.part"
-    made.write_text(text, encoding="utf-8")
-    made.replace(folder / "claims.md")
+    text = table(found) + "".join(f"\nMade by {line}\n" for line in made_by(found))
+    write_bytes(folder / "claims.md", text.encode())
     figures = {claim.name: claim_figure(claim, found["claims"], evidence) for claim in claims}
     if "limits" in found:
         figures["limit"] = limit_figure(found)
     for name, figure in figures.items():
-        part = folder / "figures" / f".{name}.part"
-        figure.savefig(part, format="png", dpi=110)
-        part.replace(folder / "figures" / f"{name}.png")
+        with whole(folder / "figures" / f"{name}.png") as made:
+            figure.savefig(made, format="png", dpi=110)
     return text

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import multiprocessing
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..storage.files import read_json, write_json
-from ..storage.provenance import json_hash, provenance
+from ..storage.provenance import json_hash, package_versions, provenance, source_hash
 from . import settings
-from .bench import LIMIT_SAMPLES, SAMPLES, Bench, draw_of
-from .tuning import PARTS, grids, tuned_configs, tuning
+from .bench import Bench, draw_of
+from .tuning import PARTS, tuned_configs, tuning
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,14 @@ class Unit:
         return folder / "units" / f"{name}-{self.world}-{self.draw}-{self.fingerprint()[:12]}.json"
 
     def fingerprint(self) -> str:
-        """A hash of the study's code, the settings it names, those chosen if it uses them, the world and the seeds."""
-        part = self.study.partition(" of ")[2]
-        source = inspect.getsource(tuning if part else studies()[self.study])
-        used = {name: repr(value) for name, value in vars(settings).items()
-                if name.isupper() and re.search(rf"\b{name}\b", source)}
-        chosen = tuned_configs(self.world) if "tuned(" in source else None
-        tried = repr(grids(part)) if part else None
-        seeds = () if self.study == "limit" else self.seeds
-        return json_hash([source, used, chosen, tried, SAMPLES, LIMIT_SAMPLES, self.world, self.draw, list(seeds)])
+        """A hash of all that its rows depend on: the code of the study's module and of all that this imports, the
+        versions of packages, the settings, those that were chosen, the world and the seeds."""
+        study = studies()[self.study]
+        is_tuning = isinstance(study, partial)  # it chooses settings, so it depends on none that were chosen
+        shared = {name: repr(value) for name, value in vars(settings).items() if name.isupper()}
+        chosen = {} if is_tuning else tuned_configs(self.world)
+        seeds = [] if self.study == "limit" else list(self.seeds)
+        return json_hash([self.study, code_of(study), package_versions(), shared, chosen, self.world, self.draw, seeds])
 
 
 def studies() -> dict[str, Callable[[Bench], list[dict]]]:
@@ -56,6 +53,11 @@ def studies() -> dict[str, Callable[[Bench], list[dict]]]:
     from .studies import STUDIES
 
     return STUDIES | {"noise": noise} | {f"tuning of {part}": partial(tuning, part=part) for part in PARTS}
+
+
+def code_of(study: Callable) -> str:
+    """The hash of the code that a study's rows depend on (see `source_hash`)."""
+    return source_hash(getattr(study, "func", study).__module__)
 
 
 def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int]) -> list[Unit]:
@@ -68,14 +70,16 @@ def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int]) 
 
 
 def run_unit(unit: Unit, folder: Path) -> Path:
-    """Run one unit on one thread and write its rows."""
+    """Run one unit on one thread and write its rows, with what made them: commit, code, versions."""
     torch.set_num_threads(1)
     started = time.process_time()
-    rows = studies()[unit.study](Bench.of(unit.world, unit.draw, unit.seeds))
-    path = unit.file(folder)
+    study = studies()[unit.study]
+    # before it runs: the code may be edited, or another commit checked out, in the meantime
+    path, made_by = unit.file(folder), {**provenance(), "code": code_of(study)[:12]}
+    rows = study(Bench.of(unit.world, unit.draw, unit.seeds))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"study": unit.study, "world": unit.world, "draw": unit.draw, "seeds": list(unit.seeds),
-                      "cpu_seconds": round(time.process_time() - started, 1), "provenance": provenance(), "rows": rows})
+                      "cpu_seconds": round(time.process_time() - started, 1), "provenance": made_by, "rows": rows})
     return path
 
 
@@ -108,6 +112,20 @@ def run_units(units: Sequence[Unit], folder: Path, workers: int | None = None, p
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
     return [found[unit] for unit in units]
+
+
+def provenances(kept: Sequence[dict]) -> list[dict]:
+    """What made the rows of units, each once, with the worlds and studies it made as `studies`.
+
+    `kept` is what the units' files hold.
+    """
+    distinct: dict[str, dict] = {}
+    for unit in kept:
+        entry = distinct.setdefault(json_hash(unit["provenance"]), {**unit["provenance"], "studies": []})
+        name = f"{unit['world']}, {unit['study']}"
+        if name not in entry["studies"]:
+            entry["studies"].append(name)
+    return list(distinct.values())
 
 
 def _ignore_interrupts() -> None:

@@ -18,6 +18,8 @@ import time
 import tomllib
 from pathlib import Path
 
+from ..storage.files import whole
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)")
@@ -117,7 +119,8 @@ def link(path: Path, root: Path = ROOT) -> bool:
     notebook.metadata.kernelspec = KERNEL
     changed = nbformat.writes(notebook) != before
     if changed:
-        nbformat.write(notebook, path)
+        with whole(path) as made:
+            nbformat.write(notebook, made)
     return changed
 
 
@@ -137,9 +140,8 @@ def execute(path: Path) -> None:
         "kernelspec": KERNEL, "language_info": {"name": "python"},
         **({"widgets": notebook.metadata["widgets"]} if "widgets" in notebook.metadata else {})})
     nbformat.validate(notebook)
-    made = path.with_name(f".{path.name}.part")
-    nbformat.write(notebook, made)
-    made.replace(path)
+    with whole(path) as made:
+        nbformat.write(notebook, made)
 
 
 def is_progress(output) -> bool:

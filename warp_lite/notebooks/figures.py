@@ -18,8 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
 
-from ..evaluation.front import reward_at_kl
+from ..evaluation.front import best_within_kl, reward_at_kl
 from ..evaluation.statistics import Interval, bootstrap
+from ..storage.files import write_bytes
 from ..viewing.plots import COLOURS, column
 
 
@@ -68,12 +69,29 @@ def level(*curves: Sequence[dict]) -> float:
     return np.floor(10 * reached) / 10 if reached > 1 else reached
 
 
-def at_kl(rows: Sequence[dict], kl: float, name: str = "reward") -> np.ndarray:
-    """A number where each seed's front crosses a KL, in nats: (seeds,); nan where it does not."""
-    fronts: dict[int, list[dict]] = {}
-    for row in rows:
-        fronts.setdefault(row["seed"], []).append({"kl": row["kl"], "reward": row[name]})
-    return np.array([reward_at_kl(fronts[seed], kl) for seed in sorted(fronts)])
+def at_kl(rows: Sequence[dict], kl: float, name: str = "reward", **which) -> np.ndarray:
+    """The reward, or another number, where the curve of each seed (see `seed_curves`) first crosses a KL, in nats:
+    (seeds,); nan where it does not. See `reward_at_kl`."""
+    return np.array([reward_at_kl(curve, kl, name) for curve in seed_curves(rows, **which)])
+
+
+def within_kl(rows: Sequence[dict], kl: float | np.ndarray, **which) -> np.ndarray:
+    """The best reward that a seed's runs had at no more than a KL, in nats, which is one number or one a seed.
+
+    Averaged over the runs of a seed: (seeds,). See `best_within_kl`: a run may stop anywhere.
+    """
+    seeds = seed_curves(rows, **which)
+    by_run = [[[row for row in seed if row["run"] == run] for run in sorted({row["run"] for row in seed})]
+              for seed in seeds]
+    return np.array([np.mean([best_within_kl(run, budget) for run in runs])
+                     for runs, budget in zip(by_run, np.broadcast_to(kl, (len(seeds),)))])
+
+
+def seed_curves(rows: Sequence[dict], **which) -> list[list[dict]]:
+    """One front or trajectory a seed, as lists of rows, in the order of seeds; `which` names what the rows must have,
+    as `config="WARP"` or `iteration=1`."""
+    chosen = [row for row in rows if all(row[name] == value for name, value in which.items())]
+    return [[row for row in chosen if row["seed"] == seed] for seed in sorted({row["seed"] for row in chosen})]
 
 
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,10 +173,8 @@ def finding(claim: str, interval: Interval, rule: str, unit: str = "", null: flo
 
 
 def keep(folder, name: str, **measured) -> None:
-    """Write what a notebook measured to `folder`/`name`.json."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / f"{name}.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    """Write what a notebook measured to `folder`/`name`.json, whole or not at all. Raises CannotWrite."""
+    write_bytes(Path(folder) / f"{name}.json", json.dumps(measured, indent=1).encode())  # NaN and all
     print(f"written: {name}.json")
 
 

@@ -131,7 +131,7 @@ def tables(policies: dict[str, object], config: WarpConfig, lora_rank: int = RAN
     """Markdown: what a run takes, what a scheme of M runs and I iterations leaves and moves, and its steps."""
     variants = [(f"{name}{f', LoRA of rank {rank}' if rank else ''}", model, rank)
                 for name, model in policies.items() for rank in (None, lora_rank)]
-    parts = ["## A run", table(
+    parts = ["## A run", markdown_table(
         ["policy", "parameters", "trained", "memory of a run", "its saved state", "its files"],
         [[name, f"{c.parameters:,}", f"{c.trained:,}", amount(c.run_memory), amount(c.state), amount(c.files)]
          for name, model, rank in variants for c in [costs(model, config, lora_rank=rank, **options)]])]
@@ -139,20 +139,20 @@ def tables(policies: dict[str, object], config: WarpConfig, lora_rank: int = RAN
             ("Disk of a finished run folder, and at most on the way", lambda c: (c.disk, c.disk_peak)),
             ("Traffic on shared storage, and of sharing every gradient instead", lambda c: (c.traffic, c.all_reduce)),
             ("Memory of the process that merges", lambda c: (c.driver_memory,))):
-        parts += [f"## {title}", table(
+        parts += [f"## {title}", markdown_table(
             ["policy", "M", *(f"I = {i}" for i in ITERATIONS)],
             [[name, str(m), *(" / ".join(map(amount, of(costs(
                 model, config.replace(runs=m, iterations=i), lora_rank=rank, **options)))) for i in ITERATIONS)]
              for name, model, rank in variants for m in RUNS])]
     model = next(iter(policies.values()))
-    parts += ["## Steps one after the other, steps in all, samples", table(
+    parts += ["## Steps one after the other, steps in all, samples", markdown_table(
         ["M", *(f"I = {i}" for i in ITERATIONS)],
         [[str(m), *(f"{c.sequential_steps:,} / {c.total_steps:,} / {c.samples:,}" for i in ITERATIONS
                     for c in [costs(model, config.replace(runs=m, iterations=i), **options)])] for m in RUNS])]
     return "\n\n".join(parts)
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 

@@ -226,7 +226,7 @@ def train_run(path: str, i: int, m: int, start: str, job: Job, on_failure: str =
     if weights_hash(sft) != settings["policy"] or weights_hash(init) != start:
         raise ValueError(f"what {host} reads in {path} are not the weights that were written there; is the folder on "
                          "storage that all machines share, and are their package versions the same?")
-    reward, gold = load_rewards(job)
+    reward, gold = rewards_of_job(job)
     folder = RunFolder(path, settings, sft, resume=True)
     flag = stop_flag(folder, i)
     if flag.exists():
@@ -251,7 +251,7 @@ def is_over(folder: RunFolder, run: Run) -> bool:
     return any((folder.run(run.iteration, run.number) / name).is_file() for name in ("DONE", "FAILED"))
 
 
-def load_rewards(job: Job) -> tuple[Callable | Sequence[Callable], Callable | None]:
+def rewards_of_job(job: Job) -> tuple[Callable | Sequence[Callable], Callable | None]:
     """Reward and gold reward; modules are looked for where the driver found them, too."""
     from ray import cloudpickle
 

@@ -108,7 +108,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
             processes.wait_for_everyone()
             if m == config.runs:
                 if processes.is_main_process:
-                    merge(folder, config, i)
+                    merge_iteration(folder, config, i)
                 processes.wait_for_everyone()
             bar.update()
     return folder.path
@@ -122,7 +122,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
 
     init = init_folder(folder, i)
     with quiet():
-        model = load(init, args)
+        model = load_model(init, args)
         if config.anchor == "sft":
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(
@@ -138,7 +138,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
     anchor = None if trainer.ref_model is None else get(trainer.ref_model)
     if trainer.accelerator.is_main_process:
         # without a KL there is no anchor, and the init stands in its place
-        anchor = parameters(load(init, args)) if anchor is None else anchor
+        anchor = parameters(load_model(init, args)) if anchor is None else anchor
         policy, anchor = ({name: state[name].detach().to("cpu", torch.float32, copy=True) for name in folder.like}
                           for state in (policy, anchor))
         for name, tensor in policy.items():
@@ -173,7 +173,7 @@ def place_by_mask(model) -> None:
     model.register_forward_pre_hook(place, with_kwargs=True)
 
 
-def merge(folder: RunFolder, config: WarpConfig, i: int) -> None:
+def merge_iteration(folder: RunFolder, config: WarpConfig, i: int) -> None:
     """Stages 2 and 3 of iteration i, from file to file: θ_slerp and the next θ_init."""
     init, target = init_folder(folder, i), folder.iteration(i)
     policies = [folder.run(i, m) / "policy.safetensors" for m in range(1, config.runs + 1)]
@@ -189,7 +189,7 @@ def init_folder(folder: RunFolder, i: int) -> Path:
     return folder.path / "sft" if i == 1 else folder.iteration(i - 1) / "next-init"
 
 
-def load(init: Path, args):
+def load_model(init: Path, args):
     """A policy to train, with the arguments that the user has for loading."""
     from transformers import AutoModelForCausalLM
 

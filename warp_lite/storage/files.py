@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, DONE files that vouch for others by hash, and a folder's lock.
 
-Nothing here knows of models: what is written is JSON or safetensors, in a folder `.NAME.PID.part`
-beside its place, and renamed.
+Nothing here knows of models: what is written is JSON or safetensors, in a folder `.NAME.….part` beside its place,
+and renamed. Nothing else in the package writes beside and renames.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,24 +29,38 @@ class CannotWrite(OSError):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file or folder to, in a folder of its own beside `path`; it takes the place of `path` at
-    the end, and on any error it is removed and `path` stays as it was.
+def beside(path: Path, stays: Callable[[Path], bool] = lambda path: False) -> Iterator[Path]:
+    """A place to write a file or folder to, in a folder of its own beside `path`, made with those above it; it takes
+    the place of `path` at the end, and on any error it is removed and `path` stays as it was.
 
     A folder of its own, since who writes may make further files there: safetensors has a temporary one.
-    Raises CannotWrite.
+    Where `path` is a folder by then that is not empty, `stays` is asked with it: if it says True, what another process
+    has put there stays, and what was written here is removed; it may raise. Raises OSError of its own alone, and lets
+    through what is raised while it is written.
     """
-    place = path.with_name(f".{path.name}.{os.getpid()}.part")
+    place = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     made = place / path.name
     try:
-        with writing(path):
-            place.mkdir(parents=True, exist_ok=True)
-            yield made
-            if path.is_dir():
-                shutil.rmtree(path)
+        place.mkdir(parents=True)
+        yield made
+        try:
             made.replace(path)
+        except OSError:
+            if not (made.exists() and path.is_dir()):
+                raise
+            if not stays(path):
+                shutil.rmtree(path)
+                made.replace(path)
     finally:
         remove(place)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file or folder to, which takes the place of `path` at the end, whole or not at all (see
+    `beside`). Whatever goes wrong is a CannotWrite."""
+    with writing(path), beside(path) as made:
+        yield made
 
 
 @contextmanager

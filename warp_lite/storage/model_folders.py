@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import sync_path
+from .files import beside, sync_path
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -127,19 +125,14 @@ def free_folder(out: str | Path) -> Path:
 
 @contextmanager
 def appearing_whole(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` to write to, renamed to `out` at the end, removed on any error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
+    """A folder beside `out` to write to, renamed to `out` at the end, removed on any error, Ctrl-C too.
+
+    `out` is absent or an empty folder. Raises ValueError where it is neither any more at the end.
+    """
+    with beside(out, stays=lambda out: not free_folder(out)) as partial:
+        partial.mkdir()
         yield partial
         sync_path(partial)
-        if out.exists():
-            out.rmdir()  # it was empty; if it no longer is, this fails and so does the merge
-        partial.rename(out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     sync_path(out.parent)
 
 

@@ -12,7 +12,7 @@ from ..averaging.state_dicts import Weights
 from ..policies.precision import full_precision
 from ..policies.prompts import Prompts
 from ..policies.sampling import Policies
-from .reinforce import check_finite, checked_rewards, differentiate, draw, forward_for, score, step_metrics, warmup
+from .reinforce import check_step, checked_rewards, differentiate, draw, forward_for, score, step_metrics, warmup
 from .run import OnStep, Run, RunState
 
 # Settings that runs of one batch must share.
@@ -177,7 +177,7 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_st
         rewards = checked_rewards(runs, step, rollout, tokenizer)                        # (E, B)
         logp, r_beta, loss = differentiate(forward, ensemble.weights, rollout, rewards, anchor_logp, beta, config,
                                            ensemble.backward)
-        norms = ensemble.step(warmup(config, step), partial(check_finite, runs, step, rollout, r_beta, loss))
+        norms = ensemble.step(warmup(config, step), partial(check_step, runs, step, rollout, r_beta, loss))
         anchor.update()
         if on_step is not None:
             anchor_logp = logp if anchor_logp is None else anchor_logp

@@ -104,7 +104,7 @@ def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer)
     return rewards
 
 
-def check_finite(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor, loss: Tensor, norms: Tensor) -> None:
+def check_step(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor, loss: Tensor, norms: Tensor) -> None:
     """Stop before a loss (E,) or a gradient's norm (E,) that is not finite gets into a policy. Raises RunFailed.
 
     The prompt that is named is that of the first r_β (E, B) that is not finite, or else of the farthest

@@ -12,7 +12,7 @@ from ..policies.precision import full_precision
 from ..policies.prompts import Prompts
 from ..policies.sampling import Policies
 from .reinforce import (
-    check_finite,
+    check_step,
     checked_rewards,
     differentiate,
     draw,
@@ -73,7 +73,7 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
         logp, r_beta, loss = differentiate(forward, policy, rollout, rewards, anchor_logp, run.beta, config,
                                            lambda loss, add: loss.backward())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        check_finite([run], step, rollout, r_beta, loss, norm.view(1))
+        check_step([run], step, rollout, r_beta, loss, norm.view(1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup(config, step)
         if kept is not theta:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..evaluation.limit import best_of_n_front, limit_rewards, optimal_front
 from ..result import ETAS, EVALUATION_SAMPLES, WarpResult
 from ..storage.files import locked, read_json, weights_hash, whole, write_json
-from ..storage.provenance import __version__, json_hash, pinned_threads
+from ..storage.provenance import json_hash, package_versions, pinned_threads, source_hash
 from ..training.run_folder import read_config
 from .plots import draw_front
 
@@ -63,10 +63,12 @@ def measure_front(result: WarpResult, etas: Sequence[float] = ETAS) -> dict:
 
 
 def fingerprint(result: WarpResult, etas: Sequence[float]) -> str:
-    """What a front depends on: the weights, where and how they are measured, and this package's version."""
+    """A hash of what a front depends on: the weights, where and how they are measured, the code that does it, and
+    the versions of packages."""
     weights = [weights_hash(w) for w in [result.sft, *(iteration.merged for iteration in result.iterations)]]
     config = result.config
-    return json_hash([__version__, weights, list(etas), result.task.eval_prompts.given, EVALUATION_SAMPLES,
+    code = source_hash("warp_lite.result", "warp_lite.evaluation.limit")  # what measure_front calls
+    return json_hash([code, package_versions(), weights, list(etas), result.task.eval_prompts.given, EVALUATION_SAMPLES,
                       config.max_new_tokens, config.temperature])
 
 

@@ -165,27 +165,24 @@ def front_finding(points: Sequence[dict], limit: Sequence[dict] = (), trajectori
     """What the front says, computed: rewards at one KL that every front reaches, each with its standard error."""
     fronts = {i: [p for p in rows if p.get(reward) is not None] for (i,), rows in _by(points, "iteration").items()}
     fronts = {i: rows for i, rows in fronts.items() if rows}
+    limit = [p for p in limit if p.get(reward) is not None]
     reach = [max(p["kl"] for p in rows) for rows in [*fronts.values(), *([limit] if limit else [])]]
     kl = math.floor(min(reach, default=0) * 2) / 2
     what = "Gold reward" if reward == "gold" else "Reward"
     if kl <= 0:
         return f"{what} and KL along the fronts"
-    parts = [f"iteration {i}: {_at(rows, kl, reward):.2f}{_plus_minus(_nearest_error(rows, kl, reward))}"
+    parts = [f"iteration {i}: {reward_at_kl(rows, kl, reward):.2f}{_plus_minus(_nearest_error(rows, kl, reward))}"
              for i, rows in fronts.items()]
-    crossings = np.array([_at(rows, kl, reward) for rows in _by(trajectories, "iteration", "run").values()])
+    measured = [row for row in trajectories if row.get(reward) is not None]
+    crossings = np.array([reward_at_kl(rows, kl, reward) for rows in _by(measured, "iteration", "run").values()])
     crossings = crossings[np.isfinite(crossings)]
     if len(crossings):
         error = crossings.std(ddof=1) / math.sqrt(len(crossings)) if len(crossings) > 1 else math.nan
         parts.append(f"single runs: {crossings.mean():.2f}{_plus_minus(error)} ({len(crossings)} that cross)")
     if limit:
         bound = "the limit" if reward == "reward" else "the optimum of the proxy"
-        parts.append(f"{bound}: {_at(limit, kl, reward):.2f}")
+        parts.append(f"{bound}: {reward_at_kl(limit, kl, reward):.2f}")
     return f"{what} at a KL of {kl:g} nats – " + ", ".join(part.replace(" ", "\u00a0") for part in parts)
-
-
-def _at(rows: Sequence[dict], kl: float, reward: str) -> float:
-    pairs = [(p["kl"], p[reward]) for p in rows if p.get(reward) is not None]
-    return reward_at_kl(pairs, kl) if pairs else math.nan
 
 
 def _nearest_error(rows: Sequence[dict], kl: float, reward: str) -> float:

@@ -10,8 +10,6 @@ Every repository may be a folder instead: by $WARP_LITE_HUB (see `hub.local`), o
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from ..policies.loading import load_policy, save_policy
 from ..policies.prompts import pad_right
 from ..policies.randomness import WORLD, generator
 from ..rewards.loading import load_reward
-from ..storage.files import first_line, weights_hash
+from ..storage.files import beside, first_line, weights_hash
 from ..storage.provenance import cache_folder, json_hash
 from ..task import World
 
@@ -60,7 +58,7 @@ def imdb_world(settings: ImdbSettings, progress: bool = True, device="cpu") -> W
     reward = load_reward(settings.reward, device)
     model, tokenizer = load_policy(settings.policy, device=device)
     wanted = settings.train_prompts + settings.eval_prompts
-    texts = reviews(settings.data, 2 * wanted + settings.sft_steps * settings.sft_batch, settings.seed)
+    texts = read_reviews(settings.data, 2 * wanted + settings.sft_steps * settings.sft_batch, settings.seed)
     prompts, left = openings(tokenizer, texts, wanted, settings.prompt_tokens)
     held_out = prompts[:settings.eval_prompts * len(prompts) // wanted]
     folder = None
@@ -71,7 +69,7 @@ def imdb_world(settings: ImdbSettings, progress: bool = True, device="cpu") -> W
     return world
 
 
-def reviews(name: str, count: int, seed: int = 0) -> list[str]:
+def read_reviews(name: str, count: int, seed: int = 0) -> list[str]:
     """That many texts of a data set, or all where there are fewer, in an order of their own, without line breaks.
 
     The data set is sorted by sentiment, so it is read whole. Raises ValueError in one line.
@@ -121,19 +119,18 @@ def fine_tuned(model, tokenizer, texts: Sequence[str], settings: ImdbSettings, p
     key = [{name: getattr(settings, name) for name in names}, settings.seed, list(texts),
            weights_hash(parameters(model))]
     folder = cache_folder() / f"imdb-{json_hash(key)[:12]}"
-    if not (folder / "sft" / "config.json").is_file():
+    if not is_tuned(folder):
         with torch.random.fork_rng():  # dropout, where the architecture has any
             torch.manual_seed(settings.seed)
             train_on_texts(model, tokenizer, texts, settings, progress)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-        try:
+        with beside(folder, stays=is_tuned) as made:  # the same may be trained meanwhile by another process
             save_policy(model, tokenizer, made / "sft")
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     return load_policy(folder / "sft", device=model.device)[0], folder
+
+
+def is_tuned(folder: Path) -> bool:
+    """Whether a folder holds a fine-tuned policy that is whole."""
+    return (folder / "sft" / "config.json").is_file()
 
 
 def train_on_texts(model, tokenizer, texts: Sequence[str], settings: ImdbSettings,

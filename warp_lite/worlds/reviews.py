@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from ..policies.prompts import encode_prompts, pad_right
 from ..policies.randomness import WORLD, generator
 from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry, train_bradley_terry
+from ..storage.files import beside, write_json
 from ..storage.provenance import cache_folder
 from ..task import World
 from .grammar import MAX_COMPLETION, TASTES, GoldReward, make_tokenizer, prompt_texts, reviews
@@ -67,7 +66,7 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     """The tiny world with those settings, from the cache or trained now (half a minute on 2 cores)."""
     settings = ReviewsSettings(architecture=architecture, seed=seed, **settings)
     folder = cache_folder() / f"reviews-{settings_hash(settings)}"
-    if not (folder / "world.json").is_file():
+    if not is_built(folder):
         build(settings, folder, progress)
     model, tokenizer = load_policy(folder / "sft")
     facts = json.loads((folder / "world.json").read_text())
@@ -195,17 +194,12 @@ def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> Non
         "pair_accuracy": ((gold_gap > 0) == (proxy_gap > 0))[decided].float().mean().item(),
         "correlation": torch.corrcoef(torch.stack([gold, proxy]))[0, 1].item(),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
+    with beside(folder, stays=is_built) as made:  # the same world may be built meanwhile by another process
         save_policy(model, tokenizer, made / "sft")
         reward.save(made / "reward")
-        (made / "world.json").write_text(json.dumps(facts, indent=1))
-        try:
-            made.rename(folder)
-        except OSError:  # something is there: the same world, built meanwhile by another process, or a torso
-            if not (folder / "world.json").is_file():
-                shutil.rmtree(folder)
-                made.rename(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        write_json(made / "world.json", facts)
+
+
+def is_built(folder: Path) -> bool:
+    """Whether a folder holds a tiny world that is whole."""
+    return (folder / "world.json").is_file()

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 
 from ..policies.loading import save_policy
 from ..policies.randomness import WORLD, generator
+from ..storage.files import beside
 from ..storage.provenance import cache_folder
 from .grammar import WORDS, make_tokenizer, review
 from .imdb import IMDB
@@ -36,34 +34,20 @@ def make_small_hub(folder, worlds=("gpt2-imdb",), progress: bool = True) -> Path
     texts = [review(rng) for _ in range(REVIEWS)]
     for name in worlds:
         settings = IMDB[name]
-        with _whole(folder / settings.policy) as made:
-            if made is not None:
-                world = reviews_world(ARCHITECTURES[name], progress=progress)
+        if not (folder / settings.policy).is_dir():
+            world = reviews_world(ARCHITECTURES[name], progress=progress)
+            with beside(folder / settings.policy, stays=Path.is_dir) as made:
                 save_policy(world.policy, world.tokenizer, made)
-        with _whole(folder / settings.reward) as made:
-            if made is not None:
+        if not (folder / settings.reward).is_dir():
+            with beside(folder / settings.reward, stays=Path.is_dir) as made:
                 save_policy(*sentiment_classifier(texts), made)
-        with _whole(folder / settings.data) as made:
-            if made is not None:
-                rows = sorted(({"text": text, "label": label_of(text)} for text in texts), key=lambda row: row["label"])
+        if not (folder / settings.data).is_dir():
+            rows = [{"text": text, "label": sentiment_of(text)} for text in texts]
+            rows.sort(key=lambda row: row["label"])
+            with beside(folder / settings.data, stays=Path.is_dir) as made:
+                made.mkdir()
                 (made / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-@contextmanager
-def _whole(target: Path):
-    """A temporary folder to fill, put in the place of `target` when it is whole; None where that is there."""
-    if target.is_dir():
-        yield None
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        yield made
-        with suppress(OSError):  # another process was first
-            made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def use_small_hub(world: str, progress: bool = True) -> None:
@@ -73,7 +57,7 @@ def use_small_hub(world: str, progress: bool = True) -> None:
         os.environ["WARP_LITE_HUB"] = str(make_small_hub(cache_folder() / "small-hub", [world], progress))
 
 
-def label_of(text: str) -> int:
+def sentiment_of(text: str) -> int:
     """1 for a review with more good words than bad ones, else 0."""
     signs = {word: 1 if state[-1] == "+" else -1 for state, words in WORDS.items() if state[-1] in "+-"
              for word in words.split()}
@@ -96,7 +80,7 @@ def sentiment_classifier(texts, steps: int = 60, batch: int = 64):
     for step in range(steps):
         some = [texts[(step * batch + i) % len(texts)] for i in range(batch)]
         inputs = tokenizer(some, padding=True, padding_side="right", return_tensors="pt")
-        loss = F.cross_entropy(model(**inputs).logits, torch.tensor([label_of(text) for text in some]))
+        loss = F.cross_entropy(model(**inputs).logits, torch.tensor([sentiment_of(text) for text in some]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -166,7 +166,7 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float))
 
 
-def reach(grid: dict, limit: bool) -> float:
+def shown_kl(grid: dict, limit: bool) -> float:
     """The KL to which a picture goes: that of all lines, but not far past the merges of all runs."""
     whole = [p["kl"] for line in grid["lines"] if line["runs"] == grid["runs"][-1] for p in line["points"]]
     whole += [p["kl"] for p in grid["limit"]] if limit else []

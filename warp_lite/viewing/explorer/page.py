@@ -1,4 +1,4 @@
-"""The explorer as one HTML page (explorer_page.html) with its data and plotly.js inside: no kernel, no network."""
+"""The explorer as one HTML page (page.html) with its data and plotly.js inside: no kernel, no network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ...storage.files import write_bytes
 from ..plots import COLOURS, KL_LABEL, iteration_colour
-from .grid import View, changed_words, reach
-from .picture import ROOT_LABEL, reward_name
+from .grid import View, changed_words, shown_kl
+from .picture import ROOT_LABEL, reward_label
 
 
 def write_page(grid: dict, view: View, path) -> None:
@@ -19,10 +20,7 @@ def write_page(grid: dict, view: View, path) -> None:
         raise ModuleNotFoundError("the page needs plotly; install it with: pip install 'warp-lite[html]'") from None
     data = json.dumps(page_data(grid, view), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    path = Path(path)
-    made = path.with_name(f".{path.name}.part")
-    made.write_text(page.replace("/*PLOTLY*/", get_plotlyjs()).replace("/*DATA*/", data), encoding="utf-8")
-    made.replace(path)
+    write_bytes(Path(path), page.replace("/*PLOTLY*/", get_plotlyjs()).replace("/*DATA*/", data).encode())
 
 
 def page_data(grid: dict, view: View) -> dict:
@@ -48,8 +46,8 @@ def page_data(grid: dict, view: View) -> dict:
         "lines": lines, "view": dataclasses.asdict(view), "trajectories": list(runs.values()),
         "limit": [_numbers(p, names[1:4]) for p in grid["limit"]],
         **{name: grid[name] for name in ("etas", "lambdas", "iterations", "runs", "unit", "prompts", "samples")},
-        "reach": [reach(grid, limit) for limit in (False, True)],
-        "rewards": {name: reward_name(grid, name) for name in rewards}, "axis": [KL_LABEL, ROOT_LABEL],
+        "reach": [shown_kl(grid, limit) for limit in (False, True)],
+        "rewards": {name: reward_label(grid, name) for name in rewards}, "axis": [KL_LABEL, ROOT_LABEL],
         "colours": {**COLOURS, **{f"iteration {i}": iteration_colour(i) for i in grid["iterations"]}}}
 
 

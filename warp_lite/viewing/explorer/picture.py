@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..plots import COLOURS, KL_LABEL, column, iteration_colour, style
-from .grid import View, line_at, reach
+from .grid import View, line_at, shown_kl
 
 ROOT_LABEL = "√(KL to the SFT policy, in nats per sequence)"
 SIZE, DPI = (7.2, 4.6), 100
@@ -68,7 +68,7 @@ class Picture:
         return data.getvalue()
 
 
-def draw(grid: dict, view: View, point: dict) -> Figure:
+def draw_picture(grid: dict, view: View, point: dict) -> Figure:
     """The picture of a view and its point as a figure of its own."""
     with style():
         figure = Figure(figsize=SIZE, dpi=DPI)
@@ -83,7 +83,7 @@ def draw_ground(axes: Axes, grid: dict, view: View) -> None:
     name = view.reward
     fronts = [p for line in grid["lines"] for p in line["points"]]
     shown = fronts + (grid["limit"] if view.limit else [])
-    widest = reach(grid, view.limit)
+    widest = shown_kl(grid, view.limit)
     low, high = min(column(fronts, name)), max(column(shown, name))
     if view.trajectories:
         rows = grid["trajectories"]
@@ -98,7 +98,7 @@ def draw_ground(axes: Axes, grid: dict, view: View) -> None:
     margin = 0.08 * (high - low) or 1.0
     axes.set(xlim=across(np.array([0.0, widest]), view), ylim=(low - margin, high + margin),
              xlabel=ROOT_LABEL if view.root else KL_LABEL,
-             ylabel=f"{reward_name(grid, name)} ({grid['unit']})")
+             ylabel=f"{reward_label(grid, name)} ({grid['unit']})")
 
 
 def draw_view(axes: Axes, grid: dict, view: View, point: dict) -> list[Artist]:
@@ -154,6 +154,6 @@ def across(kl: np.ndarray, view: View) -> np.ndarray:
     return np.sqrt(np.clip(kl, 0, None)) if view.root else kl
 
 
-def reward_name(grid: dict, reward: str) -> str:
+def reward_label(grid: dict, reward: str) -> str:
     """What a reward is called where there is a gold one, and where there is none."""
     return "gold reward" if reward == "gold" else "proxy reward" if grid["gold"] else "reward"

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from ...averaging.liti import check_eta, liti
 from .grid import View, build_grid, changed_words, line_at, measure_points, merged_weights, point_at
-from .picture import Picture, draw, reward_name
+from .picture import Picture, draw_picture, reward_label
 
 MEASURE = "Measure exactly this point"
 CLOSE = "line-height:1.4"
@@ -74,7 +74,7 @@ class ParetoExplorer:
 
     def figure(self):
         """The picture of the view as a matplotlib figure, for a page without a kernel."""
-        return draw(self.grid, self.view, self.point())
+        return draw_picture(self.grid, self.view, self.point())
 
     def png(self) -> bytes:
         """The same picture, quickly."""
@@ -100,7 +100,7 @@ class ParetoExplorer:
     def numbers_html(self) -> str:
         """The point's KL, rewards and length with their errors."""
         point = self.point()
-        rewards = [(reward_name(self.grid, name), name, "") for name in self.rewards]
+        rewards = [(reward_label(self.grid, name), name, "") for name in self.rewards]
         cells = "".join(
             f"<tr><td>{name}</td><td style='text-align:right;padding:0 .6em;white-space:nowrap'><b>{point[key]:.2f}</b>"
             f" ± {point[key + '_se']:.2f}</td><td>{unit}</td></tr>" for name, key, unit in
