@@ -476,3 +476,25 @@ assert "warp_lite" not in sys.modules
         with torch.no_grad():
             logits = load_weights(model, weights)(torch.tensor([[1, 5, 6, 7]])).logits
         assert float(line) == pytest.approx(logits.double().sum().item(), rel=1e-4)
+
+
+# --- runs that fail -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_front_adapter_is_of_the_runs_that_were_merged(policy_of, tokenizer, tmp_path, when):
+    """One run of three fails, at its first step or later; the others go on, and a front is of them alone."""
+    calls = []
+
+    def failing(prompts, completions):
+        calls.append(0)  # the first two are the trial of a reward, then there is one a step
+        return [math.nan if len(calls) - 2 >= when else float(len(text)) for text in completions]
+
+    result = lora_run(policy_of("llama", dtype=torch.float32), tokenizer, reward=[score, failing, score], runs=3,
+                      eval_every=0, on_failure="continue", out=tmp_path / "run")
+    assert [iteration.runs for iteration in result.iterations] == [[1, 3], [1, 3]]
+    for iteration in (1, 2):
+        adapter, error = front_adapter(tmp_path / "run", eta=0.5, iteration=iteration)
+        assert error == 0 and adapter.rank == 2 * 2 * iteration
+        assert_same_weights(fold(result.sft, adapter), result.weights(0.5, iteration), 1e-5)
+    assert_same_weights(load_result(tmp_path / "run", score).iterations[1].merged, result.iterations[1].merged)

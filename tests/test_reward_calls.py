@@ -17,7 +17,6 @@ from warp_lite.policies.prompts import encode_prompts, pad_right
 from warp_lite.policies.sampling import Rollout
 from warp_lite.rewards.calling import SeveralRewards, call_reward, mean_reward, rollout_rewards
 from warp_lite.training.reinforce import advantages
-from warp_lite.training.run import RunFailed
 
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<turn>\n{% endfor %}"
             "{% if add_generation_prompt %}<turn>assistant\n{% endif %}")
@@ -282,16 +281,19 @@ def test_both_executors_train_the_same_where_some_rewards_are_none(policy_of, to
 
 
 @pytest.mark.parametrize("executor", ["batched", "serial"])
-def test_a_batch_without_any_reward_says_none(executor, policy_of, tokenizer):
-    with pytest.raises(RunFailed, match="every reward of the batch is None in iteration 1, run 1, step 1") as caught:
-        run_warp(policy_of("llama"), tokenizer, never, ["this", "that", "the"], CONFIG, executor=executor,
-                 progress=False)
-    assert "nan" not in str(caught.value) and "\n" not in str(caught.value)
-    result = run_warp(policy_of("llama"), tokenizer, lambda prompts, completions: [1.0] * len(prompts),
-                      ["this", "that", "the"], CONFIG, executor=executor, progress=False)
-    result.reward = never
-    with pytest.raises(ValueError, match="the reward is None for every completion"):
+def test_a_batch_without_any_reward_has_no_gradient_and_is_told_once(executor, policy_of, tokenizer, capsys, tmp_path):
+    """As in TRL; where there is nothing else, the first trial and the front refuse it in a line that says None."""
+    model, prompts = policy_of("llama"), ["this", "that", "the"]
+    result = run_warp(model, tokenizer, never, prompts, CONFIG, executor=executor, progress=False)
+    assert all(torch.equal(tensor, result.sft[name]) for name, tensor in result.iterations[0].merged.items())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "every reward is None" in line]
+    assert [line[:73] for line in lines] == [
+        f"warp-lite: every reward is None in iteration 1, run {m}, step 1: such a batch"[:73] for m in (1, 2)]
+    with pytest.raises(ValueError, match="^the reward is None for every completion; return a number for some of them$"):
         result.front([1.0], samples=1)
+    with pytest.raises(ValueError, match="the reward never is None for every completion of a first trial"):
+        run_warp(model, tokenizer, never, prompts, CONFIG, executor=executor, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_rewards_are_summed_and_averaged_over_those_that_scored():

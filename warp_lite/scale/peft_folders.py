@@ -120,7 +120,8 @@ def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
                   rank: int | None = None) -> tuple[Adapter, float]:
     """A point of a LoRA run's front as one adapter on its SFT policy, and its relative error.
 
-    Exact (error 0) at rank M·r times the iteration; with `rank` the nearest of that rank.
+    Exact (error 0) at rank M·r times the iteration; with `rank` the nearest of that rank. Runs that failed are in it
+    as little as they are in the merges.
     """
     folder, settings = Path(run_folder), read_config(run_folder)["settings"]
     if not settings.get("lora"):
@@ -131,8 +132,8 @@ def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
         raise ValueError(f"no iteration {iteration}; there are 1 to {config['iterations']}, and -1, the last")
     merges = []
     for i in range(1, last + 1):
-        adapters = [load_adapter(folder / f"iteration-{i}" / f"run-{m}" / "adapter")
-                    for m in range(1, config["runs"] + 1)]
+        runs = [folder / f"iteration-{i}" / f"run-{m}" for m in range(1, config["runs"] + 1)]
+        adapters = [load_adapter(run / "adapter") for run in runs if not (run / "FAILED").is_file()]
         merges.append(adapters[0] if len(adapters) == 1 else merge_adapters(adapters, method=config["merge"]))
     check_eta(eta)
     whole = combine_adapters(merges, [eta * config["eta"]] * (last - 1) + [eta])

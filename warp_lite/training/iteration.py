@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,13 +39,20 @@ def train_runs(train, runs: list[Run], prompts: Prompts, result: WarpResult, fol
     taken = sum(run.state.step for run in left if run.state)
     at_once = 1 if train is train_serial else max(1, len(left))
     clock = SaveClock(config.save_every, at_once * 4 * sum(tensor.nbytes for tensor in result.sft.values()))
+    unscored: set[int] = set()  # the runs of which it was said that a batch has no reward
     standing = None  # gives the states after the last step that was taken
 
     def on_step(members: Sequence[Run], step: int, states: Callable[[], list[RunState]], metrics: list[dict]) -> None:
         nonlocal standing
         standing = states
         bar.update(len(members))
-        bar.set_postfix_str(f"reward {np.mean([m['reward'] for m in metrics]):.2f}", refresh=False)
+        scored = [metric["reward"] for metric in metrics if metric["reward"] is not None]
+        bar.set_postfix_str(f"reward {np.mean(scored):.2f}" if scored else "reward None", refresh=False)
+        for run, metric in zip(members, metrics):
+            if metric["reward"] is None and run.number not in unscored:
+                unscored.add(run.number)
+                print(f"warp-lite: every reward is None in iteration {iteration}, run {run.number}, step {step}: such "
+                      "a batch has no gradient; return a number for some of its completions", file=sys.stderr)
         points, failed = [], {}
         if step in measured_steps(config):
             points, failed = measure(result, members, step, states(), on_failure)
@@ -136,7 +144,7 @@ def leave_out(error: RunFailed, group: list[Run], states: list[RunState], folder
         raise RunFailed({**error.reasons, min(error.reasons): text}) from error
     failures = []
     for e, (run, state) in enumerate(zip(group, states)):
-        run.state = state
+        run.state = state if state.step else None  # else it starts anew, with adapters too
         if e in error.reasons:
             failures.append(Failure(run.number, state.step, error.reasons[e], state.policy, state.anchor))
             if folder is not None:
@@ -182,7 +190,8 @@ def trajectory_points(result: WarpResult, members: Sequence[Run], step: int, sta
 def try_rewards(result: WarpResult, prompts: Prompts, rewards: Sequence[Callable]) -> None:
     """Score what the first step will sample, and as many completions of held-out prompts.
 
-    Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite.
+    Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite, or
+    nothing but None.
     """
     forward, config, held_out = make_forward(result.model), result.config, result.held_out
     weights = forward.prepare(stack([result.sft], result.model.device))
@@ -193,9 +202,12 @@ def try_rewards(result: WarpResult, prompts: Prompts, rewards: Sequence[Callable
         rollout, measured = (sample(forward, weights, prompts_, uniforms, result.tokenizer, config.temperature)
                              for prompts_ in (batch, other))
         try:
-            checked_rewards([run], 0, rollout, result.tokenizer)
+            trained_on = checked_rewards([run], 0, rollout, result.tokenizer)
             for judge in (reward, result.gold) if result.gold is not None else (reward,):
-                rollout_rewards([judge], measured, result.tokenizer)
+                values = rollout_rewards([judge], measured, result.tokenizer)
+                if judge is reward and bool(values.isnan().all()) and bool(trained_on.isnan().all()):
+                    raise ValueError(f"the reward {reward_name(reward)} is None for every completion of a first trial; "
+                                     "return a number for some of them")
         except ValueError:
             raise
         except Exception as error:

@@ -33,7 +33,7 @@ def advantages(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
     """Each reward less the mean of the others in its batch, (…, B) → (…, B). Needs B ≥ 2.
 
     Completions that are not `scored` (…, B) are in no mean and have the advantage 0, as TRL's; so has one that is
-    scored alone, which has nothing to be compared with.
+    scored alone, which has nothing to be compared with. A batch without any reward has no gradient.
     """
     if scored is None or bool(scored.all()):
         B = rewards.shape[-1]
@@ -113,17 +113,12 @@ def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Ten
 
 def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer) -> Tensor:
     """Rewards (E, B) in float64, every one finite, or NaN where a function returned None; runs may have rewards of
-    their own. Raises RunFailed for one that is not finite, and where every reward of a run's batch is None."""
+    their own. Raises RunFailed for one that is not finite."""
     try:
-        rewards = rollout_rewards([run.reward for run in runs], rollout, tokenizer)
+        return rollout_rewards([run.reward for run in runs], rollout, tokenizer)
     except NotFinite as error:
         raise RunFailed({e: f"the reward is {value} {where(runs[e], step, rollout, e, b)}; rewards must be finite"
                          for e, (b, value) in error.places.items()}) from None
-    unscored = rewards.isnan().all(-1).nonzero()[:, 0].tolist()
-    if unscored:
-        raise RunFailed({e: f"every reward of the batch is None {where(runs[e], step, rollout, e, 0)}; return a number "
-                            "for some of them" for e in unscored})
-    return rewards
 
 
 def check_finite(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor, loss: Tensor, norms: Tensor) -> None:
@@ -160,7 +155,7 @@ def warmup(config: WarpConfig, step: int) -> float:
 
 def step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms) -> list[dict]:
     """What `metrics.jsonl` says of a step, a dict a run. KL in nats per sequence, to the anchor; rewards are those of
-    the completions that were scored."""
+    the completions that were scored, None where there are none."""
     scored = ~rewards.isnan()
     spread = rewards.std(-1)
     if not scored.all():
