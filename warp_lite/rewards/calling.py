@@ -74,6 +74,20 @@ def mean_reward(rewards: Sequence[Callable]) -> Callable:
     return rewards[0] if len({id(reward) for reward in rewards}) == 1 else SeveralRewards(rewards)
 
 
+def trained_reward(reward, trl: Mapping):
+    """What a run of TRL maximised, of its reward functions and what config.json notes of its arguments: Σ w_k r_k.
+
+    One function in the place of several that were weighted is somebody's own measure and stays as it is.
+    Raises ValueError for a list that the noted weights do not fit.
+    """
+    several, weights = isinstance(reward, (list, tuple)), trl.get("reward_weights")
+    if weights is None:
+        return SeveralRewards(reward, [1.0] * len(reward)) if several else reward
+    if several or len(weights) == 1:
+        return SeveralRewards(reward if several else [reward], weights)
+    return reward
+
+
 def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
     """The reward (E, B) of each completion, float64; no gradient passes through it.
 

@@ -16,11 +16,11 @@ class ClassifierReward:
 
     The classifier keeps its own tokenizer and reads each prompt with its completion as one text, in the policy's
     words; what is too long for it is cut at the beginning, since the completion is at the end. `label` is a name
-    or an index.
+    or an index. `special_tokens=False` leaves out those with which its tokenizer frames a text, as TRL does.
     """
 
     def __init__(self, name_or_folder, label: int | str = -1, log_probability: bool = False, device="cpu",
-                 batch: int = 64):
+                 batch: int = 64, special_tokens: bool = True):
         folder = local(str(name_or_folder))
         with reading("a reward model", folder) as options:
             self.tokenizer = load_tokenizer(folder, **options)
@@ -33,7 +33,7 @@ class ClassifierReward:
             check_vocabulary(self.tokenizer, self.size)
         self.model.to(device).eval().requires_grad_(False)
         self.label = find_label(self.model.config.id2label, label, f"the reward model in {folder!r}")
-        self.log_probability, self.batch = log_probability, batch
+        self.log_probability, self.batch, self.special_tokens = log_probability, batch, special_tokens
         self.tokenizer.truncation_side = "left"
         self.longest = longest_input(self.model, self.tokenizer)
         self.unit = f"{'log-probability' if log_probability else 'logit'} of {self.model.config.id2label[self.label]}"
@@ -51,7 +51,7 @@ class ClassifierReward:
             # On the right, whatever the tokenizer prefers: on the left it would shift the positions.
             batch = self.tokenizer(
                 texts[i:i + self.batch], padding=True, padding_side="right", truncation=self.longest is not None,
-                max_length=self.longest, add_special_tokens=not framed, return_tensors="pt")
+                max_length=self.longest, add_special_tokens=self.special_tokens and not framed, return_tensors="pt")
             if batch["input_ids"].max() >= self.size:
                 raise ValueError(f"a completion has a token beyond the {self.size} embeddings of the reward model: "
                                  f"{texts[i + int((batch['input_ids'] >= self.size).any(1).nonzero()[0])][-60:]!r}")

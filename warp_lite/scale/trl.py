@@ -50,6 +50,7 @@ from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
 from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
 from ..result import WarpResult, run_settings, write_start
+from ..rewards.calling import call_reward, reads_whole_texts, reward_name, trained_reward
 from ..storage.provenance import pinned_threads
 from ..task import hold_out
 from ..training.run import RunState
@@ -70,7 +71,8 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     `warp-lite front` read.
 
     policy: the name or folder of a causal LM, or a model with its `tokenizer`. reward_funcs: TRL's, a function,
-    a classifier's name, or a list whose rewards are summed. train_dataset: a `datasets.Dataset` with a `prompt`
+    a classifier's name, or a list whose rewards are summed, with `reward_weights` in `args` weighted; None leaves a
+    completion out. Fronts are measured by the same sum, unclipped. train_dataset: a `datasets.Dataset` with a `prompt`
     column of texts (or a list of str); a fifth of its distinct prompts is held out unless `eval_prompts` are given.
 
     args: your RLOOConfig. It is respected but for what is WARP's: steps, β and the moving reference are `config`'s,
@@ -90,6 +92,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     config, args = agree(config or WarpConfig(), args)
     result, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source)
     settings, processes = run_settings(result) | {"trl": chosen(args)}, PartialState()
+    functions = [for_trl(function, result.tokenizer) for function in listed(reward_funcs)]
     if processes.is_main_process:
         folder = RunFolder(out, settings, result.sft, resume)
         write_start(folder, result)
@@ -104,7 +107,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
             total=len(runs), unit="run", disable=None if processes.is_main_process else True, leave=False) as bar:
         for i, m in runs:
             if folder.finished_run(i, m) is None:
-                train(folder, config, args, i, m, tokenizer, dataset, reward_funcs, callbacks,
+                train(folder, config, args, i, m, tokenizer, dataset, functions, callbacks,
                       reward_processing_classes)
             processes.wait_for_everyone()
             if m == config.runs:
@@ -127,7 +130,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
         if config.anchor == "sft":
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(
-            model=model, reward_funcs=list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs,
+            model=model, reward_funcs=list(reward_funcs),
             args=run_arguments(args, config, folder, i, m), train_dataset=dataset, processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)  # a line a step: metrics.jsonl has them
@@ -278,6 +281,7 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
     else:
         held_out = encode_prompts(tokenizer, eval_prompts, room)
     check_enough(prompts, args)
+    trained_reward(reward_funcs, {"reward_weights": args.reward_weights})
     result = WarpResult(config, policy, tokenizer, reward_funcs, held_out.texts, copy_weights(parameters(policy)),
                         train_prompts=prompts.texts, eval_columns=held_out.columns,
                         source=source or find_source(reward_funcs))
@@ -292,12 +296,40 @@ def check_enough(prompts: Prompts, args) -> None:
                          "lower the batch size or raise num_generations")
 
 
+def listed(reward_funcs) -> list:
+    """TRL's reward functions, one or several, as a list."""
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+
+
+def for_trl(reward, tokenizer):
+    """A reward as TRL can call it: one that reads whole texts gets them, of the policy's tokens; others stay."""
+    if isinstance(reward, (str, torch.nn.Module)) or not reads_whole_texts(reward):
+        return reward
+
+    def with_whole_texts(prompts, completions, completion_ids, **columns):
+        before = tokenizer(text=prompts)["input_ids"]
+        whole_texts = tokenizer.batch_decode([prompt + row for prompt, row in zip(before, completion_ids)],
+                                             skip_special_tokens=True)
+        return call_reward(reward, prompts, completions, {**columns, "completion_ids": completion_ids}, whole_texts)
+
+    with_whole_texts.__name__ = reward_name(reward)  # what TRL's log calls it
+    return with_whole_texts
+
+
 def find_source(reward_funcs) -> dict | None:
-    """Where `warp-lite front` finds the reward again: a classifier's name, or a function that can be imported."""
-    if isinstance(reward_funcs, str):
-        return {"reward": reward_funcs}
-    module, name = getattr(reward_funcs, "__module__", None), getattr(reward_funcs, "__qualname__", "<none>")
-    return {"reward": f"{module}:{name}"} if module not in (None, "__main__") and name.isidentifier() else None
+    """Where `warp-lite front` finds the rewards again: classifiers' names, or functions that can be imported."""
+    specs = []
+    for reward in listed(reward_funcs):
+        module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", "<none>")
+        if isinstance(reward, str):
+            specs.append(reward)
+        elif isinstance(reward, torch.nn.Module) and getattr(reward, "name_or_path", ""):
+            specs.append(reward.name_or_path)
+        elif module not in (None, "__main__") and name.isidentifier():
+            specs.append(f"{module}:{name}")
+        else:
+            return None
+    return {"reward": specs if isinstance(reward_funcs, (list, tuple)) else specs[0]}
 
 
 def chosen(args) -> dict:
@@ -305,6 +337,7 @@ def chosen(args) -> dict:
     values = {"num_generations": args.num_generations}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
+        value = list(value) if isinstance(value, tuple) else value
         if field.name in OWN or value in (field.default, [], {}) or not isinstance(value, JSON):
             continue
         values[field.name] = str(value.value) if hasattr(value, "value") else value
