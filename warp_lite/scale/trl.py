@@ -181,11 +181,10 @@ def merge(folder: RunFolder, config: WarpConfig, i: int) -> None:
     """Stages 2 and 3 of iteration i, from file to file: θ_slerp and the next θ_init."""
     init, target = init_folder(folder, i), folder.iteration(i)
     policies = [folder.run(i, m) / "policy.safetensors" for m in range(1, config.runs + 1)]
-    method = "lerp" if config.runs == 1 else config.merge  # of a policy with itself: the policy
+    method = "lerp" if config.runs == 1 else config.merge  # which may be "none"
     folder.finish_iteration(i, {
-        "merged": lambda path: merge_checkpoints(
-            init, policies if config.runs > 1 else policies * 2, path, method),
-        "next-init": lambda path: merge_checkpoints(init, [target / "merged"] * 2, path, "lerp", config.eta)})
+        "merged": lambda path: merge_checkpoints(init, policies, path, method),
+        "next-init": lambda path: merge_checkpoints(init, [target / "merged"], path, "lerp", config.eta)})
 
 
 def init_folder(folder: RunFolder, i: int) -> Path:
