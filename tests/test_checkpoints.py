@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from warp_lite.averaging import checkpoints
 from warp_lite.averaging.checkpoints import merge_checkpoints
 from warp_lite.averaging.liti import liti
 from warp_lite.averaging.slerp import CHUNK, lerp, slerp
+from warp_lite.averaging.state_dicts import parameters
+from warp_lite.policies.loading import load_policy, save_policy
 
 SHAPES = {"wte.weight": (CHUNK // 64 + 3, 130), "h.0.attn.weight": (8, 24), "h.0.attn.bias": (24,), "scale": ()}
 
@@ -105,6 +108,21 @@ def test_weights_are_given_to_the_policies_in_order(tmp_path, folders):
         assert torch.equal(tensor, expected[name])
     for name, tensor in load_file(tmp_path / "b" / "model.safetensors").items():
         assert torch.equal(tensor, states[2][name])
+
+
+@pytest.mark.parametrize("method", ["slerp", "lerp"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0, 1.5])
+def test_a_single_policy_is_moved_toward_init_and_read_once(tmp_path, folders, method, eta):
+    init, policy, _ = folders
+    summary = merge_checkpoints(init, [policy], tmp_path / "out", method=method, eta=eta)
+    states = [load_file(folder / "model.safetensors") for folder in (init, policy)]
+    expected = liti(*states, eta)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name])
+    assert summary.bytes_read == 2 * summary.bytes_written
+    merge_checkpoints(init, [policy, policy], tmp_path / "twice", method=method, eta=eta)
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "twice")]
+    assert same[0] == same[1]
 
 
 def test_a_sharded_merge_equals_an_unsharded_one_and_is_sharded_like_init(tmp_path, folders):
@@ -347,7 +365,7 @@ def test_wrong_arguments_are_refused(tmp_path, folders):
     for settings, words in (({"method": "ties"}, "method is 'ties'"), ({"eta": -1}, "eta is -1"),
                             ({"weights": (0.9, 0.9)}, "sum to 1.8")):
         assert refused(tmp_path, init, policies, words, **settings)
-    assert refused(tmp_path, init, policies[:1], "at least two")
+    assert refused(tmp_path, init, [], "there is no policy to merge")
     with pytest.raises(TypeError, match="single path"):
         merge_checkpoints(init, policies[0], tmp_path / "out")
 
@@ -361,3 +379,118 @@ def test_a_file_cut_short_during_the_merge_is_an_error_and_not_a_crash(tmp_path,
 
     monkeypatch.setattr(checkpoints, "appearing_whole", cut)
     assert not refused(tmp_path, folders[0], folders[1:], "two.model.safetensors ended early")
+
+
+# Names as the library matches them
+
+
+def stored(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def rewritten(folder, change):
+    """A copy of a folder whose tensors were changed by a function, beside it."""
+    made = folder.with_name(f"{folder.name}-{change.__name__}")
+    shutil.copytree(folder, made)
+    save_file(change(stored(folder)), made / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+def hub(state):
+    """GPT-2 as the hub has it: no name of the base model, masks beside the attention, whatever their dtype."""
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    for layer in range(2):
+        state[f"h.{layer}.attn.bias"] = torch.ones(40, 40).tril().view(1, 1, 40, 40)
+        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return state
+
+
+def byte_masks(state):
+    """The same with masks of bytes, as other files have them."""
+    return {name: tensor.byte() if name.endswith("attn.bias") and tensor.dim() == 4 else tensor
+            for name, tensor in hub(state).items()}
+
+
+def tied(state):
+    """Tied weights twice, as copies."""
+    first = next(name for name in state if name.endswith(("wte.weight", "embed_tokens.weight")))
+    return {**state, "lm_head.weight": state[first].clone()}
+
+
+def untied(state):
+    """An output matrix of its own."""
+    return {name: tensor + (name == "lm_head.weight") for name, tensor in tied(state).items()}
+
+
+def angles_too(state):
+    """The table of rotary angles, as files of some years ago have it."""
+    return {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(2)}
+
+
+@pytest.fixture
+def saved(policy_of, tokenizer, tmp_path):
+    """Three policies of an architecture as the library saves them, tied."""
+    def make(architecture):
+        folders = [tmp_path / name for name in ("init", "p1", "p2")]
+        for seed, folder in enumerate(folders):
+            save_policy(policy_of(architecture, dtype=torch.float32, seed=seed, tie_word_embeddings=True), tokenizer,
+                        folder)
+        return folders
+    return make
+
+
+@pytest.mark.parametrize("architecture, of_init, of_first", [
+    ("gpt2", hub, None), ("gpt2", None, hub), ("gpt2", hub, byte_masks), ("gpt2", byte_masks, hub),
+    ("gpt2", tied, None), ("gpt2", None, tied), ("gpt2", tied, hub), ("gpt2", hub, tied), ("llama", tied, None),
+    ("llama", None, tied), ("llama", angles_too, None), ("llama", None, angles_too), ("llama", angles_too, tied)])
+def test_tensors_are_matched_as_the_library_matches_them(saved, architecture, of_init, of_first, tmp_path):
+    """Whatever stands in init's file and the first policy's, the merge loads as that of the files as saved does."""
+    init, first, second = saved(architecture)
+    merge_checkpoints(init, [first, second], tmp_path / "plain", eta=0.7)
+    init, first = (rewritten(folder, change) if change else folder
+                   for folder, change in ((init, of_init), (first, of_first)))
+    merge_checkpoints(init, [first, second], tmp_path / "out", eta=0.7)
+    assert stored(tmp_path / "out").keys() == stored(init).keys()
+    for name, tensor in stored(init).items():
+        if name.endswith(("attn.masked_bias", "inv_freq")) or name.endswith("attn.bias") and tensor.dim() == 4:
+            assert torch.equal(stored(tmp_path / "out")[name], tensor)
+    plain, out = (parameters(load_policy(tmp_path / name)[0]) for name in ("plain", "out"))
+    assert all(torch.equal(plain[name], tensor) for name, tensor in out.items())
+
+
+def test_an_output_matrix_of_its_own_is_no_copy(saved, tmp_path):
+    init, first, second = saved("llama")
+    assert refused(tmp_path, init, [rewritten(first, untied), second], "has a tensor 'lm_head.weight' that")
+    assert refused(tmp_path, rewritten(init, untied), [first, second], "has no tensor 'lm_head.weight' that")
+
+
+def test_names_with_two_counterparts_or_of_other_models_are_refused(tmp_path):
+    states = [random_model(seed) for seed in range(3)]
+    init, first, second = [save(tmp_path / str(seed), state) for seed, state in enumerate(states)]
+
+    def odd(state):
+        return {**{f"model.{name}": tensor for name, tensor in state.items()}, "wte.weight": state["wte.weight"] + 1}
+
+    def partly(state):
+        return {f"model.{name}" if name == "scale" else f"other.{name}": tensor for name, tensor in state.items()}
+
+    assert refused(tmp_path, init, [rewritten(first, odd), second], "has a tensor 'model.wte.weight' that")
+    assert refused(tmp_path, init, [rewritten(first, partly), second], "has no tensor 'scale'")
+
+
+def test_dtypes_that_differ_name_the_way_out(tmp_path, folders):
+    narrow = save(tmp_path / "narrow", random_model(1, torch.bfloat16))
+    assert refused(tmp_path, folders[0], [narrow, folders[2]],
+                   "narrow has .* in BF16, .*init in F32; convert one of them first: from_pretrained.*dtype='float32'")
+
+
+def test_templates_of_a_folder_are_carried_over_and_hidden_files_are_not(tmp_path, folders):
+    init = folders[0]
+    (init / "additional_chat_templates").mkdir()
+    (init / "additional_chat_templates" / "rag.jinja").write_text("{{ bos_token }}")
+    (init / "additional_chat_templates" / "rag.py").write_text("")
+    (init / "._config.json").write_text("{}")
+    merge_checkpoints(init, folders[1:], tmp_path / "out")
+    assert (tmp_path / "out/additional_chat_templates/rag.jinja").read_text() == "{{ bos_token }}"
+    assert [path.name for path in (tmp_path / "out/additional_chat_templates").iterdir()] == ["rag.jinja"]
+    assert not (tmp_path / "out/._config.json").exists()

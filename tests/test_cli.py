@@ -201,7 +201,6 @@ RUN_ERRORS = {
     "negative etas": (["front", "policy", "--etas=-1,0"], "must be 0 or more, not '-1,0'"),
     "no etas": (["front", "policy", "--etas", ""], "numbers with commas"),
     "infinite etas": (["front", "policy", "--etas", "inf"], "must be 0 or more"),
-    "one policy to merge": (["merge", "--init", "policy", "--policies", "policy", "--out", "x"], "at least two"),
     "policies that do not fit": (["merge", "--init", "policy", "--policies", "policy", "other", "--out", "x"],
                                  "other has 'transformer.*in shape .*same architecture"),
     "a merge of nan": (

@@ -66,7 +66,7 @@ def test_gpt2_imdb_is_the_policy_the_classifier_and_the_openings_of_reviews(offl
     judge = pipeline("text-classification", str(offline / "lvwerra/distilbert-imdb"), top_k=None)
     (scores,) = judge(["this film was great"], function_to_apply="none")
     positive = next(score["score"] for score in scores if score["label"] == "POSITIVE")
-    assert found.reward(["this film was"], ["great"]) == [pytest.approx(positive, abs=1e-4)]
+    assert found.reward(["this film was"], [" great"]) == [pytest.approx(positive, abs=1e-4)]
     assert found.reward.unit == "logit of POSITIVE"
 
 

@@ -205,9 +205,11 @@ def test_n_out_of_range_is_refused(n):
 @pytest.mark.parametrize("front", [optimal_front, best_of_n_front])
 def test_rewards_that_cannot_be_used_are_refused(front):
     bad = torch.rand(3, 4)
-    bad[1, 2] = math.nan
+    bad[1, 2] = math.inf
     with pytest.raises(ValueError, match="sample 2 of prompt 1 is not finite"):
         front(rewards=bad)
+    with pytest.raises(ValueError, match="the reward is None for every sample"):
+        front(rewards=torch.full((3, 4), math.nan))
     with pytest.raises(ValueError, match=r"\(prompts, samples\)"):
         front(rewards=torch.rand(4))
     with pytest.raises(TypeError, match="give `rewards`.*or reference, tokenizer, prompts, reward"):
@@ -217,3 +219,30 @@ def test_rewards_that_cannot_be_used_are_refused(front):
 def test_gold_of_other_samples_is_refused():
     with pytest.raises(ValueError, match="gold is .2, 3. and rewards .2, 4."):
         optimal_front(rewards=torch.rand(2, 4), gold=torch.rand(2, 3))
+
+
+# --- completions without a reward -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [2.0, 0.5])
+def test_the_limit_keeps_completions_without_a_reward_as_the_reference_has_them(beta):
+    """The oracle is a distribution: mass 3/8 without a reward stays, the rest is tilted among itself."""
+    p, r = np.array([0.5, 0.125]), [0.0, 2.0]
+    rewards = torch.tensor([[0.0] * 4 + [2.0] + [math.nan] * 3, [math.nan] * 8])
+    (point,) = optimal_front(rewards=rewards, betas=[beta], min_ess=0)
+    kl, reward = tilted(p / p.sum(), r, beta)
+    assert (point["kl"], point["reward"]) == pytest.approx((kl * p.sum(), reward), rel=1e-12)
+    assert point["kl_se"] is None  # one of the two prompts has no reward at all
+    gold = torch.tensor([[1.0] * 4 + [math.nan] + [0.0] * 3, [0.0] * 8])
+    assert optimal_front(rewards=rewards, gold=gold, betas=[beta], min_ess=0)[0]["gold"] == pytest.approx(1.0)
+
+
+def test_best_of_n_is_of_completions_with_a_reward():
+    rewards = torch.tensor([[3.0, math.nan, 1.0, 2.0], [0.0, 4.0, 8.0, 9.0]])
+    for n in (1, 2, 3):
+        (point,) = best_of_n_front(rewards=rewards, ns=[n])
+        each = [np.mean([max(draw) for draw in itertools.combinations(row, n)]) for row in ([1, 2, 3], [0, 4, 8, 9])]
+        assert point["reward"] == pytest.approx(np.mean(each))
+        assert point["kl_bound"] == pytest.approx((math.log(n) - (n - 1) / n) * 7 / 8)
+    with pytest.raises(ValueError, match="between 1 and the 3 samples"):
+        best_of_n_front(rewards=rewards, ns=[4])

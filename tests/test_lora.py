@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from short_run import CONFIG, PROMPTS, assert_same_weights, differ, files, score, short_run, stop_after
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -193,15 +195,50 @@ def test_a_saved_adapter_is_what_peft_loads(policy_of, tmp_path, architecture):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"use_dora": True}, "adapter of type DORA"),
-    ({"bias": "all"}, "no factor of a LoRA matrix"),
-    ({"modules_to_save": ["ln_f"]}, "no factor of a LoRA matrix"),
+    ({"bias": "all"}, "trained with bias = all"),
+    ({"modules_to_save": ["ln_f"]}, r"trained with modules_to_save = \['ln_f'\]"),
     ({"init_lora_weights": "pissa"}, "changes the base model too"),
+    ({"alora_invocation_tokens": [4, 5]}, r"trained with alora_invocation_tokens = \[4, 5\]"),
+    ({"trainable_token_indices": [3]}, r"trained with trainable_token_indices = \[3\]"),
 ])
 def test_adapters_that_are_no_sum_are_refused(policy_of, tmp_path, settings, message):
     model = peft_policy(policy_of("gpt2", dtype=torch.float32), "gpt2", **settings)
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga', which changes the base"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights='corda', which changes the base"),
+    ({"init_lora_weights": "tomorrows"}, "init_lora_weights='tomorrows', which changes the base"),
+    ({"lora_bias": True}, "lora_bias = True"), ({"layer_replication": [[0, 2]]}, "layer_replication = "),
+    ({"use_qalora": True}, "use_qalora = True"), ({"tomorrows_field": 5}, "tomorrows_field = 5, which is more than"),
+    ({"target_parameters": ["w"]}, "target_parameters"), ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"lora_alpha": None}, "lora_alpha = None, which is no number"), ({"peft_type": "VERA"}, "type VERA")], ids=str)
+def test_every_setting_that_is_not_understood_is_refused_by_its_name_and_value(gpt2_policy, tmp_path, changed, message):
+    """Also one that PEFT does not have yet, unless it is off."""
+    save_adapter(random_adapter(gpt2_policy, 0), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"tomorrows_switch": False, "tomorrows_option": None}
+    path.write_text(json.dumps(config))
+    load_adapter(tmp_path / "adapter")
+    path.write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(tmp_path / "adapter")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal", "r": 2}, {"init_lora_weights": "mica"},
+    {"layers_to_transform": [1]}, {"target_modules": ["c_attn"], "exclude_modules": ["h.0.attn.c_attn"]}], ids=str)
+def test_settings_that_leave_a_sum_are_understood(policy_of, tmp_path, settings):
+    policy = policy_of("gpt2", dtype=torch.float32)
+    targets = {"target_modules": ["c_attn"]} | settings
+    model = peft_policy(policy, "gpt2", **targets)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = parameters(model.merge_and_unload())
+    assert_same_weights(fold(parameters(policy), load_adapter(tmp_path / "adapter")), expected, 1e-5)
 
 
 def test_folders_that_are_no_adapter_are_refused(gpt2_policy, tmp_path):
@@ -479,3 +516,85 @@ assert "warp_lite" not in sys.modules
         with torch.no_grad():
             logits = load_weights(model, weights)(torch.tensor([[1, 5, 6, 7]])).logits
         assert float(line) == pytest.approx(logits.double().sum().item(), rel=1e-4)
+
+
+# --- runs that fail -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_front_adapter_is_of_the_runs_that_were_merged(policy_of, tokenizer, tmp_path, when):
+    """One run of three fails, at its first step or later; the others go on, and a front is of them alone."""
+    calls = []
+
+    def failing(prompts, completions):
+        calls.append(0)  # the first two are the trial of a reward, then there is one a step
+        return [math.nan if len(calls) - 2 >= when else float(len(text)) for text in completions]
+
+    result = lora_run(policy_of("llama", dtype=torch.float32), tokenizer, reward=[score, failing, score], runs=3,
+                      eval_every=0, on_failure="continue", out=tmp_path / "run")
+    assert [iteration.runs for iteration in result.iterations] == [[1, 3], [1, 3]]
+    for iteration in (1, 2):
+        adapter, error = front_adapter(tmp_path / "run", eta=0.5, iteration=iteration)
+        assert error == 0 and adapter.rank == 2 * 2 * iteration
+        assert_same_weights(fold(result.sft, adapter), result.weights(0.5, iteration), 1e-5)
+    assert_same_weights(load_result(tmp_path / "run", score).iterations[1].merged, result.iterations[1].merged)
+
+
+# --- the base that an adapter is of ---------------------------------------------------------
+
+
+def test_adapters_of_another_iterations_base_are_refused_and_of_their_own_merged(result, tmp_path, capsys):
+    """The run's own merge is the oracle; a copy of the base elsewhere, or in 16 bits' worth of values, will do."""
+    run, out = result
+    policies = [out / f"iteration-2/run-{m}/adapter" for m in (1, 2)]
+    merge_adapter_folders(out / "iteration-1/next-init", policies, tmp_path / "right")
+    merged = parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "right"))
+    assert_same_weights(merged, run.iterations[1].merged, 1e-5)
+    with pytest.raises(ValueError, match="was trained on other weights than those of .*sft: its base is .*next-init"):
+        merge_adapter_folders(out / "sft", policies, tmp_path / "wrong")
+    assert main(["merge", "--init", str(out / "sft"), "--policies", *map(str, policies), "--out",
+                 str(tmp_path / "wrong")]) == 2
+    assert "was trained on other weights" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+    shutil.copytree(out / "sft", tmp_path / "copy")
+    merge_adapter_folders(tmp_path / "copy", [out / f"iteration-1/run-{m}/adapter" for m in (1, 2)], tmp_path / "one")
+    assert capsys.readouterr().err == ""
+
+
+def test_pefts_own_adapters_are_checked_where_their_base_is_there_and_else_it_is_said(policy_of, tokenizer, tmp_path,
+                                                                                     capsys):
+    for seed, name in enumerate(("base", "other")):
+        save_policy(policy_of("gpt2", dtype=torch.float32, seed=seed), tokenizer, tmp_path / name)
+    peft_policy(policy_of("gpt2", dtype=torch.float32), "gpt2").save_pretrained(tmp_path / "adapter")
+
+    def saved(base, name):
+        shutil.copytree(tmp_path / "adapter", tmp_path / name)
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+        return tmp_path / name
+
+    here = saved(str(tmp_path / "base"), "here")
+    merge_adapter_folders(tmp_path / "base", [here], tmp_path / "out")
+    expected = fold(parameters(policy_of("gpt2", dtype=torch.float32)), load_adapter(here))
+    assert_same_weights(parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, 1e-6)
+    assert "cannot be known" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was trained on other weights than those of .*other"):
+        merge_adapter_folders(tmp_path / "other", [here, here], tmp_path / "wrong")
+    for base in ("somebody/gpt2", None):
+        away = saved(base, f"away-{base is None}")
+        merge_adapter_folders(tmp_path / "base", [away, here], tmp_path / f"out-{base is None}")
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warp-lite")]
+        assert f"whether {away} was trained on {tmp_path / 'base'} cannot be known" in line
+
+
+def test_an_adapter_is_merged_onto_a_folder_without_the_base_models_name(policy_of, tokenizer, tmp_path):
+    """As the hub has GPT-2."""
+    policy = policy_of("gpt2", dtype=torch.float32)
+    save_policy(policy, tokenizer, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}, file,
+              metadata={"format": "pt"})
+    adapter = random_adapter(policy, 0, dtype=torch.float32)
+    save_adapter(adapter, tmp_path / "adapter", base=tmp_path / "base")
+    merge_adapter_folders(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert_same_weights(merged, fold(parameters(policy), adapter), 1e-6)

@@ -321,7 +321,7 @@ def test_a_pipeline_of_the_library_is_a_reward(shelf):
             values = PipelineReward(judge, label, log_probability)(prompts, completions)
             assert values == pytest.approx(classifier(prompts, completions), abs=1e-5)
     expected = ClassifierReward(shelf / "distilbert")(prompts, completions)
-    assert call_reward(judge, prompts, completions, completion_ids=[[1]] * 3) == pytest.approx(expected, abs=1e-5)
+    assert call_reward(judge, prompts, completions, {"completion_ids": [[1]] * 3}) == pytest.approx(expected, abs=1e-5)
     model, tokenizer = load_policy(shelf / "gpt2")
     config = WarpConfig(iterations=1, runs=1, merge="none", steps=1, batch_size=2, max_new_tokens=3, eval_every=0)
     result = run_warp(model, tokenizer, judge, WORDS, config, progress=False)

@@ -20,8 +20,7 @@ from warp_lite import BradleyTerry, ClassifierReward, load_reward, save_policy
 from warp_lite.policies.prompts import Prompts, encode_prompts, pad_right
 from warp_lite.policies.sampling import Rollout, completion_ids
 from warp_lite.rewards.bradley_terry import train_bradley_terry
-from warp_lite.rewards.calling import reward_name, rollout_rewards
-from warp_lite.rewards.classifiers import join_text
+from warp_lite.rewards.calling import NotFinite, reward_name, rollout_rewards
 
 PROMPTS = ["this film", "that plot was great", "i loved it"]
 
@@ -91,8 +90,10 @@ def test_a_function_of_ids_alone_and_a_callable_object_are_called_too(rollout, t
 @pytest.mark.parametrize("values", [
     lambda n: list(range(n)), lambda n: tuple(range(n)), lambda n: np.arange(n), lambda n: np.arange(n, dtype="f4"),
     lambda n: torch.arange(n), lambda n: torch.arange(n).float().requires_grad_(), lambda n: (i for i in range(n)),
-    lambda n: [torch.tensor(float(i)) for i in range(n)],
-], ids=["list", "tuple", "ints", "floats", "tensor", "tensor with gradient", "generator", "list of tensors"])
+    lambda n: [torch.tensor(float(i)) for i in range(n)], lambda n: [np.float32(i) for i in range(n)],
+    lambda n: dict(enumerate(range(n))).values(),
+], ids=["list", "tuple", "ints", "floats", "tensor", "tensor with gradient", "generator", "list of tensors",
+        "list of numpy numbers", "values of a dict"])
 def test_rewards_may_come_as_any_sequence_of_numbers(values, rollout, tokenizer):
     rewards = rollout_rewards([lambda prompts, completions: values(len(completions))] * 2, rollout, tokenizer)
     assert rewards.dtype == torch.float64 and not rewards.requires_grad
@@ -102,7 +103,11 @@ def test_rewards_may_come_as_any_sequence_of_numbers(values, rollout, tokenizer)
 @pytest.mark.parametrize("returned, words", [
     ([1.0] * 5, "returned 5 values for 6 completions"), ([], "returned 0 values for 6"), (None, "None"),
     (1.0, "1.0.*not a list of numbers"), ([[1.0]] * 6, "not a list of numbers"), (["good"] * 6, "good"),
-    (torch.ones(6, 2), "not a list of numbers"),
+    (torch.ones(6, 2), "not a list of numbers"), (np.ones((6, 1)), "not a list of numbers"),
+    (dict.fromkeys(range(6), 1.0), "dict.*not a list of numbers"), (set(range(6)), "set.*not a list of numbers"),
+    (frozenset(range(6)), "not a list of numbers"), ("123456", "str.*not a list of numbers"),
+    (b"123456", "bytes.*not a list of numbers"), (["1.0"] * 6, "not a list of numbers"),
+    ([torch.ones(1)] * 6, "not a list of numbers"), ([10**400] * 6, "not a list of numbers"), ([1j] * 6, "not a list"),
 ], ids=str)
 def test_anything_else_is_refused_in_one_line(returned, words, rollout, tokenizer):
     with pytest.raises(ValueError, match=words) as caught:
@@ -110,10 +115,19 @@ def test_anything_else_is_refused_in_one_line(returned, words, rollout, tokenize
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
-def test_values_that_are_not_finite_come_through_for_the_caller_who_knows_the_step(bad, rollout, tokenizer):
-    rewards = rollout_rewards([lambda prompts, completions: [0, 1, 2, 3, bad, 5]] * 2, rollout, tokenizer)
-    assert torch.isfinite(rewards).tolist() == [[True] * 3, [True, False, True]]
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_told_with_its_place(bad, rollout, tokenizer):
+    with pytest.raises(NotFinite, match=f"the reward is {bad} for a completion of the prompt 'that plot was great'"):
+        rollout_rewards([lambda prompts, completions: [0, 1, 2, 3, bad, 5]] * 2, rollout, tokenizer)
+    other = lambda prompts, completions: [0.0] * len(completions)  # noqa: E731
+    with pytest.raises(NotFinite) as caught:
+        rollout_rewards([other, lambda prompts, completions: [bad, bad, 1.0]], rollout, tokenizer)
+    assert str(caught.value.places) == str({1: (0, bad)})
+
+
+def test_none_in_the_place_of_a_reward_leaves_the_completion_without_one(rollout, tokenizer):
+    rewards = rollout_rewards([lambda prompts, completions: [0, 1, 2, 3, None, 5]] * 2, rollout, tokenizer)
+    assert rewards.isnan().tolist() == [[False] * 3, [False, True, False]]
 
 
 def test_each_run_is_rewarded_by_its_own_function(tokenizer, rollout):
@@ -270,7 +284,7 @@ def test_a_classifiers_reward_is_the_librarys_logit_of_each_text_alone(kind, pad
     """Read by its own tokenizer, with no special tokens of the policy's, whatever stands beside it in the batch."""
     model, own = classifier_folder(kind, tmp_path / "c", pad)
     assert own("this film")["input_ids"] != tokenizer("this film")["input_ids"][1:]
-    expected = torch.stack([model(torch.tensor([own(join_text(p, c))["input_ids"]])).logits[0]
+    expected = torch.stack([model(torch.tensor([own(f"{p} {c}")["input_ids"]])).logits[0]
                             for p, c in zip(rollout.prompts.texts, TEXTS)])
     for options, column in (({}, expected[:, -1]), ({"label": 0}, expected[:, 0]), ({"label": -1}, expected[:, 1]),
                             ({"log_probability": True}, expected.log_softmax(-1)[:, 1])):
@@ -284,15 +298,9 @@ def test_a_reward_model_with_one_output_gives_it_as_it_is(tmp_path):
     model, own = classifier_folder("gpt2", tmp_path / "c", labels=1)
     reward = load_reward(str(tmp_path / "c"))
     expected = model(torch.tensor([own("this film was great")["input_ids"]])).logits.item()
-    assert reward(["this film"], ["was great"]) == [pytest.approx(expected, abs=1e-5)]
+    assert reward(["this film"], [" was great"]) == [pytest.approx(expected, abs=1e-5)]
     plain = ClassifierReward(tmp_path / "c", log_probability=True)  # a softmax over one is no use
-    assert plain(["this film"], ["was great"]) == [pytest.approx(expected, abs=1e-5)]
-
-
-def test_prompt_and_completion_are_joined_with_one_space_where_neither_has_one():
-    assert join_text("this film", "was") == join_text("this film ", "was") == join_text("this film", " was") \
-        == "this film was"
-    assert join_text("", "was") == "was" and join_text("this", "") == "this"
+    assert plain(["this film"], [" was great"]) == [pytest.approx(expected, abs=1e-5)]
 
 
 def test_a_causal_lm_is_not_taken_for_a_classifier(tmp_path, tokenizer):

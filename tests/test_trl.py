@@ -358,3 +358,84 @@ def test_in_small_batches_the_fronts_agree_where_the_baseline_is_that_of_the_sam
     grouped = by_us(world, settings, 8)
     print(f"eight prompts a batch: {compared(theirs, ours)}\nthe same groups: {compared(theirs, grouped)}")
     assert (np.abs(apart(theirs, grouped)) < 4).all(), compared(theirs, grouped)
+
+
+# --- several rewards, None, and what a classifier reads ---------------------------------------
+
+
+def length_score(prompts, completions, completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def ten(prompts, completions, **kwargs):
+    return [10.0 for _ in completions]
+
+
+def odd_score(prompts, completions, completion_ids, **kwargs):
+    """Nothing for completions of an even number of tokens."""
+    return [10.0 if len(ids) % 2 else None for ids in completion_ids]
+
+
+async def async_score(prompts, completions, completion_ids, **kwargs):
+    return length_score(prompts, completions, completion_ids)
+
+
+def trained(policy, tokenizer, rewards, out, weights=None):
+    """A folder of one iteration of one step by TRL, and the first rows of its runs' logs."""
+    args = agree(config(), None)[1]
+    args.reward_weights = weights
+    folder = run_warp_trl(policy, rewards, PROMPTS, config(iterations=1, steps=1), args, out=out, tokenizer=tokenizer)
+    logs = [folder / f"iteration-1/run-{m}/metrics.jsonl" for m in (1, 2)]
+    return folder, [json.loads(log.read_text().splitlines()[0]) for log in logs]
+
+
+def measured(folder, reward):
+    """The SFT policy's reward on held-out prompts."""
+    return load_result(folder, reward).front([0.0], samples=16)[0]["reward"]
+
+
+@pytest.mark.parametrize("weights", [[1.0, -0.1], [0.5, 0.0], None], ids=str)
+def test_the_front_is_of_the_weighted_sum_that_was_trained(policy, tokenizer, tmp_path, monkeypatch, weights):
+    """Kept in config.json: given the functions again, or found by the command line; TRL's own log is the oracle."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    folder, rows = trained(policy, tokenizer, [length_score, ten], tmp_path / "run", weights)
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["trl"].get("reward_weights") == weights
+    assert settings["source"] == {"reward": ["test_trl:length_score", "test_trl:ten"]}
+    first, second = weights or (1.0, 1.0)
+    for row in rows:
+        assert row["reward"] == pytest.approx(first * row["rewards/length_score/mean"] + second * 10, abs=1e-4)
+    expected = first * measured(folder, length_score) + second * 10  # one function alone is a measure of its own
+    assert measured(folder, [length_score, ten]) == pytest.approx(expected)
+    assert measured(folder, None) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="there are 2 reward_weights for 3 rewards"):
+        load_result(folder, [ten] * 3) if weights else trained(policy, tokenizer, [ten] * 3, tmp_path / "x", [1.0, 1.0])
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_reward_that_is_weighted_is_measured_so(policy, tokenizer, tmp_path):
+    folder, rows = trained(policy, tokenizer, ten, tmp_path / "run", [0.25])
+    assert rows[0]["reward"] == measured(folder, ten) == 2.5
+
+
+def test_rewards_of_none_are_left_out_of_the_front_as_of_trls_log(policy, tokenizer, tmp_path):
+    folder, rows = trained(policy, tokenizer, [odd_score, async_score], tmp_path / "run", [1.0, 0.0])
+    assert all(row["rewards/odd_score/mean"] in (10.0, None) for row in rows)
+    assert 0 < measured(folder, [odd_score, async_score]) < 10  # None counts as nothing where another reward scores
+    folder, rows = trained(policy, tokenizer, odd_score, tmp_path / "alone")
+    assert all(row["reward"] in (10.0, None) for row in rows) and measured(folder, odd_score) == 10
+
+
+def test_a_reward_of_whole_texts_reads_in_trl_what_the_front_reads(policy, tokenizer, tmp_path):
+    """The words of the tokens together; a text-classification model would be called so too."""
+    seen = []
+
+    def reward(prompts, completions, whole_texts, **kwargs):
+        seen.extend(zip(prompts, completions, whole_texts))
+        return [float(len(text)) for text in whole_texts]
+
+    folder, rows = trained(policy, tokenizer, reward, tmp_path / "run")
+    assert seen and all(whole == f"{prompt} {completion}".strip() for prompt, completion, whole in seen)
+    in_trl = len(seen)
+    load_result(folder, reward).front([0.0], samples=2)
+    assert len(seen) > in_trl and all(whole == f"{p} {c}".strip() for p, c, whole in seen)

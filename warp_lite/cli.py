@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
                                 description="Merge checkpoints on disk, tensor by tensor.")
     merge.add_argument("--init", metavar="DIR", required=True, help="the checkpoint that the policies started from")
     merge.add_argument("--policies", metavar="DIR", nargs="+", required=True,
-                       help="two checkpoints or more, or PEFT folders of adapters")
+                       help="checkpoints, or PEFT folders of adapters; one alone is moved toward the init by --eta")
     merge.add_argument("--method", choices=("slerp", "lerp"), default="slerp",
                        help="how the task vectors are merged (default: slerp)")
     merge.add_argument("--eta", type=float, default=1.0, metavar="X",
@@ -238,18 +238,19 @@ def merge_command(arguments) -> int:
     """`warp-lite merge`."""
     from .averaging.checkpoints import merge_checkpoints
 
+    count = len(arguments.policies)
     adapters = [(Path(folder) / "adapter_config.json").is_file() for folder in arguments.policies]
     if all(adapters):
         from .scale.peft_folders import merge_adapter_folders
         error = merge_adapter_folders(arguments.init, arguments.policies, arguments.out, method=arguments.method,
                                       eta=arguments.eta, rank=arguments.rank)
         what = "" if arguments.rank is None else f", an adapter of rank {arguments.rank}: relative error {error:.2g}"
-        print(f"merged {len(arguments.policies)} adapters into {arguments.out}{what}")
+        print(f"merged {count} {'adapter' if count == 1 else 'adapters'} into {arguments.out}{what}")
         return 0
     if arguments.rank is not None:
         raise ValueError(f"--rank is for adapters; {arguments.policies[adapters.index(False)]} holds none")
     merge_checkpoints(arguments.init, arguments.policies, arguments.out, method=arguments.method, eta=arguments.eta)
-    print(f"merged {len(arguments.policies)} policies into {arguments.out}")
+    print(f"merged {count} {'policy' if count == 1 else 'policies'} into {arguments.out}")
     return 0
 
 

@@ -14,7 +14,7 @@ from .config import WarpConfig
 from .policies.loading import load_policy
 from .policies.prompts import encode_prompts, room_for_prompts
 from .result import Iteration, WarpResult
-from .rewards.calling import RewardFunc
+from .rewards.calling import RewardFunc, trained_reward
 from .rewards.loading import load_reward
 from .storage.files import first_line, read_json, vouched
 from .task import Task
@@ -27,6 +27,7 @@ def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | No
                 device: str | torch.device = "cpu") -> WarpResult:
     """A finished run folder as a WarpResult. `reward` is found by config.json where it says how.
 
+    Of a run by TRL it is TRL's: a function, or the list of functions, summed with the weights in config.json.
     Weights, policy and reward model stand on `device`.
 
     Raises ValueError for a folder that is not one, is not finished, or was altered.
@@ -48,7 +49,9 @@ def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | No
             which = f"run {missing[0]} of iteration {i}" if missing else f"the merge of iteration {i}"
             raise ValueError(f"{path} is not finished: {which} is missing; continue it with `warp-lite run --resume`")
     if reward is None:
-        reward, gold, texts = find_reward(settings.get("source"), path, device)
+        reward, gold, texts = find_reward(settings.get("source"), path, device, "trl" in settings)
+    if "trl" in settings:
+        reward = trained_reward(reward, settings["trl"])
     prompts = read_json(path / "prompts.json")
     if not isinstance(prompts, dict) or not {"train", "eval", "eval_columns"} <= prompts.keys():
         raise ValueError(f"{path / 'prompts.json'} is not what config.json vouches for; {COPY}")
@@ -80,9 +83,10 @@ def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | No
     return result
 
 
-def find_reward(source, folder: Path, device="cpu"):
+def find_reward(source, folder: Path, device="cpu", trl: bool = False):
     """Reward, gold reward and held-out texts from what a run folder's config.json says of their source.
 
+    `trl`: of a run by TRL, which may have a list of rewards.
     Raises ValueError where it says nothing, and where it names code that cannot be a reward of the user's own: a
     function of the standard library, or a module that would be found in the folder itself.
     """
@@ -90,12 +94,16 @@ def find_reward(source, folder: Path, device="cpu"):
     if "world" in source:
         from .worlds import load_rewards
         return load_rewards(source["world"], device)
-    spec = source.get("reward")
-    if not isinstance(spec, str):
+    specs = source.get("reward")
+    several = trl and isinstance(specs, list)
+    if not all(isinstance(spec, str) for spec in (specs if several else [specs])):
         raise ValueError("config.json does not say where the reward is; pass it: load_result(path, reward=…)")
-    if ":" in spec and not Path(spec).exists():
-        inside = Path.cwd().resolve().is_relative_to(folder.resolve())  # modules are found where we are
-        if inside or spec.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
-            raise ValueError(f"{folder / 'config.json'} names the code {spec!r} as the reward, which is not run for "
-                             "it; if it is yours, pass it: load_result(path, reward=…)")
-    return load_reward(spec, device, **source.get("reward_options", {})), None, None
+    for spec in specs if several else [specs]:
+        if ":" in spec and not Path(spec).exists():
+            inside = Path.cwd().resolve().is_relative_to(folder.resolve())  # modules are found where we are
+            if inside or spec.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
+                raise ValueError(f"{folder / 'config.json'} names the code {spec!r} as the reward, which is not run "
+                                 "for it; if it is yours, pass it: load_result(path, reward=…)")
+    options = source.get("reward_options", {}) | ({"special_tokens": False} if trl else {})
+    rewards = [load_reward(spec, device, **options) for spec in (specs if several else [specs])]
+    return rewards if several else rewards[0], None, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from ..storage.files import check_vouched, sync_path
-from ..storage.model_folders import DTYPES, Checkpoint, appearing_whole, carry_over, free_folder, open_checkpoint
+from ..storage.model_folders import (
+    DTYPES,
+    Checkpoint,
+    appearing_whole,
+    carry_over,
+    free_folder,
+    is_made_anew,
+    open_checkpoint,
+    stored_names,
+)
 from .liti import check_eta, interpolate
 from .slerp import CHUNK, combine, gram, slerp_coefficients, undisputed
 from .state_dicts import check_equal_buffers, check_finite, check_no_overflow, check_weights
@@ -44,9 +53,12 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
                       progress: bool = True) -> MergeSummary:
     """Merge the policies' folders with SLERP or LERP and move `eta` of the way from init to the result.
 
+    A single policy is its own merge, and is moved `eta` of the way from init.
     Folders are Hugging Face folders with `model.safetensors`, or shards and their index; config and
     tokenizer come from `init`. A policy may also be a single safetensors file. `out` must be absent
     or empty, and appears only when it is complete.
+    Tensors are matched as the library matches them: with or without the base model's name before theirs, and where
+    one file has copies of tied weights, or masks that the library makes anew, which another leaves out.
     Float16 and bfloat16 are computed in float32 and rounded once, at the end. What a run folder's DONE
     vouches for is checked first.
     Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
@@ -57,15 +69,14 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     if method not in ("slerp", "lerp"):
         raise ValueError(f"method is {method!r}; it must be 'slerp' or 'lerp'")
     if isinstance(policies, (str, Path)):
-        raise TypeError(f"policies is the single path {str(policies)!r}; pass a list of at least two")
-    if len(policies) < 2:
-        raise ValueError(f"{len(policies)} policy to merge; pass at least two folders")
+        raise TypeError(f"policies is the single path {str(policies)!r}; pass a list of them")
+    if not policies:
+        raise ValueError("there is no policy to merge; pass a folder, or several")
     eta, weights = check_eta(eta), check_weights(weights, len(policies))
     out = free_folder(out)
     inputs = (init, *policies)
     init, *policies = [open_checkpoint(Path(folder)) for folder in inputs]
-    for policy in policies:
-        _check_fits(init, policy)
+    policies = [_fitted(init, policy) for policy in policies]
     for path in dict.fromkeys(map(Path, inputs)):
         check_vouched(path, "train it again, or move it away from there to merge it as your own")
     total = sum(stored.size for stored in init.tensors.values())
@@ -124,8 +135,11 @@ def _one_thread() -> Iterator[None]:
 def _merge_tensor(reader: _Reader, name: str, method: str, weights: list[float],
                   eta: float) -> Iterator[Tensor]:
     """The merged tensor as consecutive flat chunks in its own dtype."""
+    if any(name not in checkpoint.tensors for checkpoint in reader.checkpoints):  # a mask that not all have
+        yield from (base for base, *_ in reader.chunks(name))
+        return
     coefficients = None
-    if method == "slerp" and DTYPES[reader.checkpoints[0].tensors[name].dtype].is_floating_point:
+    if method == "slerp" and len(weights) > 1 and DTYPES[reader.checkpoints[0].tensors[name].dtype].is_floating_point:
         products, equal = 0.0, True
         for base, *thetas in reader.chunks(name):
             products = products + gram(base, thetas)                          # (M, M), float64
@@ -176,13 +190,14 @@ class _Reader:
 
     def chunks(self, name: str) -> Iterator[list[Tensor]]:
         """[init's chunk, the policies' chunks], flat; valid until the next is asked for."""
-        stored = [checkpoint.tensors[name] for checkpoint in self.checkpoints]
+        checkpoints = [checkpoint for checkpoint in self.checkpoints if name in checkpoint.tensors]
+        stored = [checkpoint.tensors[name] for checkpoint in checkpoints]
         dtype = DTYPES[stored[0].dtype]
         step = CHUNK * dtype.itemsize
         for offset in range(0, stored[0].size, step):
             size = min(step, stored[0].size - offset)
-            parts = [buffer.view(torch.uint8)[:size].view(dtype) for buffer in self._buffers]
-            for checkpoint, at, part in zip(self.checkpoints, stored, parts):
+            parts = [buffer.view(torch.uint8)[:size].view(dtype) for buffer in self._buffers[:len(stored)]]
+            for checkpoint, at, part in zip(checkpoints, stored, parts):
                 self._read(checkpoint.folder / at.file, at.start + offset, _bytes_of(part))
             yield parts
 
@@ -208,21 +223,52 @@ def _write(output: BinaryIO, view: memoryview, place: int) -> None:
         view, place = view[count:], place + count
 
 
-def _check_fits(init: Checkpoint, policy: Checkpoint) -> None:
+def _fitted(init: Checkpoint, policy: Checkpoint) -> Checkpoint:
+    """The policy with its tensors under the names of init's; ValueError where they do not fit.
+
+    A mask that the policy has not, or has otherwise, is left out.
+    """
     hint = "were both saved from the same architecture?"
+    names, tensors = stored_names(init.tensors, policy.tensors), {}
     for name, stored in init.tensors.items():
-        if name not in policy.tensors:
-            raise ValueError(f"{policy.folder} has no tensor {name!r} that {init.folder} has; {hint}")
-        other = policy.tensors[name]
+        made_anew = is_made_anew(name, stored)
+        if name not in names:
+            copied = None if made_anew else _equal_copy(init, name, names)
+            if copied is not None:
+                tensors[name] = policy.tensors[names[copied]]
+            elif not made_anew:
+                raise ValueError(f"{policy.folder} has no tensor {name!r} that {init.folder} has; {hint}")
+            continue
+        other = policy.tensors[names[name]]
+        if made_anew and (other.shape, other.dtype) != (stored.shape, stored.dtype):
+            continue
         if other.shape != stored.shape:
             raise ValueError(f"{policy.folder} has {name!r} in shape {other.shape}, "
                              f"{init.folder} in {stored.shape}; {hint}")
         if other.dtype != stored.dtype:
-            raise ValueError(f"{policy.folder} has {name!r} in {other.dtype}, "
-                             f"{init.folder} in {stored.dtype}; convert one of them first")
-    for name in policy.tensors:
-        if name not in init.tensors:
+            wanted = str(DTYPES[stored.dtype]).removeprefix("torch.")
+            raise ValueError(f"{policy.folder} has {name!r} in {other.dtype}, {init.folder} in {stored.dtype}; convert "
+                             f"one of them first: from_pretrained(…, dtype={wanted!r}) and save_pretrained")
+        tensors[name] = other
+    used = set(names.values())
+    for name, stored in policy.tensors.items():
+        if name not in used and not is_made_anew(name, stored) and _equal_copy(policy, name, used) is None:
             raise ValueError(f"{policy.folder} has a tensor {name!r} that {init.folder} has not; {hint}")
+    return Checkpoint(policy.folder, policy.headers, tensors)
+
+
+def _equal_copy(checkpoint: Checkpoint, name: str, among: Collection[str]) -> str | None:
+    """The tensor whose values another has too, byte by byte: tied weights that a file has twice."""
+    like = checkpoint.tensors[name]
+    for other in among:
+        stored = checkpoint.tensors[other]
+        if (stored.shape, stored.dtype) == (like.shape, like.dtype) and stored.size:
+            pair = [Checkpoint(checkpoint.folder, {at.file: checkpoint.headers[at.file]}, {name: at})
+                    for at in (like, stored)]
+            with _Reader(pair) as reader:
+                if all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in reader.chunks(name)):
+                    return other
+    return None
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def reference_rewards(task: Task, samples: int, *, seed: int = 0,
                       progress: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
     """Rewards, and gold rewards where the task has any, (prompts, samples), float64, of completions of θ_sft.
 
-    `samples` completions of each held-out prompt of the task, of its length and at its temperature.
+    `samples` completions of each held-out prompt of the task, of its length and at its temperature. A completion whose
+    reward is None has NaN.
     """
     prompts, judges = task.eval_prompts, [task.judge, *([] if task.gold is None else [task.gold])]
     policies = Policies.of(task.policy, [task.sft])
@@ -76,7 +77,10 @@ def optimal_front(reference: Task | PreTrainedModel | None = None, reward: Rewar
     completions sampled from `reference`: a causal LM, with `reward`, `prompts`, `tokenizer` and the completions'
     length and temperature, or a Task, which has all of them. `gold` (prompts, samples) gives the gold reward of the
     same optimum. `betas` default to 20 … 0.1 standard deviations of the rewards.
-    Raises ValueError for a β that is not above 0 and for rewards that are not finite.
+    Completions without a reward (NaN, for None) are in no mean: the policies are those that write them as often as
+    the reference does, whose KL is that among the others times the others' share. A prompt without any reward is
+    left out.
+    Raises ValueError for a β that is not above 0, for rewards that are infinite and where there is none.
     """
     for beta in () if betas is None else betas:
         if not (beta > 0 and math.isfinite(beta)):
@@ -84,27 +88,32 @@ def optimal_front(reference: Task | PreTrainedModel | None = None, reward: Rewar
     if rewards is None:
         rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)
     rewards = _checked(rewards)
-    if betas is None:
-        betas = [beta * (rewards.std().item() or 1.0) for beta in BETAS]
     if gold is not None:
         gold = _checked(gold)
         if gold.shape != rewards.shape:
             raise ValueError(f"gold is {tuple(gold.shape)} and rewards {tuple(rewards.shape)}; "
                              "give both of the same samples")
+    some = ~rewards.isnan().all(1)
+    rewards, gold = rewards[some], None if gold is None else gold[some]
+    scored = ~rewards.isnan()
+    filled, counts = rewards.masked_fill(~scored, 0), scored.sum(1)                      # …, (prompts,)
+    log_counts = torch.tensor([math.log(count) for count in counts.tolist()], dtype=torch.float64)
+    if betas is None:
+        betas = [beta * (rewards[scored].std().item() or 1.0) for beta in BETAS]
     points = []
     for beta in sorted(betas, reverse=True):
-        scaled = rewards / beta
-        log_z = scaled.logsumexp(1) - math.log(rewards.shape[1])                         # (prompts,)
+        scaled = (rewards / beta).masked_fill(~scored, -math.inf)
+        log_z = scaled.logsumexp(1) - log_counts                                       # (prompts,)
         w = scaled.softmax(1)
-        best = (w * rewards).sum(1)
-        kl = best / beta - log_z
+        best = (w * filled).sum(1)
+        kl = (best / beta - log_z) * (counts.double() / rewards.shape[1])
         ess = (1 / w.square().sum(1)).mean().item()
         if ess < min_ess:
             break
         point = {"beta": float(beta), "kl": kl.mean().item(), "kl_se": _se(kl), "reward": best.mean().item(),
                  "reward_se": _se(best), "ess": ess}
         if gold is not None:
-            point["gold"] = (w * gold).sum(1).mean().item()
+            point["gold"] = _weighted_mean(w, gold).mean().item()
         points.append(point)
     return points
 
@@ -121,24 +130,42 @@ def best_of_n_front(reference: Task | PreTrainedModel | None = None, reward: Rew
     The KL is an upper bound (it is reached where no two completions are alike). The expected
     maximum of n of the N samples of a prompt is exact: the i-th smallest is the maximum with
     probability C(i−1, n−1) / C(N, n). `ns` default to 1, 2, 4, … 128, as far as there are samples.
+    Completions without a reward (NaN) are not among the N and n; the KL is as that of `optimal_front`.
     Raises ValueError for n outside 1..N.
     """
     if rewards is None:
         rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)
     rewards = _checked(rewards)
-    N = rewards.shape[1]
-    ordered = rewards.sort(1).values
+    rewards = rewards[~rewards.isnan().all(1)]
+    counts = (~rewards.isnan()).sum(1)
+    N, share = int(counts.min()), (counts.double() / rewards.shape[1]).mean().item()
+    ordered = rewards.sort(1).values  # those without a reward at the end
     points = []
     for n in [2**k for k in range(8) if 2**k <= N] if ns is None else ns:
         if not 1 <= n <= N:
             raise ValueError(f"best-of-n needs n between 1 and the {N} samples a prompt, not {n}")
-        log_choose = [math.lgamma(i) - math.lgamma(n) - math.lgamma(i - n + 1) for i in range(n, N + 1)]
-        log_total = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)
-        chance = torch.tensor([math.exp(c - log_total) for c in log_choose], dtype=torch.float64)
-        best = ordered[:, n - 1:] @ chance
-        points.append({"n": int(n), "kl_bound": math.log(n) - (n - 1) / n, "reward": best.mean().item(),
+        best = rewards.new_empty(len(rewards))
+        for count in counts.unique().tolist():
+            best[counts == count] = ordered[counts == count, n - 1:count] @ _chances(n, count)
+        points.append({"n": int(n), "kl_bound": (math.log(n) - (n - 1) / n) * share, "reward": best.mean().item(),
                        "reward_se": _se(best)})
     return points
+
+
+def _chances(n: int, N: int) -> Tensor:
+    """The probability that the i-th smallest of N is the maximum of n of them, for i = n … N."""
+    log_choose = [math.lgamma(i) - math.lgamma(n) - math.lgamma(i - n + 1) for i in range(n, N + 1)]
+    log_total = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)
+    return torch.tensor([math.exp(c - log_total) for c in log_choose], dtype=torch.float64)
+
+
+def _weighted_mean(w: Tensor, values: Tensor) -> Tensor:
+    """Σ w v of each prompt, over those of its samples, and those prompts, that have a value."""
+    missing = values.isnan()
+    if not missing.any():
+        return (w * values).sum(1)
+    total = w.masked_fill(missing, 0).sum(1)
+    return ((w * values.masked_fill(missing, 0)).sum(1) / total)[total > 0]
 
 
 def sampled_rewards(reference: Task | PreTrainedModel | None, reward: RewardFunc | None, prompts: Sequence | None,
@@ -163,9 +190,11 @@ def _checked(rewards) -> Tensor:
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     if rewards.dim() != 2 or not rewards.numel():
         raise ValueError(f"rewards must be (prompts, samples), not {tuple(rewards.shape)}")
-    if not torch.isfinite(rewards).all():
-        prompt, sample_ = (~torch.isfinite(rewards)).nonzero()[0].tolist()
+    if rewards.isinf().any():
+        prompt, sample_ = rewards.isinf().nonzero()[0].tolist()
         raise ValueError(f"the reward of sample {sample_} of prompt {prompt} is not finite")
+    if rewards.isnan().all():
+        raise ValueError("the reward is None for every sample; return a number for some of them")
     return rewards
 
 
@@ -203,10 +232,11 @@ def limit_rewards(task: Task, samples: int | None = None) -> tuple[Tensor, Tenso
 
 
 def reward_hash(reward: BradleyTerry | ClassifierReward) -> str:
-    """A hash of a reward model: its weights and its plain settings."""
+    """A hash of a reward model: its weights, its plain settings and how it reads."""
     settings = {name: value for name, value in vars(reward).items() if isinstance(value, (bool, int, float, str))}
     if isinstance(reward, BradleyTerry):
         weights = {**parameters(reward.trunk), "head": reward.head}
     else:
         weights = parameters(reward.model)
+        settings["reads"] = "prompt and completion decoded together"
     return json_hash([type(reward).__name__, settings, weights_hash(weights)])

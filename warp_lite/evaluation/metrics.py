@@ -30,7 +30,8 @@ class PolicyMetrics:
     """Measurements of one policy, each mean with its standard error over prompts.
 
     `kl` is to the reference, in nats per sequence, `reward` and `gold` in the reward's units,
-    `length` in tokens, EOS included. `distinct` is the share of distinct pairs of tokens among
+    `length` in tokens, EOS included. A completion whose reward is None is left out of the reward's mean, and a
+    prompt that has only such. `distinct` is the share of distinct pairs of tokens among
     all pairs of all completions, `repeated` the share of pairs that occurred before in the same
     completion. `perplexity` is that of held-out texts, per token. None where not measured; nan
     where there is nothing to take it from (the standard error of one prompt).
@@ -119,21 +120,23 @@ def _evaluate_together(task: Task, policies: Policies, fixed: Policies, uniforms
         rollout = policies.sample(batch, u, tokenizer, temperature)
         scored = max(1, LOGITS_AT_ONCE // (4 * vocabulary * E * rollout.ids.shape[-1]))
         parts["kl"] += [sequence_kl(policies, fixed, part, temperature) for part in rollout.split(scored)]
-        parts["reward"].append(finite_rewards(task.judge, rollout, tokenizer))
+        parts["reward"].append(rollout_rewards([task.judge] * E, rollout, tokenizer))
         if task.gold is not None:
-            parts["gold"].append(finite_rewards(task.gold, rollout, tokenizer))
+            parts["gold"].append(rollout_rewards([task.gold] * E, rollout, tokenizer))
         parts["length"].append(rollout.mask.sum(-1).double())
         width = uniforms.shape[-1] - rollout.ids.shape[-1]
         ids.append(torch.nn.functional.pad(rollout.ids, (0, width)))
         masks.append(torch.nn.functional.pad(rollout.mask, (0, width)))
     means = {name: prompt_means(torch.cat(values, 1), samples) for name, values in parts.items() if values}
+    rows = {name: [scored_only(row, name) if name in ("reward", "gold") else row for row in value]
+            for name, value in means.items()}
     ids, masks = torch.cat(ids, 1), torch.cat(masks, 1)
     perplexities = [None] * E
     if texts and task.texts is not None:
         perplexities = perplexity(policies, tokenizer, task.texts)
     return [PolicyMetrics(
-        **{name: value[e].mean().item() for name, value in means.items()},
-        **{f"{name}_se": standard_error(value[e]) for name, value in means.items()},
+        **{name: values[e].mean().item() for name, values in rows.items()},
+        **{f"{name}_se": standard_error(values[e]) for name, values in rows.items()},
         distinct=distinct_pairs(ids[e], masks[e]), repeated=repeated_pairs(ids[e], masks[e]),
         samples=ids.shape[1], perplexity=perplexities[e]) for e in range(E)]
 
@@ -168,17 +171,6 @@ def sequence_kl(policies: Policies, reference: Policies, rollout: Rollout, tempe
     return (kl * rollout.mask).sum(-1)
 
 
-def finite_rewards(reward, rollout: Rollout, tokenizer) -> Tensor:
-    """The reward (E, B) of each completion; ValueError names the prompt where it is not finite."""
-    values = rollout_rewards([reward] * len(rollout.ids), rollout, tokenizer)
-    bad = (~torch.isfinite(values)).flatten().nonzero()
-    if len(bad):
-        i = bad[0].item()
-        raise ValueError(f"the reward is {values.flatten()[i].item()} for a completion of the prompt "
-                         f"{rollout.prompts.texts[i][:80]!r}; rewards must be finite")
-    return values
-
-
 def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[float]:
     """Perplexity per token, EOS included, of texts under each policy."""
     E = len(policies)
@@ -195,8 +187,20 @@ def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[floa
 
 
 def prompt_means(values: Tensor, samples: int) -> Tensor:
-    """(E, prompts · samples) → (E, prompts): samples of one prompt are not independent."""
-    return values.double().view(len(values), -1, samples).mean(-1)
+    """(E, prompts · samples) → (E, prompts): samples of one prompt are not independent.
+
+    NaN, a completion without a reward, is left out; a prompt that has nothing else is NaN.
+    """
+    values = values.double().view(len(values), -1, samples)
+    return values.nanmean(-1) if bool(values.isnan().any()) else values.mean(-1)
+
+
+def scored_only(values: Tensor, what: str) -> Tensor:
+    """The prompts' values of a reward without those that have none (NaN); ValueError where no prompt has one."""
+    scored = values[~values.isnan()]
+    if not len(scored):
+        raise ValueError(f"the {what} is None for every completion; return a number for some of them")
+    return scored
 
 
 def standard_error(values: Tensor) -> float:

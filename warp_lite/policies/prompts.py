@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..storage.files import first_line
+from .messages import render
 
 
 def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ def conversation_texts(tokenizer, conversations: Sequence[list[dict]]) -> list[s
             raise TypeError(f"prompt {i} is no list of messages with a \"role\" and a \"content\", as prompt 0 is: "
                             f"{str(messages)[:60]!r}")
         try:
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            texts.append(render(tokenizer, messages, add_generation_prompt=True))
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the chat template refuses prompt {i}: {first_line(error)}") from error
     return texts
@@ -177,6 +178,12 @@ def room_for_prompts(model, max_new_tokens: int) -> int | None:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
                          "completion together; lower it")
     return None if limit is None else limit - max_new_tokens
+
+
+def ended_ids(tokenizer, completions: Sequence[str]) -> list[list[int]]:
+    """Completions as ids, each with the EOS that ends it."""
+    return [[*row, tokenizer.eos_token_id] for row in
+            tokenizer(list(completions), add_special_tokens=False)["input_ids"]]
 
 
 def pad_right(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:

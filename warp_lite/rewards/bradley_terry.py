@@ -14,7 +14,7 @@ from transformers import AutoModel
 from ..policies.attention import positions
 from ..policies.gpt2_forward import GPT2Forward
 from ..policies.loading import from_pretrained, load_tokenizer, reading, save_policy
-from ..policies.prompts import Prompts, encode_prompts, pad_id, pad_right
+from ..policies.prompts import Prompts, encode_prompts, ended_ids, pad_id, pad_right
 from ..policies.sampling import Policies
 
 
@@ -66,11 +66,12 @@ class BradleyTerry:
         return (pooled @ self.head - self.mean) / self.std
 
     def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
-        """Rewards of texts; the ids of the completions are used where they are given."""
+        """Rewards of texts; the ids of the completions are used where they are given.
+
+        Else every text counts as ended, and is tokenised by itself.
+        """
         if completion_ids is None:
-            eos = self.tokenizer.eos_token
-            texts = [f"{text} {eos}" for text in completions]
-            completion_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            completion_ids = ended_ids(self.tokenizer, completions)
         ids, mask = pad_right(completion_ids, pad_id(self.tokenizer))
         return self.from_ids(encode_prompts(self.tokenizer, prompts), ids, mask).tolist()
 

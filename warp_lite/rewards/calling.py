@@ -1,19 +1,25 @@
 """How rewards are called.
 
 A reward is any callable `reward(prompts, completions, **kwargs) -> list[float]`, the
-signature that TRL uses; where the prompts are conversations, so are the completions. A
-text-classification pipeline of the library will do too. One that has a method
-`from_ids(prompts, ids, mask)` is given the token ids instead, and nothing is decoded.
+signature that TRL uses; where the prompts are conversations, so are the completions. It may
+be `async def`, and None in the place of a number leaves a completion out. A text-classification
+pipeline of the library will do too. One that names `whole_texts` among its parameters is given
+each prompt with its completion as one text in the policy's words, and one that has a method
+`from_ids(prompts, ids, mask)` the token ids instead, and nothing is decoded.
 """
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import dataclasses
 import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
+from threading import Thread
 
 import numpy as np
 import torch
@@ -27,57 +33,117 @@ from .classifiers import PipelineReward
 # functions: prompts and completions are lists of texts or of conversations, and what it does not name it is not given.
 RewardFunc = Callable[..., Sequence[float]]
 
+
+
+class NotFinite(ValueError):
+    """Rewards that are NaN or infinite: `places` has, by policy, the first such completion and its value."""
+
+    def __init__(self, places: Mapping[int, tuple[int, float]], prompt: str):
+        value = next(iter(places.values()))[1]
+        super().__init__(f"the reward is {value} for a completion of the prompt {prompt[:80]!r}; "
+                         "rewards must be finite")
+        self.places = dict(places)
+
+
+class SeveralRewards:
+    """Several rewards as one: their mean or, with `weights`, Σ w_k r_k as TRL's `reward_weights` make it.
+
+    A reward that does not score a completion (None) is left out of its mean or sum; where none does, the
+    completion has none.
+    """
+
+    def __init__(self, rewards: Sequence[Callable], weights: Sequence[float] | None = None):
+        """Raises ValueError where there is not one weight for each reward."""
+        if weights is not None and len(weights) != len(rewards):
+            raise ValueError(f"there are {len(weights)} reward_weights for {len(rewards)} rewards; give one for each")
+        self.rewards, self.weights = list(rewards), weights
+
+    def __call__(self, /, prompts: list, completions: list, completion_ids: list | None = None,
+                 whole_texts: list[str] | None = None, **columns) -> list[float | None]:
+        """The values of all rewards, brought together."""
+        if completion_ids is not None:
+            columns["completion_ids"] = completion_ids
+        rows = np.array([reward_values(call_reward(reward, prompts, completions, columns, whole_texts),
+                                       len(completions)) for reward in self.rewards], dtype=object)    # (K, N)
+        scored = rows != None  # noqa: E711 (by element)
+        values = np.where(scored, rows, 0).astype(float)
+        if self.weights is not None:
+            total = (np.array(self.weights, dtype=float)[:, None] * values).sum(0)
+        else:
+            total = values.sum(0) / np.maximum(scored.sum(0), 1)
+        return [value if some else None for value, some in zip(total.tolist(), scored.any(0))]
+
+
 def mean_reward(rewards: Sequence[Callable]) -> Callable:
     """The mean of several rewards, as one."""
-    if len({id(reward) for reward in rewards}) == 1:
-        return rewards[0]
+    return rewards[0] if len({id(reward) for reward in rewards}) == 1 else SeveralRewards(rewards)
 
-    def mean(prompts, completions, **kwargs):
-        values = [call_reward(reward, prompts, completions, **kwargs) for reward in rewards]
-        return np.array(values, dtype=float).mean(0).tolist()
 
-    return mean
+def trained_reward(reward, trl: Mapping):
+    """What a run of TRL maximised, of its reward functions and what config.json notes of its arguments: Σ w_k r_k.
+
+    One function in the place of several that were weighted is somebody's own measure and stays as it is.
+    Raises ValueError for a list that the noted weights do not fit.
+    """
+    several, weights = isinstance(reward, (list, tuple)), trl.get("reward_weights")
+    if weights is None:
+        return SeveralRewards(reward, [1.0] * len(reward)) if several else reward
+    if several or len(weights) == 1:
+        return SeveralRewards(reward if several else [reward], weights)
+    return reward
 
 
 def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
     """The reward (E, B) of each completion, float64; no gradient passes through it.
 
-    `rewards` holds the reward of each of the E policies; one that several share is called once.
-    Raises ValueError when a function returns the wrong number of values. Values that are
-    not finite are returned as they are: the caller knows the run and the step.
+    `rewards` holds the reward of each of the E policies; one that several share is called once. A completion
+    for which a function returned None has NaN: it is left out of every mean.
+    Raises ValueError when a function returns something else than as many numbers as there are completions,
+    and NotFinite when one of those is NaN or infinite.
     """
     E, B, _ = rollout.ids.shape
-    if all(reward is rewards[0] for reward in rewards):
-        return _one_reward(rewards[0], rollout, tokenizer)
-    result = torch.empty(E, B, dtype=torch.float64)
+    result = torch.empty(E, B, dtype=torch.float64, device=rollout.ids.device)
+    places: dict[int, tuple[int, float]] = {}
     for reward in {id(reward): reward for reward in rewards}.values():
         members = [e for e in range(E) if rewards[e] is reward]
-        result[members] = _one_reward(reward, rollout.select(members), tokenizer).cpu()
-    return result.to(rollout.ids.device)
+        part = rollout if len(members) == E else rollout.select(members)
+        result[members], bad = _one_reward(reward, part, tokenizer)
+        for row, column in bad.nonzero().tolist():
+            places.setdefault(members[row], (column, result[members[row], column].item()))
+    if places:
+        e, (b, _) = min(places.items())
+        raise NotFinite(dict(sorted(places.items())), rollout.prompts.texts[e * B + b])
+    return result
 
 
-def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
+def _one_reward(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:
+    """One reward's values (E, B), NaN for None, and which of them are numbers that are not finite."""
     E, B, _ = rollout.ids.shape
     if hasattr(reward, "from_ids"):
         if not _same_tokens(getattr(reward, "tokenizer", tokenizer), tokenizer):
             raise ValueError(f"the {type(reward).__name__} reads token ids, but those of another tokenizer than the "
                              "policy's; take a reward model of the policy's tokenizer, or one that reads texts")
-        values = reward.from_ids(rollout.prompts, rollout.ids, rollout.mask)
-        return values.detach().to(rollout.ids.device).double().view(E, B)
+        prompts = rollout.prompts
+        prompts = dataclasses.replace(prompts, texts=list(prompts.texts), ids=prompts.ids.clone(),
+                                      mask=prompts.mask.clone(), columns=fresh(prompts.columns),
+                                      given=fresh(prompts.given))
+        values = reward.from_ids(prompts, rollout.ids.clone(), rollout.mask.clone())
+        values = values.detach().to(rollout.ids.device).double().view(E, B)
+        return values, ~torch.isfinite(values)
     ids = completion_ids(rollout.ids, rollout.mask)
-    given = rollout.prompts.given
+    given, whole_texts = rollout.prompts.given, None
     completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
     if is_conversation(given[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    values = call_reward(reward, given, completions, **{**rollout.prompts.columns, "completion_ids": ids})
-    try:
-        values = values.detach().tolist() if isinstance(values, Tensor) else values
-        values = [math.nan if value is None else float(value) for value in values]
-    except (TypeError, ValueError):
-        raise ValueError(f"the reward function returned {str(values)[:60]!r}, not a list of numbers") from None
-    if len(values) != E * B:
-        raise ValueError(f"the reward function returned {len(values)} values for {E * B} completions")
-    return torch.tensor(values, dtype=torch.float64).to(rollout.ids.device).view(E, B)
+    elif reads_whole_texts(reward):
+        before = completion_ids(rollout.prompts.ids.flip(-1), rollout.prompts.mask)  # padded on the left
+        whole_texts = tokenizer.batch_decode([prompt[::-1] + row for prompt, row in zip(before, ids)],
+                                             skip_special_tokens=True)
+    columns = {**rollout.prompts.columns, "completion_ids": ids}
+    values = reward_values(call_reward(reward, given, completions, columns, whole_texts), E * B)
+    bad = [value is not None and not math.isfinite(value) for value in values]
+    values = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    return values.to(rollout.ids.device).view(E, B), torch.tensor(bad, device=rollout.ids.device).view(E, B)
 
 
 @lru_cache(maxsize=8)
@@ -85,33 +151,111 @@ def _same_tokens(first, second) -> bool:
     return first is second or first.get_vocab() == second.get_vocab()
 
 
-def call_reward(reward, prompts: list[str], completions: list[str], **kwargs):
-    """Call a reward function with those arguments that it takes.
+def reward_values(returned, count: int) -> list[float | None]:
+    """What a reward function returned as `count` numbers, None where it scored nothing.
 
-    By keyword, as TRL does, if it names `completions` or `completion_ids` or takes nothing but
-    keywords; else prompts and completions are its first two arguments, whatever it calls them.
+    Taken are lists, tuples, arrays, series and tensors of one axis, and what else gives numbers in an order.
+    Raises ValueError in one line for anything else (dicts, sets and texts have no numbers in an order) and for
+    another count.
     """
-    pipelines = sys.modules.get("transformers.pipelines")
-    if pipelines and isinstance(reward, pipelines.Pipeline):
-        reward = PipelineReward(reward)
+    refused = ValueError(f"the reward function returned {str(returned)[:60]!r} ({type(returned).__name__}), "
+                         "not a list of numbers")
+    values = returned.detach().tolist() if isinstance(returned, Tensor) else returned
+    if (not isinstance(values, Iterable) or isinstance(values, (Mapping, Set, str, bytes, bytearray))
+            or getattr(returned, "ndim", 1) != 1):
+        raise refused
+    numbers: list[float | None] = []
+    for value in values:
+        if isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 0) != 0:
+            raise refused
+        try:
+            numbers.append(None if value is None else float(value))
+        except (TypeError, ValueError, OverflowError):
+            raise refused from None
+    if len(numbers) != count:
+        raise ValueError(f"the reward function returned {len(numbers)} values for {count} completions")
+    return numbers
+
+
+def call_reward(reward, prompts: list, completions: list, columns: Mapping[str, list] | None = None,
+                whole_texts: list[str] | None = None):
+    """Call a reward function with those arguments that it takes, all of them copies that it may change.
+
+    `columns` are further keyword arguments, a value for each completion; `whole_texts` are for a function that
+    names them. By keyword, as TRL does, if it names `completions` or `completion_ids` or takes nothing but
+    keywords; else prompts and completions are its first two arguments, whatever it calls them.
+    What an `async def` gives is awaited.
+    """
+    reward = as_function(reward)
+    prompts, completions, columns = fresh(prompts), fresh(completions), fresh(dict(columns or {}))
     try:
         parameters = inspect.signature(reward).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
-        return reward(prompts, completions)
+        return awaited(reward(prompts, completions))
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+    if whole_texts is not None and "whole_texts" in named:
+        columns["whole_texts"] = list(whole_texts)
     if places and not named & {"completions", "completion_ids"}:
-        rest = {name: value for name, value in accepted(reward, **kwargs).items() if name not in places[:2]}
-        return reward(prompts, completions, **rest)
-    return reward(**accepted(reward, prompts=prompts, completions=completions, **kwargs))
+        taken = {*places[:2], "prompts", "completions"}
+        rest = {name: value for name, value in accepted(reward, columns).items() if name not in taken}
+        return awaited(reward(prompts, completions, **rest))
+    return awaited(reward(**accepted(reward, {**columns, "prompts": prompts, "completions": completions})))
 
 
-def accepted(reward, **kwargs) -> dict:
+def as_function(reward) -> Callable:
+    """A pipeline of the library as a function; any other reward as it is."""
+    pipelines = sys.modules.get("transformers.pipelines")
+    return PipelineReward(reward) if pipelines and isinstance(reward, pipelines.Pipeline) else reward
+
+
+def accepted(reward, arguments: Mapping[str, object]) -> dict:
     """Those keyword arguments that the function takes."""
     parameters = inspect.signature(reward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return kwargs
-    return {name: value for name, value in kwargs.items() if name in {p.name for p in parameters}}
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
+
+
+def reads_whole_texts(reward) -> bool:
+    """Whether a reward names `whole_texts`: each prompt and its completion, decoded together."""
+    try:
+        return "whole_texts" in inspect.signature(as_function(reward)).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def fresh(value):
+    """A copy of lists, dicts, arrays and tensors, all the way down; anything else is handed on as it is."""
+    if isinstance(value, list):
+        return [fresh(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(map(fresh, value)) if type(value) is tuple else value
+    if isinstance(value, dict):
+        return {name: fresh(item) for name, item in value.items()}
+    return copy.deepcopy(value) if isinstance(value, (set, np.ndarray, Tensor)) else value
+
+
+def awaited(value):
+    """What a function returned; of an `async def` what it comes to, in one event loop for all calls.
+
+    That loop has a thread of its own, since a notebook's is running already; and it stays, as TRL's does, since
+    clients of a server are bound to the loop in which they were first used.
+    """
+    if not inspect.isawaitable(value):
+        return value
+
+    async def result():
+        return await value
+
+    return asyncio.run_coroutine_threadsafe(result(), _event_loop()).result()
+
+
+@lru_cache(maxsize=1)
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 def reward_name(reward) -> str:

@@ -7,18 +7,20 @@ from transformers import AutoModelForSequenceClassification
 
 from ..policies.hub import local
 from ..policies.loading import from_pretrained, load_tokenizer, reading
+from ..policies.messages import content_text, render
 from ..policies.prompts import is_conversation
 
 
 class ClassifierReward:
     """A sequence classifier's logit, or log-probability, of one label, as a reward of texts.
 
-    The classifier keeps its own tokenizer: prompt and completion are joined as text, and what is too long
-    for it is cut at the beginning, since the completion is at the end. `label` is a name or an index.
+    The classifier keeps its own tokenizer and reads each prompt with its completion as one text, in the policy's
+    words; what is too long for it is cut at the beginning, since the completion is at the end. `label` is a name
+    or an index. `special_tokens=False` leaves out those with which its tokenizer frames a text, as TRL does.
     """
 
     def __init__(self, name_or_folder, label: int | str = -1, log_probability: bool = False, device="cpu",
-                 batch: int = 64):
+                 batch: int = 64, special_tokens: bool = True):
         folder = local(str(name_or_folder))
         with reading("a reward model", folder) as options:
             self.tokenizer = load_tokenizer(folder, **options)
@@ -31,21 +33,25 @@ class ClassifierReward:
             check_vocabulary(self.tokenizer, self.size)
         self.model.to(device).eval().requires_grad_(False)
         self.label = find_label(self.model.config.id2label, label, f"the reward model in {folder!r}")
-        self.log_probability, self.batch = log_probability, batch
+        self.log_probability, self.batch, self.special_tokens = log_probability, batch, special_tokens
         self.tokenizer.truncation_side = "left"
         self.longest = longest_input(self.model, self.tokenizer)
         self.unit = f"{'log-probability' if log_probability else 'logit'} of {self.model.config.id2label[self.label]}"
 
     @torch.no_grad()
-    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
-        """Rewards of the joined texts, in logits or nats."""
-        texts, framed = joined_texts(prompts, completions, self.tokenizer)
+    def __call__(self, prompts: list, completions: list, whole_texts: list[str] | None = None,
+                 **kwargs) -> list[float]:
+        """Rewards of prompts with their completions, in logits or nats; `whole_texts` are those decoded together.
+
+        Without them texts are joined as they stand: a space that belongs between them must be in one of the two.
+        """
+        texts, framed = joined_texts(prompts, completions, self.tokenizer, whole_texts)
         values = []
         for i in range(0, len(texts), self.batch):
             # On the right, whatever the tokenizer prefers: on the left it would shift the positions.
             batch = self.tokenizer(
                 texts[i:i + self.batch], padding=True, padding_side="right", truncation=self.longest is not None,
-                max_length=self.longest, add_special_tokens=not framed, return_tensors="pt")
+                max_length=self.longest, add_special_tokens=self.special_tokens and not framed, return_tensors="pt")
             if batch["input_ids"].max() >= self.size:
                 raise ValueError(f"a completion has a token beyond the {self.size} embeddings of the reward model: "
                                  f"{texts[i + int((batch['input_ids'] >= self.size).any(1).nonzero()[0])][-60:]!r}")
@@ -71,11 +77,12 @@ class PipelineReward:
         self.name = config.id2label[find_label(config.id2label, label, "the pipeline")]
         self.unit = f"{'log-probability' if log_probability else 'logit'} of {self.name}"
 
-    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
-        """Rewards of the joined texts, in logits or nats."""
+    def __call__(self, prompts: list, completions: list, whole_texts: list[str] | None = None,
+                 **kwargs) -> list[float]:
+        """Rewards of prompts with their completions, in logits or nats, joined as those of ClassifierReward are."""
         tokenizer = self.pipeline.tokenizer
         longest = longest_input(self.pipeline.model, tokenizer)
-        texts, framed = joined_texts(prompts, completions, tokenizer)
+        texts, framed = joined_texts(prompts, completions, tokenizer, whole_texts)
         options = {"add_special_tokens": not framed}
         options |= {"truncation": True, "max_length": longest} if longest else {}
         side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
@@ -125,20 +132,20 @@ def check_vocabulary(tokenizer, size: int) -> None:
                          "are both of one checkpoint?")
 
 
-def joined_texts(prompts: list, completions: list, tokenizer) -> tuple[list[str], bool]:
+def joined_texts(prompts: list, completions: list, tokenizer,
+                 whole_texts: list[str] | None = None) -> tuple[list[str], bool]:
     """Each prompt with its completion as one text, and whether those have their special tokens in them.
 
+    `whole_texts` are what the policy's tokenizer makes of the tokens of both together. Without them the two are
+    put side by side with nothing between, as the tokens of byte-level and SentencePiece tokenizers mean it.
     Conversations are joined by the tokenizer's chat template, which writes them, or else line by line.
+    Raises ValueError for a message that has more than text in it.
     """
     if not is_conversation(prompts[0]):
-        return [join_text(prompt, completion) for prompt, completion in zip(prompts, completions)], False
+        if whole_texts is None:
+            whole_texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+        return whole_texts, False
     whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
     if tokenizer.chat_template is not None:
-        return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in whole], True
-    return ["\n".join(message["content"] for message in messages) for messages in whole], False
-
-
-def join_text(prompt: str, completion: str) -> str:
-    """Prompt and completion as one text, with a space between them where neither has one."""
-    gap = "" if not prompt or not completion or prompt[-1].isspace() or completion[0].isspace() else " "
-    return prompt + gap + completion
+        return [render(tokenizer, messages) for messages in whole], True
+    return ["\n".join(filter(None, map(content_text, messages))) for messages in whole], False

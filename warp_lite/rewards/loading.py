@@ -12,10 +12,12 @@ from .bradley_terry import BradleyTerry
 from .classifiers import ClassifierReward
 
 
-def load_reward(spec: str, device="cpu", label: int | str | None = None, log_probability: bool = False):
+def load_reward(spec: str, device="cpu", label: int | str | None = None, log_probability: bool = False,
+                special_tokens: bool = True):
     """A reward from the command line: `module:function`, a folder, or a classifier's name on the hub.
 
-    `label`, a name or an index, and `log_probability` choose what of a classifier is the reward.
+    `label`, a name or an index, and `log_probability` choose what of a classifier is the reward, `special_tokens`
+    whether its tokenizer frames the texts.
     Raises ValueError in one line when it cannot be found, or there is nothing to choose.
     """
     folder = Path(local(spec))
@@ -37,4 +39,5 @@ def load_reward(spec: str, device="cpu", label: int | str | None = None, log_pro
         if not callable(function):
             raise ValueError(f"the reward {spec!r} is {type(function).__name__}, not a function")
         return function
-    return ClassifierReward(spec, -1 if label is None else label, log_probability, device)
+    return ClassifierReward(spec, -1 if label is None else label, log_probability, device,
+                            special_tokens=special_tokens)

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..averaging.liti import check_eta
 from ..averaging.state_dicts import widen
-from ..storage.files import load_tensors, read_json
-from ..storage.model_folders import appearing_whole, carry_over, free_folder, open_checkpoint
+from ..storage.files import load_tensors, read_json, weights_hash
+from ..storage.model_folders import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    appearing_whole,
+    carry_over,
+    free_folder,
+    open_checkpoint,
+    stored_names,
+)
+from ..storage.provenance import json_hash
 from ..training.run_folder import read_config
 from .adapters import Adapter, changed, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
+BASE = "base.json"  # where save_adapter notes the hash of the matrices that an adapter changes
+# Fields of a LoraConfig that are heeded here, or that say how the factors came to be and not what is added.
+HEEDED = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+          "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+          "use_rslora", "init_lora_weights", "eva_config", "layers_to_transform", "layers_pattern", "rank_pattern",
+          "alpha_pattern", "megatron_core")
+STARTS_AT_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # of init_lora_weights: W is left as it is
 
 
 def library(name: str, extra: str):
@@ -32,21 +53,16 @@ def library(name: str, extra: str):
 def load_adapter(folder) -> Adapter:
     """An adapter from a PEFT folder, its scaling (alpha/r, rsLoRA, patterns) taken into B.
 
-    Raises ValueError for a folder that holds no LoRA, and for what is no sum W + BA: DoRA, biases, whole
-    modules trained beside it, and initialisations that change the base model (PiSSA, OLoRA, CorDA, LoftQ).
+    Raises ValueError for a folder that holds no LoRA, and for what is no sum W + BA of this W: whatever a setting of
+    PEFT's that is not known here adds to it or puts in its place (DoRA, biases, activated LoRA, whole modules trained
+    beside it, …), and initialisations that change the base model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
     """
     folder = Path(folder)
     pattern_key = library("peft.utils.other", "lora").get_pattern_key
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}; is it a folder that PEFT saved?")
     config = read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DORA" if config.get("use_dora") else config.get("peft_type")
-        raise ValueError(f"{folder} holds an adapter of type {kind}; only LoRA, W + BA, can be merged")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(f"{folder} was trained from init_lora_weights={start!r}, which changes the base model too; "
-                         "convert it to plain LoRA when you save it (PEFT's path_initial_model_for_weight_conversion)")
+    check_plain(folder, config)
     tensors = load_tensors(folder / TENSORS, "cpu", "copy or save the adapter again", ours=False)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -68,9 +84,68 @@ def load_adapter(folder) -> Adapter:
     return Adapter(factors, frozenset(factors) if config.get("fan_in_fan_out") else frozenset())
 
 
+def check_plain(folder: Path, config: Mapping) -> None:
+    """Raise ValueError, naming field and value, unless a PEFT config is that of a sum W + BA."""
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        kind = "DORA" if config.get("use_dora") else config.get("peft_type")
+        raise ValueError(f"{folder} holds an adapter of type {kind}; only LoRA, W + BA, can be merged")
+    start = config.get("init_lora_weights", True)
+    if start not in STARTS_AT_BASE:
+        raise ValueError(f"{folder} was trained from init_lora_weights={start!r}, which changes the base model too; "
+                         "convert it to plain LoRA when you save it (PEFT's path_initial_model_for_weight_conversion)")
+    if isinstance(config.get("lora_alpha"), bool) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise ValueError(f"{folder} has lora_alpha = {config.get('lora_alpha')!r}, which is no number; save it again")
+    usual = library("peft", "lora").LoraConfig().to_dict()
+    for name, value in config.items():
+        if name not in HEEDED and (value or usual.get(name)) and value != usual.get(name):
+            raise ValueError(f"{folder} was trained with {name} = {str(value)[:60]}, which is more than a sum W + BA, "
+                             "or not known to be one; only plain LoRA can be merged")
+
+
+def matrices_hash(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
+    """The hash of some matrices of a checkpoint, widened to what they are computed in; None where it lacks one."""
+    where = stored_names(names, checkpoint.tensors)
+    if len(where) < len(names):
+        return None
+    hashes = []
+    for name in sorted(names):
+        with safe_open(checkpoint.folder / checkpoint.tensors[where[name]].file, framework="pt") as file:
+            hashes.append(weights_hash({name: widen(file.get_tensor(where[name]))}))
+    return json_hash(hashes)
+
+
+def is_model_folder(path) -> bool:
+    """Whether a path is a folder with weights as safetensors."""
+    return path is not None and any((Path(path) / name).is_file() for name in (SINGLE, INDEX))
+
+
+def check_base(folder, adapter: Adapter, init, checkpoint: Checkpoint) -> None:
+    """Raise ValueError for an adapter that was trained on other weights than init's; where that cannot be known, a
+    line on stderr says so.
+
+    It is known where `save_adapter` noted their hash, and where the base that PEFT noted is a folder that is there.
+    """
+    folder, noted = Path(folder), None
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if (folder / BASE).is_file():
+        noted = read_json(folder / BASE).get("sha256")
+    if noted is None and is_model_folder(base):
+        if os.path.realpath(base) == os.path.realpath(init):
+            return
+        noted = matrices_hash(open_checkpoint(Path(base)), adapter.factors)
+    if noted is None:
+        if str(base) != str(init):
+            print(f"warp-lite: whether {folder} was trained on {init} cannot be known here: it names "
+                  f"{base or 'no base'}", file=sys.stderr)
+    elif noted != matrices_hash(checkpoint, adapter.factors):
+        raise ValueError(f"{folder} was trained on other weights than those of {init}: its base is "
+                         f"{base or 'not named'}; give that as init, or adapters of this one")
+
+
 def save_adapter(adapter: Adapter, folder, base=None) -> None:
     """Write a PEFT folder, which `PeftModel.from_pretrained(model, folder)` loads. `base`: the name or folder of the
-    policy that it changes, noted in it. Raises ValueError for a folder that is not empty."""
+    policy that it changes, noted in it; of a folder also the hash of the matrices that are changed, by which a merge
+    onto other weights is refused. Raises ValueError for a folder that is not empty."""
     LoraConfig = library("peft", "lora").LoraConfig
     mixed = adapter.transposed and adapter.transposed != adapter.factors.keys()
     if mixed:
@@ -84,29 +159,38 @@ def save_adapter(adapter: Adapter, folder, base=None) -> None:
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=[n.removesuffix(".weight") for n in adapter.factors],
         fan_in_fan_out=bool(adapter.transposed), task_type="CAUSAL_LM", inference_mode=True,
         base_model_name_or_path=None if base is None else str(base))
+    noted = matrices_hash(open_checkpoint(Path(base)), adapter.factors) if is_model_folder(base) else None
     with appearing_whole(free_folder(folder)) as made:
         save_file(tensors, made / TENSORS, metadata={"format": "pt"})
         config.save_pretrained(made)
+        if noted is not None:
+            (made / BASE).write_text(json.dumps({"sha256": noted}))
 
 
 def merge_adapter_folders(init, policies: Sequence, out, method: str = "slerp", eta: float = 1.0,
                           rank: int | None = None) -> float:
     """Merge PEFT folders that were trained on the policy `init`, and move η of the way to the merge.
 
+    A single one is its own merge. Adapters of other weights than init's are refused (see `check_base`).
     `out` becomes a Hugging Face folder, init's files with ΔW added, one file of weights at a time; with
     `rank` a PEFT folder of that rank. Returns the relative error of ΔW: 0 without a rank.
     Raises ValueError as the functions that it is made of.
     """
-    eta = check_eta(eta)
-    merged = merge_adapters([load_adapter(folder) for folder in policies], method=method)
+    eta, checkpoint = check_eta(eta), open_checkpoint(Path(init))
+    adapters = [load_adapter(folder) for folder in policies]
+    where = stored_names(adapters[0].factors, checkpoint.tensors)
+    for name in sorted(adapters[0].factors.keys() - where.keys()):
+        raise ValueError(f"the adapters change {name!r}, which {init} has not; were they trained on it?")
+    for folder, adapter in zip(policies, adapters):
+        check_base(folder, adapter, init, checkpoint)
+    merged = adapters[0] if len(adapters) == 1 else merge_adapters(adapters, method=method)
     merged = combine_adapters([merged], [eta])
     if rank is not None:
         merged, error = truncate(merged, rank)
         save_adapter(merged, out, base=init)
         return error
-    checkpoint = open_checkpoint(Path(init))
-    for name in sorted(merged.factors.keys() - checkpoint.tensors.keys()):
-        raise ValueError(f"the adapters change {name!r}, which {init} has not; were they trained on it?")
+    merged = Adapter({where[name]: pair for name, pair in merged.factors.items()},
+                     frozenset(where[name] for name in merged.transposed))
     with appearing_whole(free_folder(out)) as made:
         for file in checkpoint.headers:
             tensors = load_tensors(checkpoint.folder / file, "cpu", "copy or save it again", ours=False)
@@ -120,7 +204,8 @@ def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
                   rank: int | None = None) -> tuple[Adapter, float]:
     """A point of a LoRA run's front as one adapter on its SFT policy, and its relative error.
 
-    Exact (error 0) at rank M·r times the iteration; with `rank` the nearest of that rank.
+    Exact (error 0) at rank M·r times the iteration; with `rank` the nearest of that rank. Runs that failed are in it
+    as little as they are in the merges.
     """
     folder, settings = Path(run_folder), read_config(run_folder)["settings"]
     if not settings.get("lora"):
@@ -131,8 +216,8 @@ def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
         raise ValueError(f"no iteration {iteration}; there are 1 to {config['iterations']}, and -1, the last")
     merges = []
     for i in range(1, last + 1):
-        adapters = [load_adapter(folder / f"iteration-{i}" / f"run-{m}" / "adapter")
-                    for m in range(1, config["runs"] + 1)]
+        runs = [folder / f"iteration-{i}" / f"run-{m}" for m in range(1, config["runs"] + 1)]
+        adapters = [load_adapter(run / "adapter") for run in runs if not (run / "FAILED").is_file()]
         merges.append(adapters[0] if len(adapters) == 1 else merge_adapters(adapters, method=config["merge"]))
     check_eta(eta)
     whole = combine_adapters(merges, [eta * config["eta"]] * (last - 1) + [eta])

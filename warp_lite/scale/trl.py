@@ -49,6 +49,7 @@ from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
 from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
+from ..rewards.calling import call_reward, reads_whole_texts, reward_name, trained_reward
 from ..storage.provenance import pinned_threads
 from ..task import Task, hold_out
 from ..training.run import RunState
@@ -69,7 +70,8 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     `warp-lite front` read.
 
     policy: the name or folder of a causal LM, or a model with its `tokenizer`. reward_funcs: TRL's, a function,
-    a classifier's name, or a list whose rewards are summed. train_dataset: a `datasets.Dataset` with a `prompt`
+    a classifier's name, or a list whose rewards are summed, with `reward_weights` in `args` weighted; None leaves a
+    completion out. Fronts are measured by the same sum, unclipped. train_dataset: a `datasets.Dataset` with a `prompt`
     column of texts (or a list of str); a fifth of its distinct prompts is held out unless `eval_prompts` are given.
 
     args: your RLOOConfig. It is respected but for what is WARP's: steps, β and the moving reference are `config`'s,
@@ -89,6 +91,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     config, args = agree(config or WarpConfig(), args)
     task, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source)
     settings, processes = run_settings(task, config) | {"trl": chosen(args)}, PartialState()
+    functions = [for_trl(function, task.tokenizer) for function in listed(reward_funcs)]
     if processes.is_main_process:
         folder = RunFolder(out, settings, task.sft, resume)
         write_start(folder, task)
@@ -103,7 +106,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
             total=len(runs), unit="run", disable=None if processes.is_main_process else True, leave=False) as bar:
         for i, m in runs:
             if folder.finished_run(i, m) is None:
-                train(folder, config, args, i, m, tokenizer, dataset, reward_funcs, callbacks,
+                train(folder, config, args, i, m, tokenizer, dataset, functions, callbacks,
                       reward_processing_classes)
             processes.wait_for_everyone()
             if m == config.runs:
@@ -126,7 +129,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
         if config.anchor == "sft":
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(
-            model=model, reward_funcs=list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs,
+            model=model, reward_funcs=list(reward_funcs),
             args=run_arguments(args, config, folder, i, m), train_dataset=dataset, processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)  # a line a step: metrics.jsonl has them
@@ -177,11 +180,10 @@ def merge_iteration(folder: RunFolder, config: WarpConfig, i: int) -> None:
     """Stages 2 and 3 of iteration i, from file to file: θ_slerp and the next θ_init."""
     init, target = init_folder(folder, i), folder.iteration(i)
     policies = [folder.run(i, m) / "policy.safetensors" for m in range(1, config.runs + 1)]
-    method = "lerp" if config.runs == 1 else config.merge  # of a policy with itself: the policy
+    method = "lerp" if config.runs == 1 else config.merge  # which may be "none"
     folder.finish_iteration(i, {
-        "merged": lambda path: merge_checkpoints(
-            init, policies if config.runs > 1 else policies * 2, path, method),
-        "next-init": lambda path: merge_checkpoints(init, [target / "merged"] * 2, path, "lerp", config.eta)})
+        "merged": lambda path: merge_checkpoints(init, policies, path, method),
+        "next-init": lambda path: merge_checkpoints(init, [target / "merged"], path, "lerp", config.eta)})
 
 
 def init_folder(folder: RunFolder, i: int) -> Path:
@@ -276,6 +278,7 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
     else:
         held_out = encode_prompts(tokenizer, eval_prompts, room)
     check_enough(prompts, args)
+    trained_reward(reward_funcs, {"reward_weights": args.reward_weights})
     task = Task(policy, tokenizer, reward_funcs, prompts, held_out, max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature, source=source or find_source(reward_funcs))
     return task, train_dataset
@@ -289,12 +292,40 @@ def check_enough(prompts: Prompts, args) -> None:
                          "lower the batch size or raise num_generations")
 
 
+def listed(reward_funcs) -> list:
+    """TRL's reward functions, one or several, as a list."""
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+
+
+def for_trl(reward, tokenizer):
+    """A reward as TRL can call it: one that reads whole texts gets them, of the policy's tokens; others stay."""
+    if isinstance(reward, (str, torch.nn.Module)) or not reads_whole_texts(reward):
+        return reward
+
+    def with_whole_texts(prompts, completions, completion_ids, **columns):
+        before = tokenizer(text=prompts)["input_ids"]
+        whole_texts = tokenizer.batch_decode([prompt + row for prompt, row in zip(before, completion_ids)],
+                                             skip_special_tokens=True)
+        return call_reward(reward, prompts, completions, {**columns, "completion_ids": completion_ids}, whole_texts)
+
+    with_whole_texts.__name__ = reward_name(reward)  # what TRL's log calls it
+    return with_whole_texts
+
+
 def find_source(reward_funcs) -> dict | None:
-    """Where `warp-lite front` finds the reward again: a classifier's name, or a function that can be imported."""
-    if isinstance(reward_funcs, str):
-        return {"reward": reward_funcs}
-    module, name = getattr(reward_funcs, "__module__", None), getattr(reward_funcs, "__qualname__", "<none>")
-    return {"reward": f"{module}:{name}"} if module not in (None, "__main__") and name.isidentifier() else None
+    """Where `warp-lite front` finds the rewards again: classifiers' names, or functions that can be imported."""
+    specs = []
+    for reward in listed(reward_funcs):
+        module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", "<none>")
+        if isinstance(reward, str):
+            specs.append(reward)
+        elif isinstance(reward, torch.nn.Module) and getattr(reward, "name_or_path", ""):
+            specs.append(reward.name_or_path)
+        elif module not in (None, "__main__") and name.isidentifier():
+            specs.append(f"{module}:{name}")
+        else:
+            return None
+    return {"reward": specs if isinstance(reward_funcs, (list, tuple)) else specs[0]}
 
 
 def chosen(args) -> dict:
@@ -302,6 +333,7 @@ def chosen(args) -> dict:
     values = {"num_generations": args.num_generations}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
+        value = list(value) if isinstance(value, tuple) else value
         if field.name in OWN or value in (field.default, [], {}) or not isinstance(value, JSON):
             continue
         values[field.name] = str(value.value) if hasattr(value, "value") else value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Carried over from init: configuration and tokenizer. No weights, and nothing that could be executed.
 CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 NOT_CARRIED = ("trainer_state.json", "adapter_config.json")
+TEMPLATES = "additional_chat_templates"  # a folder, whose .jinja files are the tokenizer's
+# Causal masks and tables of angles, which old files of the hub have and the library makes anew.
+MADE_ANEW = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,32 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                                  "save the model again")
         tensors.update(found)
     return Checkpoint(folder, headers, tensors)
+
+
+def stored_names(wanted: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Each wanted name with the stored one of the same tensor, as the library matches them: the name itself, or the
+    name with the base model's put before it or taken away ("transformer.", in files of the hub and saved ones).
+
+    A name that has no counterpart is left out.
+    """
+    best = {name: name for name in wanted if name in stored}
+    for prefix in sorted({name.partition(".")[0] for name in (*wanted, *stored)}):
+        for rename in (lambda name, start=f"{prefix}.": start + name,
+                       lambda name, start=f"{prefix}.": name.removeprefix(start)):
+            matched = {name: name if name in stored else rename(name) for name in wanted}
+            matched = {name: other for name, other in matched.items()
+                       if other in stored and (other == name or other not in wanted)}
+            best = matched if len(matched) > len(best) else best
+    return best
+
+
+def is_made_anew(name: str, tensor: _Stored) -> bool:
+    """Whether a tensor is a causal mask or a table of angles, by its name and its shape."""
+    if not MADE_ANEW.search(name):
+        return False
+    if name.endswith("inv_freq"):
+        return len(tensor.shape) == 1
+    return tensor.shape == () or len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -141,6 +171,14 @@ def carry_over(init: Checkpoint, partial: Path) -> None:
     for path in sorted(init.folder.iterdir()):
         is_index = path.name.endswith(".index.json")
         wanted = path.suffix in CARRIED and path.name not in NOT_CARRIED and not is_index
+        if path.name.startswith("."):  # another program's
+            continue
+        if path.is_dir() and path.name == TEMPLATES:
+            (partial / TEMPLATES).mkdir()
+            for template in sorted(path.glob("[!.]*.jinja")):
+                (partial / TEMPLATES / template.name).write_bytes(template.read_bytes())
+                sync_path(partial / TEMPLATES / template.name)
+            sync_path(partial / TEMPLATES)
         if path.is_file() and (wanted or path.name == INDEX and SINGLE not in init.headers):
             (partial / path.name).write_bytes(path.read_bytes())
             sync_path(partial / path.name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -50,6 +51,7 @@ class Stage1:
     progress: bool = True
     stop: Callable[[], bool] | None = None
     on_failure: str = "stop"
+    unscored: set[tuple[int, int]] = field(default_factory=set)  # runs of which it was said that a batch has no reward
 
     def train(self, runs: list[Run]) -> Trained:
         """Take the runs of an iteration to their ends, or as far as they come.
@@ -71,8 +73,9 @@ class Stage1:
             nonlocal standing
             standing = states
             bar.update(len(members))
-            rewards = [row["reward"] for row in metrics if row["reward"] is not None]
-            bar.set_postfix_str(f"reward {np.mean(rewards):.2f}" if rewards else "", refresh=False)
+            scored = [metric["reward"] for metric in metrics if metric["reward"] is not None]
+            bar.set_postfix_str(f"reward {np.mean(scored):.2f}" if scored else "reward None", refresh=False)
+            self._say_unscored(members, step, metrics)
             points, failed = [], {}
             if step in measured_steps(config):
                 points, failed = self._measure(members, step, states())
@@ -119,6 +122,14 @@ class Stage1:
                        sorted(failures, key=lambda failure: failure.run),
                        sorted(trajectory, key=lambda row: (row["run"], row["step"])))
 
+    def _say_unscored(self, members: Sequence[Run], step: int, metrics: list[dict]) -> None:
+        """Say once of each run that a batch of it has no reward."""
+        for run, metric in zip(members, metrics):
+            if metric["reward"] is None and (run.iteration, run.number) not in self.unscored:
+                self.unscored.add((run.iteration, run.number))
+                print(f"warp-lite: every reward is None in iteration {run.iteration}, run {run.number}, step {step}: "
+                      "such a batch has no gradient; return a number for some of its completions", file=sys.stderr)
+
     def _take_up(self, runs: list[Run]) -> tuple[dict[int, RunState], list[Failure], list[dict]]:
         """What the folder has of an iteration's runs: those that are finished, by number, those that failed, and what
         was measured; the others get the state they go on from. Runs of one program go on from one step."""
@@ -157,7 +168,7 @@ class Stage1:
             raise RunFailed({**error.reasons, min(error.reasons): text}) from error
         failures = []
         for e, (run, state) in enumerate(zip(group, states)):
-            run.state = state
+            run.state = state if state.step else None  # else it starts anew, with adapters too
             if e in error.reasons:
                 failures.append(Failure(run.number, state.step, error.reasons[e], state.policy, state.anchor))
                 if folder is not None:
@@ -200,7 +211,8 @@ def trajectory_points(task: Task, members: Sequence[Run], step: int, states: lis
 def try_rewards(task: Task, config: WarpConfig) -> None:
     """Score what the first step of each run will sample, and as many completions of held-out prompts.
 
-    Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite.
+    Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite, or
+    nothing but None.
     """
     policies, held_out = Policies.of(task.policy, [task.sft]), task.eval_prompts
     for m, reward in enumerate(task.rewards(config.runs), 1):
@@ -210,9 +222,12 @@ def try_rewards(task: Task, config: WarpConfig) -> None:
         rollout, measured = (policies.sample(prompts, uniforms, task.tokenizer, config.temperature)
                              for prompts in (batch, other))
         try:
-            checked_rewards([run], 0, rollout, task.tokenizer)
+            trained_on = checked_rewards([run], 0, rollout, task.tokenizer)
             for judge in (reward,) if task.gold is None else (reward, task.gold):
-                rollout_rewards([judge], measured, task.tokenizer)
+                values = rollout_rewards([judge], measured, task.tokenizer)
+                if judge is reward and bool(values.isnan().all()) and bool(trained_on.isnan().all()):
+                    raise ValueError(f"the reward {reward_name(reward)} is None for every completion of a first trial; "
+                                     "return a number for some of them")
         except ValueError:
             raise
         except Exception as error:

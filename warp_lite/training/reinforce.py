@@ -25,14 +25,29 @@ from ..policies.precision import compute_dtype
 from ..policies.prompts import Prompts
 from ..policies.randomness import prompt_indices, token_uniforms
 from ..policies.sampling import Policies, Rollout
-from ..rewards.calling import rollout_rewards
+from ..rewards.calling import NotFinite, rollout_rewards
 from .run import Run, RunFailed
 
 
-def advantages(rewards: Tensor) -> Tensor:
-    """Each reward less the mean of the others in its batch, (…, B) → (…, B). Needs B ≥ 2."""
-    B = rewards.shape[-1]
-    return (rewards - rewards.mean(-1, keepdim=True)) * (B / (B - 1))
+def advantages(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
+    """Each reward less the mean of the others in its batch, (…, B) → (…, B). Needs B ≥ 2.
+
+    Completions that are not `scored` (…, B) are in no mean and have the advantage 0, as TRL's; so has one that is
+    scored alone, which has nothing to be compared with. A batch without any reward has no gradient.
+    """
+    if scored is None or bool(scored.all()):
+        B = rewards.shape[-1]
+        return (rewards - rewards.mean(-1, keepdim=True)) * (B / (B - 1))
+    count = scored.sum(-1, keepdim=True).to(rewards)
+    others = (count - 1).clamp(min=1)
+    return ((rewards - scored_mean(rewards, scored).unsqueeze(-1)) * (count / others)).masked_fill(~scored, 0)
+
+
+def scored_mean(values: Tensor, scored: Tensor) -> Tensor:
+    """The mean over those that are scored, (…, B) → (…)."""
+    if bool(scored.all()):
+        return values.mean(-1)
+    return values.masked_fill(~scored, 0).sum(-1) / scored.sum(-1)
 
 
 def regularised_rewards(rewards: Tensor, logp: Tensor, anchor_logp: Tensor, beta) -> Tensor:
@@ -59,18 +74,21 @@ def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_lo
 
     Returns log π and r_β, (E, B), and the loss, (E,), detached. The reward of each completion is weighed
     against all others, so where there are several parts, log π is first taken of all without a gradient.
-    Without `anchor_logp` there is no KL.
+    Without `anchor_logp` there is no KL. A completion without a reward (NaN, for None) has no gradient, and as r_β
+    the mean of the others.
     """
     parts = rollout.split(config.micro_batch)
     B, total, start = rewards.shape[-1], 0, 0
     logp = score(forward, weights, rollout, config) if len(parts) > 1 else None
+    scored = ~rewards.isnan()
     for part in parts:
         rows = slice(start, start + part.ids.shape[1])
         some = Policies(forward, weights).logprobs(part, config.temperature, config.logit_chunk).sum(-1)
         if start == 0:
             logp = some.detach() if logp is None else logp
             r_beta = regularised_rewards(rewards, logp, logp if anchor_logp is None else anchor_logp, beta)
-            advantage = advantages(r_beta)
+            advantage = advantages(r_beta, scored)
+            r_beta = torch.where(scored, r_beta, scored_mean(r_beta, scored).unsqueeze(-1))
         loss = reinforce_loss(some, advantage[..., rows], config.max_new_tokens)         # (E,)
         if len(parts) > 1:
             loss = loss * (some.shape[-1] / B)
@@ -94,14 +112,13 @@ def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Ten
 
 
 def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer) -> Tensor:
-    """Rewards (E, B) in float64, every one finite; runs may have rewards of their own."""
-    rewards = rollout_rewards([run.reward for run in runs], rollout, tokenizer)
-    finite = torch.isfinite(rewards)
-    if not finite.all():
-        bad = {e: int((~row).nonzero()[0]) for e, row in enumerate(finite) if not row.all()}
-        raise RunFailed({e: f"the reward is {rewards[e, b].item()} {where(runs[e], step, rollout, e, b)}; rewards "
-                            "must be finite" for e, b in bad.items()})
-    return rewards
+    """Rewards (E, B) in float64, every one finite, or NaN where a function returned None; runs may have rewards of
+    their own. Raises RunFailed for one that is not finite."""
+    try:
+        return rollout_rewards([run.reward for run in runs], rollout, tokenizer)
+    except NotFinite as error:
+        raise RunFailed({e: f"the reward is {value} {where(runs[e], step, rollout, e, b)}; rewards must be finite"
+                         for e, (b, value) in error.places.items()}) from None
 
 
 def check_step(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor, loss: Tensor, norms: Tensor) -> None:
@@ -137,9 +154,15 @@ def warmup(config: WarpConfig, step: int) -> float:
 
 
 def step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms) -> list[dict]:
-    """What `metrics.jsonl` says of a step, a dict a run. KL in nats per sequence, to the anchor."""
+    """What `metrics.jsonl` says of a step, a dict a run. KL in nats per sequence, to the anchor; rewards are those of
+    the completions that were scored, None where there are none."""
+    scored = ~rewards.isnan()
+    spread = rewards.std(-1)
+    if not scored.all():
+        spread = torch.stack([row[kept].std() if kept.sum() > 1 else row.new_tensor(math.nan)
+                              for row, kept in zip(rewards, scored)])
     columns = {
-        "reward": rewards.mean(-1), "reward_std": rewards.std(-1), "regularised_reward": r_beta.mean(-1),
+        "reward": scored_mean(rewards, scored), "reward_std": spread, "regularised_reward": scored_mean(r_beta, scored),
         "kl_to_anchor": (logp - anchor_logp).mean(-1), "length": rollout.mask.sum(-1).double().mean(-1),
         "entropy": -rollout.logprobs.sum(-1).mean(-1), "loss": loss, "gradient_norm": norms}
     values = {name: column.detach().tolist() for name, column in columns.items()}

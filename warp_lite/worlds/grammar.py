@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..policies.prompts import Prompts, encode_prompts, pad_right
+from ..policies.prompts import Prompts, encode_prompts, ended_ids, pad_right
 
 # The grammar: each state has words and the states that may follow, so the pairs of neighbouring
 # words that it can produce are known exactly. A "+" or "-" at the end of a state is its sentiment.
@@ -154,7 +154,6 @@ class GoldReward:
     def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
         """Gold rewards of texts; without `completion_ids` every text counts as ended."""
         if completion_ids is None:
-            texts = [f"{text} {self.tokenizer.eos_token}" for text in completions]
-            completion_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            completion_ids = ended_ids(self.tokenizer, completions)
         ids, mask = pad_right(completion_ids, self.tokenizer.pad_token_id)
         return self.from_ids(encode_prompts(self.tokenizer, prompts), ids, mask).tolist()
