@@ -24,8 +24,9 @@ from .policies.precision import full_precision
 from .policies.prompts import check_ids, encode_prompts, room_for_prompts
 from .result import ETAS, Iteration, WarpResult
 from .rewards.calling import reward_name
-from .storage.files import load_tensors, read_json, save_tensors, weights_hash, write_json
+from .storage.files import read_json, write_json
 from .storage.provenance import __version__, json_hash
+from .storage.tensors import load_tensors, save_tensors, weights_hash
 from .training.batched import SHARED, train_batched
 from .training.memory import MEMORY_SHARE, free_memory, training_memory
 from .training.run import Run
@@ -117,7 +118,7 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
             raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
         jobs[name] = [_Job(name, config.replace(seed=seed), own, WarpResult(
             config.replace(seed=seed), policy, tokenizer, reward, held_out.given, sft, gold=gold, texts=texts,
-            train_prompts=encoded.given), [sft] * config.runs) for seed in seeds]
+            train_prompts=encoded.given, eval_columns=held_out.columns), [sft] * config.runs) for seed in seeds]
     flat = [job for some in jobs.values() for job in some]
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in flat) + 1):

@@ -12,8 +12,9 @@ from .policies.loading import load_policy
 from .result import NARROW, Iteration, WarpResult, run_settings
 from .rewards.loading import load_reward
 from .storage.files import first_line, read_json, vouched
+from .storage.run_config import read_config
 from .training.run import Failure
-from .training.run_folder import COPY, RunFolder, read_config
+from .training.run_folder import COPY, RunFolder
 
 
 def load_result(path, reward=None, gold=None, texts=None, device="cpu") -> WarpResult:

@@ -21,10 +21,12 @@ from .policies.loading import save_policy
 from .policies.prompts import Prompts, encode_prompts, room_for_prompts
 from .policies.sampling import completions_text, sample
 from .rewards.calling import mean_reward, reward_name
-from .storage.files import locked, weights_hash
+from .storage.files import locked
 from .storage.provenance import json_hash
+from .storage.run_config import check_out
+from .storage.tensors import weights_hash
 from .training.run import Failure, RunState
-from .training.run_folder import RunFolder, check_out
+from .training.run_folder import RunFolder
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts
@@ -82,9 +84,11 @@ class WarpResult:
     @property
     def held_out(self) -> Prompts:
         """The held-out prompts, encoded."""
-        encoded = self._encode(self.eval_prompts)
-        encoded.columns = self.eval_columns
-        return encoded
+        return self._encode(self.eval_rows())
+
+    def eval_rows(self, count: int | None = None) -> dict[str, list]:
+        """The first `count` held-out prompts (default: all) and their columns, as `encode_prompts` takes them."""
+        return {name: values[:count] for name, values in {"prompt": self.eval_prompts, **self.eval_columns}.items()}
 
     @property
     def judge(self) -> Callable:

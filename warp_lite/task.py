@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .policies.precision import compute_dtype, full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
 from .result import WarpResult
 from .rewards.bradley_terry import BradleyTerry
+from .storage.provenance import json_hash
 from .training.executors import EXECUTORS
 from .worlds.grammar import GoldReward
 
@@ -46,9 +48,9 @@ class World:
 
 
 def checked_input(policy, tokenizer, reward, prompts, config, executor, on_failure, eval_prompts, gold, texts,
-                  source) -> tuple[WarpResult, Prompts, list[Callable]]:
+                  source, kept=None) -> tuple[WarpResult, Prompts, list[Callable]]:
     """A result with nothing in it yet, the encoded training prompts and the reward of each run, or the
-    ValueError or TypeError that says what cannot be used."""
+    ValueError or TypeError that says what cannot be used. `kept` is what a folder that is resumed holds out."""
     if not isinstance(policy, torch.nn.Module):
         raise TypeError(f"policy is {type(policy).__name__}; pass a causal LM, or the name or folder of one")
     if not isinstance(config, WarpConfig):
@@ -72,7 +74,7 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, on_failu
     room = room_for_prompts(policy, config.max_new_tokens)
     encoded = encode_prompts(tokenizer, prompts, room)
     if eval_prompts is None:
-        encoded, held_out = hold_out(encoded)
+        encoded, held_out = hold_out(encoded, kept=kept)
     else:
         held_out = encode_prompts(tokenizer, eval_prompts, room)
     for prompts in (encoded, held_out):
@@ -87,15 +89,25 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, on_failu
     return result, encoded.to(policy.device), rewards
 
 
-def hold_out(prompts: Prompts) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts: every fifth distinct one is held out.
+def hold_out(prompts: Prompts, held_out: int = 512, kept: Sequence | None = None) -> tuple[Prompts, Prompts]:
+    """Training and held-out prompts: of the distinct ones every fifth is held out, or as many, evenly spread, as make
+    no more than `held_out`.
 
+    `kept` are the prompts that a run folder holds out already, as they were given: those are held out again.
     Raises ValueError for fewer than two distinct prompts.
     """
-    distinct = list(dict.fromkeys(prompts.texts))
+    first = {}  # where each distinct prompt stands for the first time
+    for i, text in enumerate(prompts.texts):
+        first.setdefault(text, i)
+    distinct = list(first)
     if len(distinct) < 2:
         raise ValueError("there is only one distinct prompt and none can be held out; give more, or eval_prompts")
-    chosen = set(distinct[::5])
-    held_out = np.array([prompts.texts.index(text) for text in distinct if text in chosen])
+    chosen = set(distinct[::max(5, math.ceil(len(distinct) / held_out))])
+    if kept is not None:
+        given = {json_hash(prompts.given[i]): text for text, i in first.items()}
+        again = {given.get(json_hash(prompt)) for prompt in kept}
+        if None not in again and 0 < len(again) < len(distinct):  # else they are other prompts, which is refused later
+            chosen = again
+    apart = np.array([i for text, i in first.items() if text in chosen])
     rest = np.array([i for i, text in enumerate(prompts.texts) if text not in chosen])
-    return prompts.batch(rest), prompts.batch(held_out)
+    return prompts.batch(rest), prompts.batch(apart)

@@ -26,12 +26,13 @@ from .policies.prompts import Prompts
 from .result import Iteration, WarpResult, run_settings, write_iteration, write_start
 from .storage.files import locked
 from .storage.provenance import pinned_threads
+from .storage.run_config import check_out, kept_prompts
 from .task import checked_input
 from .training.executors import EXECUTORS, remote_workers, same_executor
 from .training.iteration import train_runs, try_rewards
 from .training.memory import fitting_executor
 from .training.run import Run
-from .training.run_folder import RunFolder, check_out
+from .training.run_folder import RunFolder
 
 
 def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConfig | None = None, out=None,
@@ -64,7 +65,8 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     if workers is not None and lora is not None:
         raise ValueError("adapters (lora) train in this process alone; leave out executor='ray', or lora")
     result, prompts, rewards = checked_input(policy, tokenizer, reward, prompts, config or WarpConfig(), executor,
-                                             on_failure, eval_prompts, gold, texts, source)
+                                             on_failure, eval_prompts, gold, texts, source,
+                                             kept=kept_prompts(out, resume).get("eval"))
     result.lora = lora
     config, was_training = result.config, policy.training
     adapters = None if lora is None else adapter_trainer(policy, lora)

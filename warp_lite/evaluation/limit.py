@@ -24,8 +24,8 @@ from ..result import WarpResult
 from ..rewards.bradley_terry import BradleyTerry
 from ..rewards.calling import rollout_rewards
 from ..rewards.classifiers import ClassifierReward
-from ..storage.files import load_tensors, save_tensors, weights_hash
 from ..storage.provenance import cache_folder, json_hash
+from ..storage.tensors import load_tensors, save_tensors, weights_hash
 from .front import MIN_ESS
 from .metrics import rows_at_once
 

@@ -23,6 +23,8 @@ from ..policies.prompts import is_conversation
 from ..policies.sampling import Rollout, completion_ids
 from .classifiers import PipelineReward
 
+LEFT_OUT = ("completion", "completion_ids")  # columns that no reward is given, as by TRL
+
 
 def mean_reward(rewards: Sequence[Callable]) -> Callable:
     """The mean of several rewards, as one."""
@@ -66,7 +68,8 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
     completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
     if is_conversation(given[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    values = call_reward(reward, given, completions, **{**rollout.prompts.columns, "completion_ids": ids})
+    columns = {name: values for name, values in rollout.prompts.columns.items() if name not in LEFT_OUT}
+    values = call_reward(reward, given, completions, **columns, completion_ids=ids)
     try:
         values = values.detach().tolist() if isinstance(values, Tensor) else values
         values = [math.nan if value is None else float(value) for value in values]
@@ -82,7 +85,7 @@ def _same_tokens(first, second) -> bool:
     return first is second or first.get_vocab() == second.get_vocab()
 
 
-def call_reward(reward, prompts: list[str], completions: list[str], **kwargs):
+def call_reward(reward, prompts: list[str], completions: list[str], /, **kwargs):
     """Call a reward function with those arguments that it takes.
 
     By keyword, as TRL does, if it names `completions` or `completion_ids` or takes nothing but
@@ -103,7 +106,7 @@ def call_reward(reward, prompts: list[str], completions: list[str], **kwargs):
     return reward(**accepted(reward, prompts=prompts, completions=completions, **kwargs))
 
 
-def accepted(reward, **kwargs) -> dict:
+def accepted(reward, /, **kwargs) -> dict:
     """Those keyword arguments that the function takes."""
     parameters = inspect.signature(reward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ..policies.hub import local
 from ..policies.loading import from_pretrained, load_tokenizer, reading
-from ..policies.prompts import is_conversation
+from ..policies.prompts import is_conversation, without_bos
 
 
 class ClassifierReward:
@@ -131,7 +131,8 @@ def joined_texts(prompts: list, completions: list, tokenizer) -> tuple[list[str]
     Conversations are joined by the tokenizer's chat template, which writes them, or else line by line.
     """
     if not is_conversation(prompts[0]):
-        return [join_text(prompt, completion) for prompt, completion in zip(prompts, completions)], False
+        texts = [join_text(prompt, completion) for prompt, completion in zip(prompts, completions)]
+        return without_bos(tokenizer, texts), False
     whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
     if tokenizer.chat_template is not None:
         return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in whole], True

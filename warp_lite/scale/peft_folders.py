@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..averaging.liti import check_eta
 from ..averaging.state_dicts import widen
-from ..storage.files import load_tensors, read_json
+from ..storage.files import read_json
 from ..storage.model_folders import appearing_whole, carry_over, free_folder, open_checkpoint
-from ..training.run_folder import read_config
+from ..storage.run_config import read_config
+from ..storage.tensors import load_tensors
 from .adapters import Adapter, changed, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

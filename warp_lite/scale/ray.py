@@ -31,10 +31,12 @@ from ..policies.prompts import Prompts
 from ..result import WarpResult
 from ..rewards.calling import reward_name
 from ..rewards.loading import load_reward
-from ..storage.files import first_line, weights_hash
+from ..storage.files import first_line
 from ..storage.provenance import pinned_threads
+from ..storage.run_config import read_config
+from ..storage.tensors import weights_hash
 from ..training.run import Run
-from ..training.run_folder import RunFolder, read_config
+from ..training.run_folder import RunFolder
 from ..training.serial import train_serial
 
 POLL = 0.25  # seconds between two looks at what the workers have done

@@ -48,9 +48,10 @@ from ..averaging.state_dicts import copy_weights, is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
-from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
+from ..policies.prompts import Prompts, encode_prompts, reading_prompts, room_for_prompts
 from ..result import WarpResult, run_settings, write_start
 from ..storage.provenance import pinned_threads
+from ..storage.run_config import kept_prompts
 from ..task import hold_out
 from ..training.run import RunState
 from ..training.run_folder import RunFolder
@@ -88,7 +89,8 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     from accelerate import PartialState
 
     config, args = agree(config or WarpConfig(), args)
-    result, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source)
+    result, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source,
+                              kept_prompts(out, resume).get("eval"))
     settings, processes = run_settings(result) | {"trl": chosen(args)}, PartialState()
     if processes.is_main_process:
         folder = RunFolder(out, settings, result.sft, resume)
@@ -128,8 +130,9 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(
             model=model, reward_funcs=list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else reward_funcs,
-            args=run_arguments(args, config, folder, i, m), train_dataset=dataset, processing_class=tokenizer,
-            reward_processing_classes=reward_processing_classes, callbacks=list(callbacks))
+            args=run_arguments(args, config, folder, i, m), train_dataset=dataset,
+            processing_class=reading_prompts(tokenizer), reward_processing_classes=reward_processing_classes,
+            callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)  # a line a step: metrics.jsonl has them
     for scored in filter(None, (model, trainer.ref_model)):
         place_by_mask(trainer.accelerator.unwrap_model(scored))
@@ -242,7 +245,8 @@ def agree(config: WarpConfig, args):
         **({"max_grad_norm": args.max_grad_norm / length} if args.max_grad_norm else {})), args
 
 
-def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config: WarpConfig, args, source):
+def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config: WarpConfig, args, source,
+            kept: Sequence | None = None):
     """A result with nothing in it yet and the data set to train on, or the ValueError or TypeError that says what
     cannot be used."""
     from datasets import Dataset
@@ -272,7 +276,7 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
     room = room_for_prompts(policy, config.max_new_tokens)
     prompts = encode_prompts(tokenizer, train_dataset, room)
     if eval_prompts is None:
-        prompts, held_out = hold_out(prompts)
+        prompts, held_out = hold_out(prompts, kept=kept)
         apart = set(held_out.texts)
         train_dataset = train_dataset.select([n for n, text in enumerate(train_dataset["prompt"]) if text not in apart])
     else:

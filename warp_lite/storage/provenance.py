@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 import platformdirs
-import torch
 
 __version__ = "0.1.0"
 
@@ -22,6 +21,8 @@ __version__ = "0.1.0"
 @contextmanager
 def pinned_threads(count: int) -> Iterator[None]:
     """That many threads in torch: sums may round otherwise with another number of them."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -32,6 +33,8 @@ def pinned_threads(count: int) -> Iterator[None]:
 
 def provenance() -> dict:
     """What made a result: package versions, commit, host facts."""
+    import torch
+
     packages = {}
     for name in ("warp-lite", "torch", "transformers", "numpy", "safetensors"):
         try:

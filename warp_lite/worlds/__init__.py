@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 TINY = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3"}
@@ -20,7 +19,9 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     Raises ValueError that names what is missing.
     """
     from ..policies.loading import load_policy, pick_device
-    from ..task import World
+    from ..policies.prompt_sources import read_prompts
+    from ..policies.prompts import encode_prompts
+    from ..task import World, hold_out
     from .reviews import reviews_world
 
     device = pick_device(device)
@@ -43,11 +44,11 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     from ..rewards.loading import load_reward
 
     model, tokenizer = load_policy(folder / "policy", device=device)
-    prompts = _read(folder / "prompts.jsonl")
+    prompts = read_prompts(folder / "prompts.jsonl")
     if (folder / "eval_prompts.jsonl").is_file():
-        held_out = _read(folder / "eval_prompts.jsonl")
+        held_out = read_prompts(folder / "eval_prompts.jsonl")
     else:
-        held_out, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
+        prompts, held_out = (part.rows_given() for part in hold_out(encode_prompts(tokenizer, prompts)))
     reward = load_reward(str(folder / "reward"), device)
     return World(model, tokenizer, reward, None, prompts, held_out, None, folder, {})
 
@@ -61,10 +62,3 @@ def load_rewards(name: str, device="cpu"):
         return load_reward(IMDB[name].reward, device), None, None
     world = load_world(name, device=device)
     return world.reward, world.gold, world.texts
-
-
-def _read(path: Path) -> list:
-    try:
-        return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} wants a JSON object with a \"prompt\" in each line") from error

@@ -56,7 +56,7 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
     if not result.iterations:
         raise ValueError("the result has no iterations to explore; run_warp returns one that has")
     etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
-    shown = result.eval_prompts[:prompts]
+    shown = result.eval_rows(prompts)
     keys = _keys(result, lambdas)
     places = [(key, eta) for key in keys for eta in etas[1:]]
     per_prompt = max(1, math.ceil(samples / len(result.eval_prompts)))
@@ -80,7 +80,7 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
     return {"etas": list(map(float, etas)), "lambdas": list(lambdas), "lines": lines,
             "iterations": sorted({key[0] for key in keys}), "runs": sorted({key[1] for key in keys}),
             "gold": result.gold is not None, "unit": getattr(result.judge, "unit", "reward units"),
-            "prompts": result.held_out.texts[:len(shown)], "samples": per_prompt * len(result.eval_prompts),
+            "prompts": result.held_out.texts[:prompts], "samples": per_prompt * len(result.eval_prompts),
             "trajectories": [dict(row) for row in result.trajectories], "limit": [dict(p) for p in limit]}
 
 
@@ -114,23 +114,25 @@ def measure_points(result, states: Sequence[Weights], etas: Sequence[float], pro
 
 
 @torch.no_grad()
-def sample_completions(result, states: Sequence[Weights], prompts: Sequence[str], seed: int = 0) -> list[list[str]]:
+def sample_completions(result, states: Sequence[Weights], prompts, seed: int = 0) -> list[list[str]]:
     """One completion of each prompt by each of the policies, all with the same random numbers."""
     config = result.config
     encoded = encode_prompts(result.tokenizer, prompts, room_for_prompts(result.model, config.max_new_tokens))
+    count = len(encoded)
     encoded = encoded.to(result.model.device).repeat(len(states))                                # (E, B, P)
-    uniforms = evaluation_uniforms(seed, len(prompts), 1, config.max_new_tokens, result.model.device)
+    uniforms = evaluation_uniforms(seed, count, 1, config.max_new_tokens, result.model.device)
     forward = make_forward(result.model)
     weights = forward.prepare(stack(states, result.model.device))
     rollout = sample(forward, weights, encoded, uniforms.expand(len(states), -1, -1), result.tokenizer,
                      config.temperature)
     texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout.ids, rollout.mask)]
-    return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
+    return [texts[start:start + count] for start in range(0, len(texts), count)]
 
 
 def estimate_limit(result, fast: bool = False, progress: bool = True) -> list[dict]:
     """The limit on (some of) the held-out prompts, with the gold reward of the same optimum where there is one."""
-    prompts, samples = result.eval_prompts[:LIMIT_PROMPTS], FAST_LIMIT_SAMPLES if fast else LIMIT_SAMPLES
+    prompts = result.held_out.batch(np.arange(min(LIMIT_PROMPTS, len(result.eval_prompts))))
+    samples = FAST_LIMIT_SAMPLES if fast else LIMIT_SAMPLES
     wanted = [result.judge, *([result.gold] if result.gold is not None else [])]
     with tqdm(total=len(prompts) * samples, desc="limit", unit="sample", disable=None if progress else True,
               leave=False) as bar:
