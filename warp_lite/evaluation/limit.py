@@ -8,6 +8,7 @@ stands beside it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..result import WarpResult
 from ..rewards.bradley_terry import BradleyTerry
 from ..rewards.calling import rollout_rewards
 from ..rewards.classifiers import ClassifierReward
+from ..storage.files import CannotWrite
 from ..storage.provenance import cache_folder, json_hash
 from ..storage.tensors import load_tensors, save_tensors, weights_hash
 from .front import MIN_ESS
@@ -182,7 +184,10 @@ def limit_rewards(result: WarpResult, samples: int | None = None) -> tuple[Tenso
                                    temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     kept = dict(zip(("reward", "gold"), values))
     if path is not None:
-        save_tensors(kept, path)
+        try:
+            save_tensors(kept, path)
+        except CannotWrite as error:
+            print(f"warp-lite: the limit's samples are drawn again next time: {error}", file=sys.stderr)
     return kept["reward"], kept.get("gold")
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -60,3 +61,17 @@ def json_hash(value) -> str:
 def cache_folder() -> Path:
     """Where trained artefacts are kept: $WARP_LITE_CACHE, or the user's cache folder."""
     return Path(os.environ.get("WARP_LITE_CACHE") or platformdirs.user_cache_dir("warp-lite"))
+
+
+def writable_cache() -> Path:
+    """`cache_folder`, made where it is missing. Raises ValueError where it cannot be written: asked before anything is
+    trained for it."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"the cache folder {folder} cannot be written ({error.strerror}); set WARP_LITE_CACHE to one "
+                         "that can") from error
+    return folder

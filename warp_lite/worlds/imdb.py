@@ -27,7 +27,7 @@ from ..policies.prompts import opening_ids, pad_right
 from ..policies.randomness import WORLD, generator
 from ..rewards.loading import load_reward
 from ..storage.files import first_line
-from ..storage.provenance import cache_folder, json_hash
+from ..storage.provenance import cache_folder, json_hash, writable_cache
 from ..storage.tensors import weights_hash
 from ..task import World
 
@@ -121,6 +121,7 @@ def fine_tuned(model, tokenizer, texts: Sequence[str], settings: ImdbSettings, p
            weights_hash(parameters(model))]
     folder = cache_folder() / f"imdb-{json_hash(key)[:12]}"
     if not (folder / "sft" / "config.json").is_file():
+        writable_cache()
         with torch.random.fork_rng():  # dropout, where the architecture has any
             torch.manual_seed(settings.seed)
             train_on_texts(model, tokenizer, texts, settings, progress)

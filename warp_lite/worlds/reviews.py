@@ -28,7 +28,7 @@ from ..policies.prompts import encode_prompts, pad_right
 from ..policies.randomness import WORLD, generator
 from ..policies.sampling import sample
 from ..rewards.bradley_terry import BradleyTerry, train_bradley_terry
-from ..storage.provenance import cache_folder
+from ..storage.provenance import cache_folder, writable_cache
 from ..task import World
 from .grammar import MAX_COMPLETION, TASTES, GoldReward, make_tokenizer, prompt_texts, reviews
 
@@ -70,6 +70,7 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     settings = ReviewsSettings(architecture=architecture, seed=seed, **settings)
     folder = cache_folder() / f"reviews-{settings_hash(settings)}"
     if not (folder / "world.json").is_file():
+        writable_cache()
         build(settings, folder, progress)
     model, tokenizer = load_policy(folder / "sft")
     facts = json.loads((folder / "world.json").read_text())
