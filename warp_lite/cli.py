@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
                      help="what of that label is the reward (default: logit)")
     run.add_argument("--prompts", metavar="FILE",
                      help=f"prompts to train on: {FORMATS}; further fields of a line go to the reward")
-    run.add_argument("--eval-prompts", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
+    run.add_argument("--eval-prompts", metavar="FILE",
+                     help="held-out prompts, such a file too (default: a fifth of --prompts, 512 at most)")
     run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                      help="change a setting of WarpConfig; may be repeated")
     run.add_argument("--executor", choices=("batched", "serial", "ray"), default="batched",
@@ -296,12 +297,10 @@ def front_command(arguments) -> int:
 
 def claims_command(arguments) -> int:
     """`warp-lite claims`."""
-    from .evidence.claims import pick
-    from .evidence.report import run_claims, run_noise_map, run_tuning
-
-    chosen = pick(arguments.only)
     if arguments.list:
-        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in chosen))
+        from .evidence.claims import pick
+
+        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in pick(arguments.only)))
         return 0
     if arguments.out is None:
         raise ValueError("--out is missing; name a folder for claims.json, the table and the figures")
@@ -314,6 +313,11 @@ def claims_command(arguments) -> int:
                          f"{arguments.seed_offset}")
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
+
+    from .evidence.claims import pick
+    from .evidence.report import run_claims, run_noise_map, run_tuning
+
+    chosen = pick(arguments.only)
     with keeping(f"every finished study is kept in {out}; the same command goes on from there"):
         if arguments.tune:
             text = run_tuning(out, arguments.world, arguments.workers)

@@ -107,7 +107,7 @@ def prompt_columns(prompts) -> tuple[list, dict[str, list]]:
 
 
 def columns_of_rows(rows: Sequence[Mapping]) -> dict[str, list]:
-    """Rows as columns, None where one has no value, as `datasets` does. ValueError for a row without a "prompt"."""
+    """Rows as columns, None where one has no value. ValueError for a row without a "prompt"."""
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
             if isinstance(row, Mapping) and {"role", "content"} <= row.keys():
