@@ -44,7 +44,7 @@ def run_warp(policy, tokenizer=None, reward=None, prompts=None, config: WarpConf
     Everything is computed and stored in float32 or wider; a narrower policy is widened first.
     policy: a model, or a name or folder (then its tokenizer comes with it). reward: a function of
     TRL's signature, or a list with one for each of the M runs. prompts: a list of str, or a data set
-    with a `prompt` column; without `eval_prompts` a fifth of them is held out. executor: "batched"
+    with a `prompt` column; without `eval_prompts` every fifth is held out (`task.hold_out`). executor: "batched"
     trains the M runs as one program where that fits in memory, "serial" one after the other, "ray" (or a
     `RayExecutor` with settings) as tasks of Ray, with the policies that "serial" gives.
     out: a run folder, written as the run goes; with resume=True an unfinished one is continued.

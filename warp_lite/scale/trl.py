@@ -48,6 +48,7 @@ from ..averaging.state_dicts import copy_weights, is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
+from ..policies.prompt_sources import prompt_columns
 from ..policies.prompts import Prompts, encode_prompts, reading_prompts, room_for_prompts
 from ..result import WarpResult, run_settings, write_start
 from ..storage.provenance import pinned_threads
@@ -72,7 +73,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
 
     policy: the name or folder of a causal LM, or a model with its `tokenizer`. reward_funcs: TRL's, a function,
     a classifier's name, or a list whose rewards are summed. train_dataset: a `datasets.Dataset` with a `prompt`
-    column of texts (or a list of str); a fifth of its distinct prompts is held out unless `eval_prompts` are given.
+    column of texts (or a list of str); some of its distinct prompts are held out (`task.hold_out`) unless `eval_prompts` are given.
 
     args: your RLOOConfig. It is respected but for what is WARP's: steps, β and the moving reference are `config`'s,
     each run has a seed and so an order of prompts of its own, dropout is off, and TRL saves no checkpoints (it would
@@ -267,7 +268,8 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
         if not is_finite(tensor):
             raise ValueError(f"the policy has NaN or infinite weights in {name!r}; start from a sound one")
     if isinstance(train_dataset, (list, tuple)):
-        train_dataset = Dataset.from_dict({"prompt": list(train_dataset)})
+        prompts, columns = prompt_columns(train_dataset)
+        train_dataset = Dataset.from_dict({"prompt": prompts, **columns})
     if not isinstance(train_dataset, Dataset):
         raise TypeError(f"train_dataset is {type(train_dataset).__name__}; pass a datasets.Dataset, which is no stream")
     if "prompt" in train_dataset.column_names and train_dataset and not isinstance(train_dataset[0]["prompt"], str):

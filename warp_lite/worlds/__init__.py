@@ -12,7 +12,7 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     """The world of that name: "tiny-gpt2", "tiny-gemma", "gpt2-imdb", "gemma-imdb", or a folder that holds one.
 
     A folder has `policy/` (a causal LM with its tokenizer), `reward/` (a reward model or a sequence
-    classifier) and `prompts.jsonl` (a "prompt" in each line; a fifth is held out, or what
+    classifier) and `prompts.jsonl` (a "prompt" in each line; as many as `hold_out` says are held out, or what
     `eval_prompts.jsonl` has). It has no gold reward and no held-out texts.
     Policy and reward model stand on `device`; "auto" is the first GPU, or the CPU where there is none.
     With `small`, small repositories made here stand in the place of the hub's (see `small_hub`).
