@@ -73,7 +73,8 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
 
     policy: the name or folder of a causal LM, or a model with its `tokenizer`. reward_funcs: TRL's, a function,
     a classifier's name, or a list whose rewards are summed. train_dataset: a `datasets.Dataset` with a `prompt`
-    column of texts (or a list of str); some of its distinct prompts are held out (`task.hold_out`) unless `eval_prompts` are given.
+    column of texts (or a list of str or of rows); some of its distinct prompts are held out (`task.hold_out`) unless
+    `eval_prompts` are given.
 
     args: your RLOOConfig. It is respected but for what is WARP's: steps, β and the moving reference are `config`'s,
     each run has a seed and so an order of prompts of its own, dropout is off, and TRL saves no checkpoints (it would
