@@ -4,7 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.setup-done
-# Two workers of one thread each, for two cores.
+# Threads that wait let others have the core, also in what imports torch before warp_lite (see warp_lite/__init__.py).
+export OMP_WAIT_POLICY ?= PASSIVE
+# Two workers of one thread each, for two cores; results round by the number of threads, and children must agree.
 # worksteal, as all notebooks are run from one module, which loadscope would leave to one worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 UV := build/uv/bin/uv

@@ -18,6 +18,7 @@ from warp_lite import slerp
 from warp_lite.averaging.state_dicts import parameters
 from warp_lite.cli import main, parse_etas, read_prompts
 from warp_lite.policies.loading import load_policy, save_policy
+from warp_lite.storage.files import locked
 
 SHORT = [f"--set={setting}" for setting in (
     "iterations=2", "runs=2", "steps=4", "batch_size=3", "lr=1e-2", "max_new_tokens=5", "eval_every=2", "save_every=2")]
@@ -331,7 +332,7 @@ def test_a_line_of_json_too_deep_to_read_is_refused(tmp_path):
     (["--help"], ["run", "merge", "front"]),
     (["run", "--help"], ["--preset", "tiny-gemma", "--policy", "--reward", "--prompts", "--eval-prompts",
                          "--set NAME=VALUE", "--executor", "--ray-address", "--ray-cpus", "--ray-gpus", "--resume",
-                         "--out", "a fifth of"]),
+                         "--out", "a fifth of", ".jsonl", "512"]),
     (["merge", "--help"], ["--init", "--policies", "--method", "--eta", "--out", "default: slerp"]),
     (["front", "--help"], ["DIR", "--etas", "--prompts", "front.json and front.png"])])
 def test_help_names_every_option(capsys, arguments, words):
@@ -340,6 +341,29 @@ def test_help_names_every_option(capsys, arguments, words):
     out, err = capsys.readouterr()
     text = " ".join(out.split())
     assert stop.value.code == 0 and err == "" and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("arguments, code", [
+    ("--help", 0), ("run --help", 0), ("front --help", 0), ("merge --help", 0), ("claims --help", 0), ("", 2),
+    ("ran", 2), ("run --preset tiny", 2), ("run --out out", 2), ("run --preset large --out out", 2),
+    ("run --preset tiny --set lr=high --out out", 2), ("run --preset tiny --set rate=1 --out out", 2),
+    ("run --preset tiny --out prompts.txt", 2), ("run --preset tiny --out .", 2), ("run --preset tiny --out run", 2),
+    ("run --preset tiny --out taken", 2), ("run --policy p --reward r --prompts absent.txt --out out", 2),
+    ("run --policy p --reward r --prompts prompts.csv --out out", 2), ("front .", 2), ("claims", 2),
+    ("claims --out . --seeds 0", 2)])
+def test_help_and_what_is_refused_do_not_wait_for_torch(tmp_path, arguments, code):
+    for name in ("prompts.txt", "prompts.csv"):
+        (tmp_path / name).write_text("this film\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"settings": {}, "provenance": {"threads": 1}}')
+    program = ("import sys\nfrom warp_lite.cli import main\ntry:\n    code = main(sys.argv[1:])\n"
+               "except SystemExit as stop:\n    code = stop.code\n"
+               "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+               "assert not heavy, heavy\nsys.exit(code)")
+    with locked(tmp_path / "taken"):
+        done = subprocess.run([sys.executable, "-c", program, *arguments.split()], cwd=tmp_path, capture_output=True,
+                              text=True)
+    assert done.returncode == code and len(done.stderr.splitlines()) == (code == 2), done.stderr
 
 
 @pytest.mark.parametrize("error, code, message", [

@@ -1,6 +1,7 @@
 """The three places that name packages agree: pyproject.toml (ranges), requirements.txt (the lock), environment.yml."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -170,3 +171,31 @@ def test_the_repository_address_stands_once():
     address = PROJECT["urls"]["Repository"]
     assert re.fullmatch(r"https://github\.com/[^/]+/warp-lite", address)
     assert PROJECT_TEXT.count(address) == 1
+
+
+@pytest.mark.parametrize("program, environment, expected", [
+    ("import warp_lite", {}, "PASSIVE"),
+    ("import warp_lite.cli", {}, "PASSIVE"),
+    ("import warp_lite.notebooks.start", {}, "PASSIVE"),
+    ("import warp_lite", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+    ("import warp_lite", {"GOMP_SPINCOUNT": "1000"}, None),
+    ("import warp_lite", {"KMP_BLOCKTIME": "1"}, None),
+    ("sys.modules['torch'] = None\nimport warp_lite", {}, None),  # too late: torch has read it
+])
+def test_waiting_threads_let_others_have_the_core_unless_the_user_says_how_they_wait(program, environment, expected):
+    own = {name: value for name, value in os.environ.items()
+           if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
+    program = f"import os, sys\n{program}\nprint(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run([sys.executable, "-c", program], env={**own, **environment}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(expected), done.stderr
+
+
+def test_torch_reads_how_threads_wait_after_the_package_has_set_it():
+    """The libgomp in torch's wheels says so itself; other builds of OpenMP have other words."""
+    own = {name: value for name, value in os.environ.items()
+           if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
+    done = subprocess.run([sys.executable, "-c", "import warp_lite, torch"], capture_output=True, text=True,
+                          env={**own, "OMP_DISPLAY_ENV": "VERBOSE"})
+    if "GOMP" not in done.stderr:
+        pytest.skip("torch runs on another OpenMP than libgomp")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr and "GOMP_SPINCOUNT = '0'" in done.stderr

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 from warp_lite import WarpConfig
 from warp_lite.notebooks import plans
 from warp_lite.notebooks.__main__ import paths
+from warp_lite.notebooks.start import begin, checked_parameters
 
 
 def on_paper(config):
@@ -58,3 +59,32 @@ def test_runs_of_real_models_are_kept_where_out_says_or_for_the_time_being(gpt2_
     assert plans.kept_runs(str(tmp_path), gpt2_policy) is None
     assert plans.kept_runs(str(tmp_path), gpt2) == tmp_path / "runs"
     assert plans.kept_runs("", gpt2).parent.is_dir()
+
+
+@pytest.mark.parametrize("fast, taken", [(True, True), (False, False), ("false", False), ("true", True), ("False", 0)])
+def test_fast_may_be_a_word_as_a_shell_writes_it(fast, taken):
+    assert checked_parameters("tiny-gpt2", fast, 0, "cpu", "") == taken
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"model": 3}, "MODEL must be the name of a world, or a folder, not 3"), ({"model": ""}, "MODEL must be"),
+    ({"fast": "no"}, "FAST must be True or False, not 'no'"), ({"fast": 1}, "FAST must be"),
+    ({"fast": None}, "FAST must be"), ({"seed": "abc"}, "SEED must be a whole number, 0 or more, not 'abc'"),
+    ({"seed": True}, "SEED must be"), ({"seed": -1}, "SEED must be"), ({"seed": 0.5}, "SEED must be"),
+    ({"device": 0}, "DEVICE must be a text"), ({"device": ""}, "DEVICE must be"), ({"out": None}, "OUT must be"),
+    ({"out": 1}, "OUT must be the name of a folder")])
+def test_a_parameter_of_another_type_is_named_in_one_line_before_a_world_is_loaded(changed, words, monkeypatch):
+    monkeypatch.setattr("warp_lite.notebooks.start.load_world", lambda *a, **k: pytest.fail("it loaded a world"))
+    sound = {"model": "tiny-gpt2", "fast": True, "seed": 0, "device": "cpu", "out": ""}
+    with pytest.raises(ValueError, match=f"the parameter {words}") as caught:
+        begin(**{**sound, **changed})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_notebook_begins_with_its_world_named_in_a_line(world, monkeypatch, capsys):
+    monkeypatch.setenv("WARP_LITE_MODEL", "tiny-gpt2")
+    monkeypatch.setenv("WARP_LITE_FAST", "1")
+    model, fast, begun = begin("absent", "false", 0, "cpu", "")
+    assert (model, fast, begun.facts) == ("tiny-gpt2", True, world.facts)
+    assert capsys.readouterr().out == ("tiny-gpt2: 107,712 parameters, 320 prompts to train on and 64 held out; "
+                                       "fast mode on cpu\n")

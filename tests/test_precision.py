@@ -194,8 +194,9 @@ class FakeTokenizer:
     """Prompts of one token."""
 
     pad_token_id = 0
+    bos_token_id = eos_token_id = None
 
-    def __call__(self, texts):
+    def __call__(self, texts, **options):
         return {"input_ids": [[1] for _ in texts]}
 
 

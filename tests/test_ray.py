@@ -21,7 +21,8 @@ from warp_lite.cli import main
 from warp_lite.policies.loading import save_policy
 from warp_lite.policies.prompts import encode_prompts
 from warp_lite.scale.ray import Job, RayExecutor, last_row, train_run
-from warp_lite.storage.files import read_lines, weights_hash
+from warp_lite.storage.files import read_lines
+from warp_lite.storage.tensors import weights_hash
 from warp_lite.task import Task
 
 ray = pytest.importorskip("ray")

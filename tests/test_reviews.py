@@ -13,6 +13,7 @@ from warp_lite.evaluation.metrics import perplexity
 from warp_lite.policies.prompts import encode_prompts, encode_texts, pad_right
 from warp_lite.policies.randomness import WORLD, generator
 from warp_lite.policies.sampling import Policies
+from warp_lite.worlds import load_world
 from warp_lite.worlds import reviews as module
 from warp_lite.worlds.grammar import (
     EMPHASIS,
@@ -291,3 +292,20 @@ def test_the_world_of_gemma_builds_and_samples(cache):
     found = evaluate(world.policy, world.policy, world.reward, world.eval_prompts.given[:4], world.tokenizer,
                      gold=world.gold)
     assert abs(found.kl) < 1e-4 and math.isfinite(found.reward) and math.isfinite(found.gold)
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WARP_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("warp_lite.worlds.reviews.build", lambda *a: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match="the cache folder .*cache cannot be written .*; set WARP_LITE_CACHE to one"):
+        reviews_world("gpt2", progress=False)
+    monkeypatch.delenv("WARP_LITE_HUB", raising=False)
+    with pytest.raises(ValueError, match="the cache folder .* cannot be written"):
+        load_world("gpt2-imdb", progress=False, small=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_world_that_is_in_the_cache_is_read_from_one_that_cannot_be_written(world, monkeypatch):
+    monkeypatch.setattr("warp_lite.worlds.reviews.writable_cache", lambda: pytest.fail("it is not written"))
+    assert reviews_world("gpt2", progress=False).facts == world.facts

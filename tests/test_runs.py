@@ -9,10 +9,12 @@ from short_run import CONFIG, PROMPTS, files, other_score, score, short_run, sto
 
 from warp_lite import load_result
 from warp_lite.averaging.state_dicts import parameters
-from warp_lite.storage.files import read_json, read_lines, weights_hash, whole, write_json
+from warp_lite.storage.files import read_json, read_lines, whole, write_json
 from warp_lite.storage.provenance import pinned_threads, provenance
+from warp_lite.storage.run_config import check_out
+from warp_lite.storage.tensors import weights_hash
 from warp_lite.training.run import RunState
-from warp_lite.training.run_folder import RunFolder, check_out
+from warp_lite.training.run_folder import RunFolder
 
 SETTINGS = {"config": {"lr": 1.0, "steps": 3}, "source": None}
 LIKE = {"b": torch.zeros(2), "a": torch.zeros(3, 2)}

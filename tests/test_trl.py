@@ -183,6 +183,30 @@ def test_what_both_configs_have_is_taken_from_trls(policy):
     assert back == agreed.replace(adam_eps=back.adam_eps) and back.adam_eps == pytest.approx(agreed.adam_eps)
 
 
+@pytest.mark.parametrize("front, back", [("<bos>", "<eos>"), ("<bos>", None), (None, None)])
+def test_trl_reads_prompts_with_one_bos_and_no_eos_that_the_tokenizer_appends(
+        policy, tmp_path, monkeypatch, front, back):
+    from tiny import make_tokenizer
+    from tokenizers import processors
+
+    tokenizer, seen = make_tokenizer(bos=False), []
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(filter(None, (front, "$A", back))), special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    generate = trl.RLOOTrainer._generate_single_turn
+
+    def spy(self, prompt_ids, *args):
+        seen.extend(map(tuple, prompt_ids))
+        return generate(self, prompt_ids, *args)
+
+    monkeypatch.setattr(trl.RLOOTrainer, "_generate_single_turn", spy)
+    rendered = [f"<bos> {prompt}" for prompt in PROMPTS]  # as a chat template would
+    run_warp_trl(policy, lambda prompts, completions, **kwargs: [float(len(c)) for c in completions], rendered,
+                 config(iterations=1, steps=1), out=tmp_path / "run", tokenizer=tokenizer)
+    plain = {(1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in PROMPTS}
+    assert seen and {*seen} <= plain
+
+
+
 def test_padding_does_not_move_what_trl_scores(policy_of, tokenizer, finished):
     """TRL passes no positions, and GPT-2 counts its own from the left edge, padding included."""
     ids, mask = torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]])

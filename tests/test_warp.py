@@ -490,6 +490,18 @@ def test_the_limits_samples_are_kept_for_a_reward_model_and_drawn_again_for_a_fu
     assert len(list(tmp_path.iterdir())) == 3, "one more without gold, one more on other prompts, none for a function"
 
 
+def test_where_the_cache_cannot_be_written_the_limit_is_drawn_all_the_same(
+        world, tmp_path, small_limit, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WARP_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    result = run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, CONFIG.replace(steps=1),
+                      eval_prompts=world.eval_prompts[:3], progress=False)
+    rewards, _ = limit_rewards(result)
+    assert len(rewards) == 3 and rewards.isfinite().all()
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warp-lite")]
+    assert "drawn again next time" in line and "limit-" in line
+
+
 # --- bad input: refused before anything is written ------------------------------------------
 
 

@@ -1,9 +1,18 @@
 """warp_lite: Weight Averaged Rewarded Policies (arXiv 2406.16768), reproduced to be read and run.
 
 Everything public is imported from here, on first use: whatever needs no torch does not wait for it.
+
+Importing it sets OMP_WAIT_POLICY=PASSIVE in the environment of this process and its children, where torch is not
+imported yet and none of OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME is set. Else, beside other work, each of
+torch's threads that waits for another takes the time of a core that the other needs.
 """
 
+import os
+import sys
 from importlib import import_module
+
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 _HOMES = {
     "config": ("WarpConfig", "PRESETS", "preset"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .storage.prompt_sources import FORMATS, read_prompts
 
 
 class Stop:
@@ -89,9 +90,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--reward-output", choices=("logit", "log-probability"),
                      help="what of that label is the reward (default: logit)")
     run.add_argument("--prompts", metavar="FILE",
-                     help="prompts to train on: .txt, a line each, or .jsonl with a \"prompt\" in each line, "
-                          "a text or a list of messages")
-    run.add_argument("--eval-prompts", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
+                     help=f"prompts to train on: {FORMATS}; further fields of a line go to the reward")
+    run.add_argument("--eval-prompts", metavar="FILE",
+                     help="held-out prompts, such a file too (default: a fifth of --prompts, 512 at most)")
     run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                      help="change a setting of WarpConfig; may be repeated")
     run.add_argument("--executor", choices=("batched", "serial", "ray"), default="batched",
@@ -163,6 +164,8 @@ def add_device(command: argparse.ArgumentParser) -> None:
 def run_command(arguments) -> int:
     """`warp-lite run`."""
     from .config import WarpConfig, preset
+    from .storage.files import is_taken
+    from .storage.run_config import check_out
 
     if arguments.preset is not None:
         for name in ("policy", "reward", "reward_label", "reward_output", "prompts", "eval_prompts"):
@@ -176,23 +179,20 @@ def run_command(arguments) -> int:
         if missing:
             raise ValueError(f"give --preset, or --policy, --reward and --prompts; missing: {', '.join(missing)}")
         config = WarpConfig().with_text(arguments.set)
-        prompts = read_prompts(arguments.prompts)
-        held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
+        prompts, held_out = prompts_of(arguments)
         reward_options = {}
         if arguments.reward_label is not None:
             reward_options["label"] = label_of(arguments.reward_label)
         if arguments.reward_output is not None:
             reward_options["log_probability"] = arguments.reward_output == "log-probability"
+    check_out(arguments.out, arguments.resume)  # before torch is waited for, or anything loaded or trained
+    if is_taken(arguments.out):
+        raise ValueError(f"{arguments.out} is in use by another process; wait until it has ended, or choose another")
     executor = chosen_executor(arguments)
 
     from .launch import run_warp
-    from .storage.files import is_taken
-    from .training.run_folder import check_out
     from .viewing.front_report import complete_front
 
-    check_out(arguments.out, arguments.resume)  # before anything is loaded or trained
-    if is_taken(arguments.out):
-        raise ValueError(f"{arguments.out} is in use by another process; wait until it has ended, or choose another")
     options = {"config": config, "out": arguments.out, "resume": arguments.resume, "executor": executor,
                "on_failure": arguments.on_failure}
     if arguments.lora_rank is not None:
@@ -219,6 +219,22 @@ def run_command(arguments) -> int:
             raise KeyboardInterrupt
         complete_front(result, Path(arguments.out), again=False)
     return 0
+
+
+def prompts_of(arguments) -> tuple[list, list | None]:
+    """What --prompts and --eval-prompts hold. A folder that was begun when further fields of a file were not passed on
+    goes on without them, and a line says so."""
+    from .storage.run_config import kept_prompts
+
+    prompts = read_prompts(arguments.prompts)
+    held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
+    begun = kept_prompts(arguments.out, arguments.resume)
+    if begun and not begun.get("eval_columns") and isinstance((held_out or prompts)[0], dict):
+        print(f"warp-lite: {arguments.out} was begun without the further fields of the prompts, and goes on without "
+              "them", file=sys.stderr)
+        prompts, held_out = (rows and [row["prompt"] if isinstance(row, dict) else row for row in rows]
+                             for rows in (prompts, held_out))
+    return prompts, held_out
 
 
 def chosen_executor(arguments):
@@ -259,13 +275,15 @@ def front_command(arguments) -> int:
     etas = None if arguments.etas is None else parse_etas(arguments.etas)
 
     from .config import PRESETS
+    from .storage.run_config import read_config
+
+    source = read_config(arguments.folder)["settings"].get("source") or {}
+
     from .policies.loading import pick_device
     from .reopen import load_result
     from .result import ETAS
-    from .training.run_folder import read_config
     from .viewing.front_report import complete_front
 
-    source = read_config(arguments.folder)["settings"].get("source") or {}
     usual = PRESETS[source["preset"]].device if source.get("preset") in PRESETS else "auto"
     result = load_result(arguments.folder, device=pick_device(arguments.device or usual))
     if arguments.prompts is not None:
@@ -279,12 +297,10 @@ def front_command(arguments) -> int:
 
 def claims_command(arguments) -> int:
     """`warp-lite claims`."""
-    from .evidence.claims import pick
-    from .evidence.report import run_claims, run_noise_map, run_tuning
-
-    chosen = pick(arguments.only)
     if arguments.list:
-        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in chosen))
+        from .evidence.claims import pick
+
+        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in pick(arguments.only)))
         return 0
     if arguments.out is None:
         raise ValueError("--out is missing; name a folder for claims.json, the table and the figures")
@@ -297,6 +313,11 @@ def claims_command(arguments) -> int:
                          f"{arguments.seed_offset}")
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
+
+    from .evidence.claims import pick
+    from .evidence.report import run_claims, run_noise_map, run_tuning
+
+    chosen = pick(arguments.only)
     with keeping(f"every finished study is kept in {out}; the same command goes on from there"):
         if arguments.tune:
             text = run_tuning(out, arguments.world, arguments.workers)
@@ -334,26 +355,6 @@ def parse_etas(text: str) -> tuple[float, ...]:
     if any(not 0 <= eta < float("inf") for eta in etas):
         raise ValueError(f"--etas must be 0 or more, not {text!r}")
     return etas
-
-
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a .txt file, a line each, or of a .jsonl file whose lines have a "prompt"."""
-    try:
-        # Not splitlines, which also ends a line at separators that a prompt may have in it.
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts in {path}: {error}") from error
-    if not lines:
-        raise ValueError(f"{path} has no prompts; it wants one in each line")
-    if Path(path).suffix not in (".jsonl", ".json"):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"line {number} of {path} is no JSON object with a \"prompt\"") from None
-    return prompts
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from .result import WarpResult
 from .rewards.calling import RewardFunc
 from .storage.files import locked
 from .storage.provenance import pinned_threads
+from .storage.run_config import check_out, kept_prompts
 from .task import Task
 from .training.executors import Trainer, as_begun, trainer_for
 from .training.iteration import Stage1, try_rewards
 from .training.memory import fitting_trainer
-from .training.run_folder import RunFolder, check_out, run_settings, write_iteration, write_start
+from .training.run_folder import RunFolder, run_settings, write_iteration, write_start
 from .warp import warp
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
     Everything is computed and stored in float32 or wider; a narrower policy is widened first.
     policy: a model, or a name or folder (then its tokenizer comes with it), or a Task, which brings tokenizer,
     rewards and prompts. reward: a function of TRL's signature, or a list with one for each of the M runs.
-    prompts: a list of str, or a data set with a `prompt` column; without `eval_prompts` a fifth of them is held out.
+    prompts: a list of str, or a data set with a `prompt` column; without `eval_prompts` every fifth is held out
+    (`task.hold_out`).
     executor: "batched" trains the M runs as one program where that fits in memory, "serial" one after the other,
     "ray" (or a `RayExecutor` with settings) as tasks of Ray, with the policies that "serial" gives.
     out: a run folder, written as the run goes; with resume=True an unfinished one is continued.
@@ -66,7 +68,8 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
         task = policy.as_in(config)
     else:
         task = Task.of(policy, tokenizer, reward, prompts, eval_prompts, gold=gold, texts=texts,
-                       max_new_tokens=config.max_new_tokens, temperature=config.temperature, source=source)
+                       max_new_tokens=config.max_new_tokens, temperature=config.temperature, source=source,
+                       kept=kept_prompts(out, resume).get("eval"))
     task.rewards(config.runs)
     compute_dtype(config.precision, task.policy.device)
     was_training = task.policy.training

@@ -17,9 +17,10 @@ from .result import Iteration, WarpResult
 from .rewards.calling import RewardFunc, trained_reward
 from .rewards.loading import load_reward
 from .storage.files import first_line, read_json, vouched
+from .storage.run_config import read_config
 from .task import Task
 from .training.run import Failure
-from .training.run_folder import COPY, NARROW, RunFolder, read_config, run_settings
+from .training.run_folder import COPY, NARROW, RunFolder, run_settings
 
 
 def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | None = None,
@@ -56,8 +57,8 @@ def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | No
     if not isinstance(prompts, dict) or not {"train", "eval", "eval_columns"} <= prompts.keys():
         raise ValueError(f"{path / 'prompts.json'} is not what config.json vouches for; {COPY}")
     room = room_for_prompts(model, config.max_new_tokens)
-    encoded, held_out = (encode_prompts(tokenizer, prompts[part], room).to(model.device) for part in ("train", "eval"))
-    held_out.columns = prompts["eval_columns"]
+    encoded, held_out = (encode_prompts(tokenizer, rows, room).to(model.device) for rows in (
+        prompts["train"], {"prompt": prompts["eval"], **prompts["eval_columns"]}))
     task = Task(model, tokenizer, reward, encoded, held_out, gold, texts, config.max_new_tokens, config.temperature,
                 settings.get("source"), NARROW.get(settings.get("dtype")), sft)
     result, written = WarpResult(task, config), run_settings(task, config)

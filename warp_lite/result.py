@@ -18,10 +18,11 @@ from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many, policies_at_once, sample_completions
 from .policies.loading import save_policy
 from .storage.files import locked
+from .storage.run_config import check_out
 from .task import Task
 from .training.iteration import Trained
 from .training.run import Failure, RunState
-from .training.run_folder import RunFolder, check_out, run_settings, write_iteration, write_start
+from .training.run_folder import RunFolder, run_settings, write_iteration, write_start
 
 if TYPE_CHECKING:
     from .scale.lora import LoraSettings

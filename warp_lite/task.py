@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from .policies.loading import load_policy
 from .policies.precision import full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
 from .rewards.calling import RewardFunc, mean_reward
+from .storage.provenance import json_hash
 
 
 @dataclass
@@ -52,12 +54,12 @@ class Task:
            reward: RewardFunc | Sequence[RewardFunc] | None = None, prompts: Sequence | None = None,
            eval_prompts: Sequence | None = None, *, gold: RewardFunc | None = None, texts: Sequence[str] | None = None,
            max_new_tokens: int = WarpConfig.max_new_tokens, temperature: float = WarpConfig.temperature,
-           source: dict | None = None) -> Task:
+           source: dict | None = None, kept: Sequence | None = None) -> Task:
         """A task of what a user has, everything checked.
 
         policy: a model, or a name or folder (then its tokenizer comes with it); a narrower one than float32 is
         widened, and left as it is. prompts, eval_prompts: a list of str or a data set with a `prompt` column; without
-        `eval_prompts` a fifth of the distinct prompts is held out (see `hold_out`).
+        `eval_prompts` some of the distinct prompts are held out (see `hold_out`, which `kept` is for).
         Raises TypeError for what is missing or of the wrong kind, ValueError for a policy that is not finite, prompts
         that are empty or leave no room for a completion, and token ids that the policy has no embedding for.
         """
@@ -76,7 +78,7 @@ class Task:
         room = room_for_prompts(policy, max_new_tokens)
         encoded = encode_prompts(tokenizer, prompts, room)
         if eval_prompts is None:
-            encoded, held_out = hold_out(encoded)
+            encoded, held_out = hold_out(encoded, kept=kept)
         else:
             held_out = encode_prompts(tokenizer, eval_prompts, room)
         for some_prompts in (encoded, held_out):
@@ -156,15 +158,25 @@ def check_rewards(reward: RewardFunc | Sequence[RewardFunc], gold: RewardFunc | 
             raise TypeError(f"a reward is {type(function).__name__}, not a function of prompts and completions")
 
 
-def hold_out(prompts: Prompts) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts: every fifth distinct one is held out.
+def hold_out(prompts: Prompts, held_out: int = 512, kept: Sequence | None = None) -> tuple[Prompts, Prompts]:
+    """Training and held-out prompts: of the distinct ones every fifth is held out, or as many, evenly spread, as make
+    no more than `held_out`.
 
+    `kept` are the prompts that a run folder holds out already, as they were given: those are held out again.
     Raises ValueError for fewer than two distinct prompts.
     """
-    distinct = list(dict.fromkeys(prompts.texts))
+    first = {}  # where each distinct prompt stands for the first time
+    for i, text in enumerate(prompts.texts):
+        first.setdefault(text, i)
+    distinct = list(first)
     if len(distinct) < 2:
         raise ValueError("there is only one distinct prompt and none can be held out; give more, or eval_prompts")
-    chosen = set(distinct[::5])
-    held_out = np.array([prompts.texts.index(text) for text in distinct if text in chosen])
+    chosen = set(distinct[::max(5, math.ceil(len(distinct) / held_out))])
+    if kept is not None:
+        given = {json_hash(prompts.given[i]): text for text, i in first.items()}
+        again = {given.get(json_hash(prompt)) for prompt in kept}
+        if None not in again and 0 < len(again) < len(distinct):  # else they are other prompts, which is refused later
+            chosen = again
+    apart = np.array([i for text, i in first.items() if text in chosen])
     rest = np.array([i for i, text in enumerate(prompts.texts) if text not in chosen])
-    return prompts.batch(rest), prompts.batch(held_out)
+    return prompts.batch(rest), prompts.batch(apart)

@@ -40,7 +40,7 @@ from warp_lite.viewing.plots import COLOURS, style
 from warp_lite.worlds.reviews import reviews_world
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("steps", "sampling", "experiment", "saving", "merge", "ray", "growth")
+PARTS = ("steps", "sampling", "experiment", "saving", "merge", "ray", "busy", "growth")
 LENGTH = 24  # tokens of every completion on the tiny model; none ends early, so that all sides do the same work
 
 
@@ -407,6 +407,39 @@ def bench_ray(world, scratch: Path) -> list[dict]:
                 1.7)]
 
 
+def bench_busy(rounds: int, scratch: Path) -> list[dict]:
+    """The command line beside two processes that never rest, and on a free machine with threads that wait as torch's
+    do by default: busily."""
+    command = [sys.executable, "-m", "warp_lite.cli", "run", "--preset", "tiny", "--set=iterations=1", "--out"]
+    own = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+
+    def side(**environment) -> None:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            subprocess.run([*command, f"{folder}/run"], env={**own, **environment}, check=True, capture_output=True)
+
+    def busy() -> float:
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        try:
+            start = time.perf_counter()
+            side()
+            return time.perf_counter() - start
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+    t = interleaved(min(3, rounds), quiet=side, spinning=lambda: side(GOMP_SPINCOUNT="300000"), busy=busy)
+    rows = []
+    for name, slow, fast, target in (
+            ("the same beside two busy processes, over its time on a free machine", "busy", "quiet", 3),
+            ("one iteration of the tiny preset by the command line, over its time with waiting threads that spin",
+             "quiet", "spinning", 1.05)):
+        ratio = t[slow] / t[fast]
+        rows.insert(0, {"name": name, "value": ratio, "unit": "×", "target": target, "at_most": True,
+                        "met": ratio <= target, "detail": f"{t[slow]:.1f} s against {t[fast]:.1f} s"})
+    return rows
+
+
 def gpt2_folder(folder: Path, layers: int = 12, seed: int = 0) -> Path:
     """A random GPT-2-shaped fp32 checkpoint with 124M parameters at 12 layers."""
     if not (folder / "model.safetensors").is_file():
@@ -610,6 +643,7 @@ def main() -> None:
             "saving": lambda: bench_saving(world, scratch),
             "merge": lambda: bench_merge(arguments.rounds, scratch),
             "ray": lambda: bench_ray(world, scratch),
+            "busy": lambda: bench_busy(arguments.rounds, scratch),
         }
         for name in tqdm([c for c in chosen if c != "growth"], desc="benchmarks", disable=None):
             rows += parts[name]()

@@ -8,6 +8,7 @@ stands beside it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,8 +25,9 @@ from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry
 from ..rewards.calling import RewardFunc, rollout_rewards
 from ..rewards.classifiers import ClassifierReward
-from ..storage.files import load_tensors, save_tensors, weights_hash
+from ..storage.files import CannotWrite
 from ..storage.provenance import cache_folder, json_hash, package_versions, source_hash
+from ..storage.tensors import load_tensors, save_tensors, weights_hash
 from ..task import Task
 from .front import MIN_ESS
 from .metrics import rows_at_once
@@ -227,7 +229,10 @@ def limit_rewards(task: Task, samples: int | None = None) -> tuple[Tensor, Tenso
     with tqdm(total=len(task.eval_prompts) * samples, desc="limit", unit="sample", disable=None, leave=False) as bar:
         rewards, gold = reference_rewards(task, samples, progress=bar)
     if path is not None:
-        save_tensors({"reward": rewards} if gold is None else {"reward": rewards, "gold": gold}, path)
+        try:
+            save_tensors({"reward": rewards} if gold is None else {"reward": rewards, "gold": gold}, path)
+        except CannotWrite as error:
+            print(f"warp-lite: the limit's samples are drawn again next time: {error}", file=sys.stderr)
     return rewards, gold
 
 

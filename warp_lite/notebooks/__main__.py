@@ -47,28 +47,19 @@ OUT = ""
 """
 FOR_GPU = ("06",)  # notebooks on real models; here they are executed in fast mode, on small ones
 START = """\
-import os
+from warp_lite.notebooks import figures, plans
+from warp_lite.notebooks.start import begin
+from warp_lite.viewing import plots
+from warp_lite.worlds import TINY
+
+MODEL, FAST, world = begin(MODEL, FAST, SEED, DEVICE, OUT)
+KEEP = plans.kept_runs(OUT, world.policy)  # where the runs of a real model are kept and found again
+UNIT = getattr(world.reward, "unit", "reward units")
+CHECKED = MODEL in TINY and not FAST  # whether the cells that assert a trend do so
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-
-from warp_lite.notebooks import figures, plans
-from warp_lite.viewing import plots
-from warp_lite.worlds import TINY, load_world
-
-MODEL = os.environ.get("WARP_LITE_MODEL") or MODEL
-FAST = FAST or os.environ.get("WARP_LITE_FAST") == "1"
-plt.rcParams.update(plots.STYLE)
-world = load_world(MODEL, device=DEVICE, small=FAST)
-KEEP = plans.kept_runs(OUT, world.policy)  # where the runs of a real model are kept and found again
-UNIT = getattr(world.reward, "unit", "reward units")
-CHECKED = MODEL in TINY and not FAST  # whether the cells that assert a trend do so
-print(f"{MODEL}: {sum(p.numel() for p in world.policy.parameters()):,} parameters, "
-      f"{len(world.prompts)} prompts to train on and {len(world.eval_prompts)} held out; "
-      f"{'fast' if FAST else 'full'} mode on {world.policy.device}")
-if world.gold is None:
-    print("This world has no gold reward: the figures leave it out.")
 """
 
 

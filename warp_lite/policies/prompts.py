@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,16 +13,18 @@ from torch import Tensor
 
 from ..storage.files import first_line
 from .messages import render
+from ..storage.prompt_sources import prompt_columns
 
 
 def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:
-    """Texts and the EOS that ends each as ids (N, S), padded on the right, and their mask.
+    """Texts and the one EOS that ends each as ids (N, S), padded on the right, and their mask.
 
     Raises ValueError for no texts and for one of more than `room` tokens.
     """
     if not len(texts):
         raise ValueError("there are no texts to measure the perplexity of; give at least one, or None")
-    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
+    eos = tokenizer.eos_token_id
+    rows = [row if row[-1:] == [eos] else [*row, eos] for row in opening_ids(tokenizer, list(texts))]
     for i, row in enumerate(rows):
         if room is not None and len(row) > room:
             raise ValueError(f"text {i} has {len(row)} tokens, EOS included, of which {room} fit: "
@@ -66,6 +70,13 @@ class Prompts:
         texts, given = ([values[i] for i in chosen] for values in (self.texts, self.given))
         return Prompts(texts, self.ids[:, start:end], self.mask[:, start:end], columns, given)
 
+    def rows_given(self) -> list:
+        """What was given, as `encode_prompts` takes it: the prompts, or rows where columns stand beside them."""
+        if not self.columns:
+            return list(self.given)
+        return [{"prompt": prompt, **dict(zip(self.columns, values))}
+                for prompt, *values in zip(self.given, *self.columns.values())]
+
     def repeat(self, policies: int) -> Prompts:
         """The same prompts for each of E policies."""
         columns = {name: values * policies for name, values in self.columns.items()}
@@ -78,24 +89,18 @@ class Prompts:
 
 
 def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
-    """Tokenise and left-pad prompts: a sequence of str, or a data set with a `prompt` column.
+    """Tokenise and left-pad prompts (see `prompt_columns` for what may hold them).
 
     A prompt may be a conversation as in TRL, a list of {"role", "content"}; the tokenizer's chat
     template turns it into text. `room` is the number of tokens that prompt and completion may take
     together, less the completion. Raises ValueError for no prompts, one that is empty or no sound
     text, or one that leaves no room for a completion, and for conversations without a template.
     """
-    names = getattr(prompts, "column_names", None)
-    if names is not None and "prompt" not in names:
-        raise ValueError(f"the data set of prompts has no column 'prompt'; it has {', '.join(names)}")
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list of str, not one str: {prompts[:60]!r}")
-    columns = {name: list(prompts[name]) for name in names or () if name != "prompt"}
-    given = list(prompts["prompt"] if names else prompts)
+    given, columns = prompt_columns(prompts)
     if not given:
         raise ValueError("there are no prompts; give at least one")
     if is_conversation(given[0]):
-        texts = conversation_texts(tokenizer, given)
+        texts = conversation_texts(tokenizer, given, columns)
     else:
         texts = given
     for i, text in enumerate(texts):
@@ -104,8 +109,10 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"prompt {i} has half a character (a surrogate) in it, which no tokenizer reads: "
                              f"{text[:60]!r}")
-    written = {} if texts is given else {"add_special_tokens": False}  # a conversation's template has written them
-    rows = tokenizer(texts, **written)["input_ids"]
+    if texts is given:
+        rows = opening_ids(tokenizer, texts)
+    else:  # a conversation's template has written the special tokens
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty after tokenisation: {texts[i]!r}")
@@ -122,27 +129,81 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
     return Prompts(texts, ids, mask, columns, given)
 
 
+def opening_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that something follows: with the one BOS of a tokenizer that adds it, and without EOS.
+
+    A text that begins with BOS, as one that a chat template rendered, gets no second. An EOS that the tokenizer
+    appends to all that it reads is left out; one that is written in the text stays.
+    """
+    adds_bos, adds_eos = added_tokens(tokenizer)
+    rows = tokenizer(texts)["input_ids"]
+    if adds_bos:
+        rows = [row[1:] if row[1:2] == [tokenizer.bos_token_id] else row for row in rows]
+    return [row[:-1] for row in rows] if adds_eos else rows
+
+
+def added_tokens(tokenizer) -> tuple[bool, bool]:
+    """Whether a tokenizer puts BOS in front of what it reads, and EOS behind it."""
+    with_them, without = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and with_them[:1] == [bos] != without[:1]
+    adds_eos = eos is not None and with_them[-1:] == [eos] != without[-1:]
+    return adds_bos, adds_eos
+
+
+def without_bos(tokenizer, texts: list[str]) -> list[str]:
+    """Texts as a tokenizer that adds BOS wants them: without one of their own in front."""
+    return [text.removeprefix(tokenizer.bos_token) for text in texts] if added_tokens(tokenizer)[0] else texts
+
+
+def reading_prompts(tokenizer):
+    """A tokenizer that reads prompts as `opening_ids` does, for a library that calls it with nothing but texts.
+
+    It is a copy; where nothing is read otherwise, the tokenizer itself.
+    """
+    if not any(added_tokens(tokenizer)):
+        return tokenizer
+
+    class PromptTokenizer(type(tokenizer)):
+        def __call__(self, text=None, **options):
+            if isinstance(text, list) and not options:
+                return {"input_ids": opening_ids(tokenizer, text)}
+            return super().__call__(text, **options)
+
+    reader = copy.copy(tokenizer)
+    reader.__class__ = PromptTokenizer
+    return reader
+
+
 def is_conversation(prompt) -> bool:
     """Whether a prompt is a list of messages and not a text."""
     return isinstance(prompt, list)
 
 
-def conversation_texts(tokenizer, conversations: Sequence[list[dict]]) -> list[str]:
+def conversation_texts(tokenizer, conversations: Sequence[list[dict]],
+                       columns: Mapping[str, list] | None = None) -> list[str]:
     """Conversations as the texts that the chat template makes of them, up to where the assistant begins.
 
+    As TRL's `apply_chat_template`: where the last message is the assistant's it is what the completion goes on with,
+    and the `columns` "tools" and "chat_template_kwargs" are the template's.
     Raises TypeError for a message that is none, ValueError where there is no template or it fails.
     """
     if tokenizer.chat_template is None:
         raise ValueError("prompt 0 is a conversation, but the policy's tokenizer has no chat template; "
                          "set tokenizer.chat_template, or give prompts as text")
+    nothing = [None] * len(conversations)
+    tools, options = ((columns or {}).get(name, nothing) for name in ("tools", "chat_template_kwargs"))
     texts = []
     for i, messages in enumerate(conversations):
         if not is_conversation(messages) or not messages or not all(
-                isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            raise TypeError(f"prompt {i} is no list of messages with a \"role\" and a \"content\", as prompt 0 is: "
+                isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+            raise TypeError(f"prompt {i} is no list of messages with a \"role\" and a \"content\": "
                             f"{str(messages)[:60]!r}")
+        begun = messages[-1]["role"] == "assistant"
         try:
-            texts.append(render(tokenizer, messages, add_generation_prompt=True))
+            texts.append(render(
+                tokenizer, messages, add_generation_prompt=not begun, continue_final_message=begun,
+                tools=(json.loads(tools[i]) if isinstance(tools[i], str) else tools[i]) or None, **(options[i] or {})))
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the chat template refuses prompt {i}: {first_line(error)}") from error
     return texts

@@ -72,6 +72,7 @@ class SeveralRewards:
         else:
             total = values.sum(0) / np.maximum(scored.sum(0), 1)
         return [value if some else None for value, some in zip(total.tolist(), scored.any(0))]
+LEFT_OUT = ("completion", "completion_ids")  # columns that no reward is given, as by TRL
 
 
 def mean_reward(rewards: Sequence[Callable]) -> Callable:
@@ -139,7 +140,8 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:
         before = completion_ids(rollout.prompts.ids.flip(-1), rollout.prompts.mask)  # padded on the left
         whole_texts = tokenizer.batch_decode([prompt[::-1] + row for prompt, row in zip(before, ids)],
                                              skip_special_tokens=True)
-    columns = {**rollout.prompts.columns, "completion_ids": ids}
+    columns = {name: values for name, values in rollout.prompts.columns.items() if name not in LEFT_OUT}
+    columns["completion_ids"] = ids
     values = reward_values(call_reward(reward, given, completions, columns, whole_texts), E * B)
     bad = [value is not None and not math.isfinite(value) for value in values]
     values = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)

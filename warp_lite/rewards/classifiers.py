@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from ..policies.hub import local
 from ..policies.loading import from_pretrained, load_tokenizer, reading
 from ..policies.messages import content_text, render
-from ..policies.prompts import is_conversation
+from ..policies.prompts import is_conversation, without_bos
 
 
 class ClassifierReward:
@@ -144,7 +144,7 @@ def joined_texts(prompts: list, completions: list, tokenizer,
     if not is_conversation(prompts[0]):
         if whole_texts is None:
             whole_texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
-        return whole_texts, False
+        return without_bos(tokenizer, whole_texts), False
     whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
     if tokenizer.chat_template is not None:
         return [render(tokenizer, messages) for messages in whole], True

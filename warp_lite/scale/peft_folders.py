@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..averaging.liti import check_eta
 from ..averaging.state_dicts import widen
-from ..storage.files import load_tensors, read_json, weights_hash
+from ..storage.files import read_json
 from ..storage.model_folders import (
     INDEX,
     SINGLE,
@@ -28,7 +28,8 @@ from ..storage.model_folders import (
     stored_names,
 )
 from ..storage.provenance import json_hash
-from ..training.run_folder import read_config
+from ..storage.run_config import read_config
+from ..storage.tensors import load_tensors, weights_hash
 from .adapters import Adapter, changed, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -30,13 +30,15 @@ from ..policies.loading import load_policy
 from ..policies.prompts import Prompts
 from ..rewards.calling import reward_name
 from ..rewards.loading import load_reward
-from ..storage.files import first_line, weights_hash
+from ..storage.files import first_line
 from ..storage.provenance import pinned_threads
+from ..storage.run_config import read_config
+from ..storage.tensors import weights_hash
 from ..task import Task
 from ..training.executors import SerialTrainer
 from ..training.iteration import Stage1
 from ..training.run import Run
-from ..training.run_folder import RunFolder, read_config
+from ..training.run_folder import RunFolder
 
 POLL = 0.25  # seconds between two looks at what the workers have done
 

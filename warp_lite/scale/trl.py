@@ -48,9 +48,11 @@ from ..averaging.state_dicts import is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
-from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
+from ..storage.prompt_sources import prompt_columns
+from ..policies.prompts import Prompts, encode_prompts, reading_prompts, room_for_prompts
 from ..rewards.calling import call_reward, reads_whole_texts, reward_name, trained_reward
 from ..storage.provenance import pinned_threads
+from ..storage.run_config import kept_prompts
 from ..task import Task, hold_out
 from ..training.run import RunState
 from ..training.run_folder import RunFolder, run_settings, write_start
@@ -72,7 +74,8 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     policy: the name or folder of a causal LM, or a model with its `tokenizer`. reward_funcs: TRL's, a function,
     a classifier's name, or a list whose rewards are summed, with `reward_weights` in `args` weighted; None leaves a
     completion out. Fronts are measured by the same sum, unclipped. train_dataset: a `datasets.Dataset` with a `prompt`
-    column of texts (or a list of str); a fifth of its distinct prompts is held out unless `eval_prompts` are given.
+    column of texts (or a list of str or of rows); some of its distinct prompts are held out (`task.hold_out`) unless
+    `eval_prompts` are given.
 
     args: your RLOOConfig. It is respected but for what is WARP's: steps, β and the moving reference are `config`'s,
     each run has a seed and so an order of prompts of its own, dropout is off, and TRL saves no checkpoints (it would
@@ -89,7 +92,8 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     from accelerate import PartialState
 
     config, args = agree(config or WarpConfig(), args)
-    task, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source)
+    task, dataset = checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config, args, source,
+                            kept_prompts(out, resume).get("eval"))
     settings, processes = run_settings(task, config) | {"trl": chosen(args)}, PartialState()
     functions = [for_trl(function, task.tokenizer) for function in listed(reward_funcs)]
     if processes.is_main_process:
@@ -130,8 +134,9 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(
             model=model, reward_funcs=list(reward_funcs),
-            args=run_arguments(args, config, folder, i, m), train_dataset=dataset, processing_class=tokenizer,
-            reward_processing_classes=reward_processing_classes, callbacks=list(callbacks))
+            args=run_arguments(args, config, folder, i, m), train_dataset=dataset,
+            processing_class=reading_prompts(tokenizer), reward_processing_classes=reward_processing_classes,
+            callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)  # a line a step: metrics.jsonl has them
     for scored in filter(None, (model, trainer.ref_model)):
         place_by_mask(trainer.accelerator.unwrap_model(scored))
@@ -243,7 +248,8 @@ def agree(config: WarpConfig, args):
         **({"max_grad_norm": args.max_grad_norm / length} if args.max_grad_norm else {})), args
 
 
-def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config: WarpConfig, args, source):
+def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config: WarpConfig, args, source,
+            kept: Sequence | None = None):
     """The task and the data set to train on, or the ValueError or TypeError that says what cannot be used."""
     from datasets import Dataset
 
@@ -263,7 +269,8 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
         if not is_finite(tensor):
             raise ValueError(f"the policy has NaN or infinite weights in {name!r}; start from a sound one")
     if isinstance(train_dataset, (list, tuple)):
-        train_dataset = Dataset.from_dict({"prompt": list(train_dataset)})
+        prompts, columns = prompt_columns(train_dataset)
+        train_dataset = Dataset.from_dict({"prompt": prompts, **columns})
     if not isinstance(train_dataset, Dataset):
         raise TypeError(f"train_dataset is {type(train_dataset).__name__}; pass a datasets.Dataset, which is no stream")
     if "prompt" in train_dataset.column_names and train_dataset and not isinstance(train_dataset[0]["prompt"], str):
@@ -272,7 +279,7 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
     room = room_for_prompts(policy, config.max_new_tokens)
     prompts = encode_prompts(tokenizer, train_dataset, room)
     if eval_prompts is None:
-        prompts, held_out = hold_out(prompts)
+        prompts, held_out = hold_out(prompts, kept=kept)
         apart = set(held_out.texts)
         train_dataset = train_dataset.select([n for n, text in enumerate(train_dataset["prompt"]) if text not in apart])
     else:

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, DONE files that vouch for others by hash, and a folder's lock.
 
-Nothing here knows of models: what is written is JSON or safetensors, in a folder `.NAME.….part` beside its place,
-and renamed. Nothing else in the package writes beside and renames.
+Nothing here knows of tensors (see tensors.py), or waits for torch: what is written is made in a folder
+`.NAME.….part` beside its place, and renamed. Nothing else in the package writes beside and renames.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 LOCK, PARTS = ".lock", ".*.part"
 
@@ -177,41 +174,6 @@ def read_lines(path: Path) -> list[dict]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     return rows
-
-
-# --- tensors ---
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all, and its folder if absent. It carries the hash of its tensors."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole(Path(path)) as made:
-        save_file(tensors, made, metadata={"sha256": weights_hash(dict(sorted(tensors.items())))})
-
-
-def load_tensors(path: Path, device, way_out: str, ours: bool = True) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError names one that is missing or cut off, and the way out.
-
-    One of `ours`, written by `save_tensors`, must have the tensors whose hash it carries; another's has no hash.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expected = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {first_line(error)}; is it truncated? {way_out}") from error
-    if ours and weights_hash(dict(sorted(tensors.items()))) != expected:
-        raise ValueError(f"{path} was altered: its tensors have not the hash that it carries; {way_out}")
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """A hash of names and values in their order; the same for the same weights on any device."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # --- what is vouched for ---

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 
 import platformdirs
-import torch
 
 __version__ = "0.1.0"
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder warp_lite/
@@ -27,6 +27,8 @@ LIBRARIES = ("warp-lite", "torch", "transformers", "numpy", "tokenizers", "safet
 @contextmanager
 def pinned_threads(count: int) -> Iterator[None]:
     """That many threads in torch: sums may round otherwise with another number of them."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -48,6 +50,8 @@ def package_versions() -> dict[str, str | None]:
 
 def provenance() -> dict:
     """What made a result: package versions, commit, host facts."""
+    import torch
+
     commit = None
     root = PACKAGE.parent
     if (root / ".git").exists() and shutil.which("git"):
@@ -140,3 +144,17 @@ def _tree(path: Path) -> ast.Module:
 def cache_folder() -> Path:
     """Where trained artefacts are kept: $WARP_LITE_CACHE, or the user's cache folder."""
     return Path(os.environ.get("WARP_LITE_CACHE") or platformdirs.user_cache_dir("warp-lite"))
+
+
+def writable_cache() -> Path:
+    """`cache_folder`, made where it is missing. Raises ValueError where it cannot be written: asked before anything is
+    trained for it."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"the cache folder {folder} cannot be written ({error.strerror}); set WARP_LITE_CACHE to one "
+                         "that can") from error
+    return folder

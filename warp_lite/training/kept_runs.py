@@ -13,8 +13,9 @@ from ..averaging.state_dicts import Weights
 from ..policies.prompts import Prompts
 from ..rewards.calling import reward_name
 from ..rewards.classifiers import ClassifierReward
-from ..storage.files import load_tensors, read_json, save_tensors, weights_hash, write_json
+from ..storage.files import read_json, write_json
 from ..storage.provenance import json_hash, package_versions, provenance
+from ..storage.tensors import load_tensors, save_tensors, weights_hash
 from .run import Run
 
 NOT_OF_A_RUN = {"iterations": 1, "runs": 1, "eta": 0.0, "merge": "none", "save_every": 1}  # what no single run sees

@@ -25,23 +25,21 @@ from ..config import WarpConfig
 from ..policies.loading import save_policy
 from ..rewards.calling import reward_name
 from ..storage.files import (
-    LOCK,
     PARTS,
-    load_tensors,
     read_json,
     read_lines,
     remove,
-    save_tensors,
     sync,
     vouch,
     vouched,
-    weights_hash,
     whole,
     write_bytes,
     write_json,
     writing,
 )
 from ..storage.provenance import json_hash, provenance
+from ..storage.run_config import check_out, read_config
+from ..storage.tensors import load_tensors, save_tensors, weights_hash
 from ..task import Task
 from .run import RunState
 
@@ -52,51 +50,6 @@ NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # policies that
 STATE = ("policy", "anchor", "exp_avg", "exp_avg_sq", "trained")
 COPY = "take it from a copy, or run again"  # the way out where nothing makes a file anew
 MERGED = ("merged", "next-init")
-HASHES = {"policy": "of another policy", "prompts.sha256": "on other prompts"}  # settings whose values say nothing
-
-
-def check_out(path, resume: bool = False, settings: dict | None = None) -> bool:
-    """Whether a folder holds a run to go on with. Writes nothing.
-
-    Raises ValueError if it is in use for something else, and, where `settings` are given, if it
-    holds a run of other settings; the error names the first that differs.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; --out wants a folder")
-    if not path.is_dir() or all(entry.name == LOCK or entry.match(PARTS) for entry in path.iterdir()):
-        return False
-    before = _flat(read_config(path, "is not empty and not a run folder; choose another")["settings"])
-    if not resume:
-        raise ValueError(f"{path} holds a run already; continue it with --resume or choose another folder")
-    wanted = before if settings is None else _flat(settings)
-    for name in sorted({*before, *wanted}):
-        if before.get(name) != wanted.get(name):
-            what = HASHES.get(name) or f"with {name} = {before.get(name)!r}, not {wanted.get(name)!r}"
-            raise ValueError(f"{path} holds a run {what}; resume with the same settings or choose another folder")
-    return True
-
-
-def read_config(path, otherwise: str = "is not a run folder") -> dict:
-    """A run folder's config.json; ValueError if there is none, or it is another program's."""
-    config = Path(path) / "config.json"
-    if config.is_file():
-        content = read_json(config)
-        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-            facts = content.get("provenance")
-            if not isinstance(facts, dict) or type(facts.get("threads")) is not int or facts["threads"] < 1:
-                raise ValueError(f"{config} does not say how many threads the run has; take it from a copy")
-            return content
-    raise ValueError(f"{path} {otherwise}")
-
-
-def _flat(settings: dict) -> dict:
-    """{"config": {"lr": 1}, "reward": "r"} → {"lr": 1, "reward": "r"}: names as the user knows them."""
-    flat = {}
-    for name, value in settings.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {key if name == "config" else f"{name}.{key}": v for key, v in inner} or {name: value}
-    return flat
 
 
 class RunFolder:

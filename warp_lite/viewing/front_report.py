@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..evaluation.limit import best_of_n_front, limit_rewards, optimal_front
 from ..result import ETAS, EVALUATION_SAMPLES, WarpResult
-from ..storage.files import locked, read_json, weights_hash, whole, write_json
+from ..storage.files import locked, read_json, whole, write_json
 from ..storage.provenance import json_hash, package_versions, pinned_threads, source_hash
-from ..training.run_folder import read_config
+from ..storage.run_config import read_config
+from ..storage.tensors import weights_hash
 from .plots import draw_front
 
 OWN_UNIT = "reward units"  # of a reward function that names none
@@ -101,7 +102,7 @@ def front_table(front: dict) -> str:
 def completions_table(result: WarpResult, count: int = 4, etas: Sequence[float] = (0.0, 0.5, 1.0)) -> str:
     """Completions of a few held-out prompts along the last front, with the same random numbers at every η."""
     task = result.task.first(count)
-    prompts = task.eval_prompts.given
+    prompts = task.eval_prompts
     texts = {eta: result.completions(prompts, eta) for eta in etas}
     lines = []
     for n, prompt in enumerate(task.eval_prompts.texts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 TINY = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3"}
@@ -13,13 +12,14 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     """The world of that name: "tiny-gpt2", "tiny-gemma", "gpt2-imdb", "gemma-imdb", or a folder that holds one.
 
     A folder has `policy/` (a causal LM with its tokenizer), `reward/` (a reward model or a sequence
-    classifier) and `prompts.jsonl` (a "prompt" in each line; a fifth is held out, or what
+    classifier) and `prompts.jsonl` (a "prompt" in each line; as many as `hold_out` says are held out, or what
     `eval_prompts.jsonl` has). It has no gold reward and no held-out texts.
     Policy and reward model stand on `device`; "auto" is the first GPU, or the CPU where there is none.
     With `small`, small repositories made here stand in the place of the hub's (see `small_hub`).
     Raises ValueError that names what is missing.
     """
     from ..policies.loading import load_policy, pick_device
+    from ..storage.prompt_sources import read_prompts
     from ..task import World
     from .reviews import reviews_world
 
@@ -43,11 +43,9 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     from ..rewards.loading import load_reward
 
     model, tokenizer = load_policy(folder / "policy", device=device)
-    prompts = _read(folder / "prompts.jsonl")
-    if (folder / "eval_prompts.jsonl").is_file():
-        held_out = _read(folder / "eval_prompts.jsonl")
-    else:
-        held_out, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
+    prompts = read_prompts(folder / "prompts.jsonl")
+    held_out = folder / "eval_prompts.jsonl"
+    held_out = read_prompts(held_out) if held_out.is_file() else None
     reward = load_reward(str(folder / "reward"), device)
     world = World.of(model, tokenizer, reward, prompts, held_out)
     world.folder = folder
@@ -63,10 +61,3 @@ def load_rewards(name: str, device="cpu"):
         return load_reward(IMDB[name].reward, device), None, None
     world = load_world(name, device=device)
     return world.reward, world.gold, world.texts
-
-
-def _read(path: Path) -> list:
-    try:
-        return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} wants a JSON object with a \"prompt\" in each line") from error

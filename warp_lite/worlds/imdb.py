@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 from ..averaging.state_dicts import parameters
 from ..policies.hub import local, reach
 from ..policies.loading import load_policy, save_policy
-from ..policies.prompts import pad_right
+from ..policies.prompts import opening_ids, pad_right
 from ..policies.randomness import WORLD, generator
 from ..rewards.loading import load_reward
-from ..storage.files import beside, first_line, weights_hash
-from ..storage.provenance import cache_folder, json_hash
+from ..storage.files import beside, first_line
+from ..storage.provenance import cache_folder, json_hash, writable_cache
+from ..storage.tensors import weights_hash
 from ..task import World
 
 
@@ -120,6 +121,7 @@ def fine_tuned(model, tokenizer, texts: Sequence[str], settings: ImdbSettings, p
            weights_hash(parameters(model))]
     folder = cache_folder() / f"imdb-{json_hash(key)[:12]}"
     if not is_tuned(folder):
+        writable_cache()
         with torch.random.fork_rng():  # dropout, where the architecture has any
             torch.manual_seed(settings.seed)
             train_on_texts(model, tokenizer, texts, settings, progress)
@@ -147,7 +149,7 @@ def train_on_texts(model, tokenizer, texts: Sequence[str], settings: ImdbSetting
                  leave=False)
     for step in steps:
         batch = [texts[(step * settings.sft_batch + i) % len(texts)] for i in range(settings.sft_batch)]
-        rows = [[*ids, tokenizer.eos_token_id][:longest] for ids in tokenizer(batch)["input_ids"]]
+        rows = [[*ids, tokenizer.eos_token_id][:longest] for ids in opening_ids(tokenizer, batch)]
         ids, mask = (part.to(model.device) for part in pad_right(rows, tokenizer.eos_token_id))
         logits = model(ids[:, :-1], use_cache=False).logits
         real = mask[:, 1:].bool()

@@ -25,7 +25,7 @@ from ..policies.randomness import WORLD, generator
 from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry, train_bradley_terry
 from ..storage.files import beside, write_json
-from ..storage.provenance import cache_folder
+from ..storage.provenance import cache_folder, writable_cache
 from ..task import World
 from .grammar import MAX_COMPLETION, TASTES, GoldReward, make_tokenizer, prompt_texts, reviews
 
@@ -67,6 +67,7 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     settings = ReviewsSettings(architecture=architecture, seed=seed, **settings)
     folder = cache_folder() / f"reviews-{settings_hash(settings)}"
     if not is_built(folder):
+        writable_cache()
         build(settings, folder, progress)
     model, tokenizer = load_policy(folder / "sft")
     facts = json.loads((folder / "world.json").read_text())

@@ -18,7 +18,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification, 
 from ..policies.loading import save_policy
 from ..policies.randomness import WORLD, generator
 from ..storage.files import beside
-from ..storage.provenance import cache_folder
+from ..storage.provenance import writable_cache
 from .grammar import WORDS, make_tokenizer, review
 from .imdb import IMDB
 from .reviews import reviews_world
@@ -54,7 +54,7 @@ def use_small_hub(world: str, progress: bool = True) -> None:
     """From here on the repositories of a world are small ones, made once and kept in the cache; not where
     $WARP_LITE_HUB names others already."""
     if "WARP_LITE_HUB" not in os.environ:
-        os.environ["WARP_LITE_HUB"] = str(make_small_hub(cache_folder() / "small-hub", [world], progress))
+        os.environ["WARP_LITE_HUB"] = str(make_small_hub(writable_cache() / "small-hub", [world], progress))
 
 
 def sentiment_of(text: str) -> int:

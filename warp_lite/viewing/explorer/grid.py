@@ -19,6 +19,7 @@ from ...averaging.merging import merge
 from ...averaging.state_dicts import Weights
 from ...evaluation.limit import optimal_front, reference_rewards
 from ...evaluation.metrics import sample_completions
+from ...policies.prompts import Prompts
 
 ETAS, LAMBDAS, SAMPLES = tuple(np.linspace(0, 1, 11).round(2)), (0.0, 0.25, 0.5, 0.75, 1.0), 256
 FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0), 64
@@ -51,7 +52,7 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
     if not result.iterations:
         raise ValueError("the result has no iterations to explore; run_warp returns one that has")
     etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
-    shown = result.task.first(prompts).eval_prompts.given
+    shown = result.task.first(prompts).eval_prompts
     keys = _keys(result, lambdas)
     places = [(key, eta) for key in keys for eta in etas[1:]]
     per_prompt = max(1, math.ceil(samples / len(result.task.eval_prompts)))
@@ -75,8 +76,7 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
     return {"etas": list(map(float, etas)), "lambdas": list(lambdas), "lines": lines,
             "iterations": sorted({key[0] for key in keys}), "runs": sorted({key[1] for key in keys}),
             "gold": result.task.gold is not None, "unit": getattr(result.task.judge, "unit", "reward units"),
-            "prompts": result.task.eval_prompts.texts[:len(shown)],
-            "samples": per_prompt * len(result.task.eval_prompts),
+            "prompts": shown.texts, "samples": per_prompt * len(result.task.eval_prompts),
             "trajectories": [dict(row) for row in result.trajectories], "limit": [dict(p) for p in limit]}
 
 
@@ -99,7 +99,7 @@ def merged_weights(result, iteration: int, runs: int, lam: float | None = None) 
     return merge(chosen.init, policies, result.config.merge, None if runs != 2 or lam is None else (1 - lam, lam))
 
 
-def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Sequence[str],
+def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Prompts,
                    samples: int) -> list[dict]:
     """Points of a grid: metrics of `samples` completions a held-out prompt, and the completions of `prompts`."""
     metrics = result.measure(states, samples=samples, texts=False)  # perplexity is not shown

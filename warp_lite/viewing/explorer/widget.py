@@ -67,8 +67,9 @@ class ParetoExplorer:
         view = self.view
         lam = view.lam if view.runs == 2 else None
         theta = liti(self.result.sft, merged_weights(self.result, view.iteration, view.runs, lam), check_eta(view.eta))
-        per_prompt = self.grid["samples"] // len(self.result.task.eval_prompts)
-        (point,) = measure_points(self.result, [theta], [view.eta], self.grid["prompts"], per_prompt)
+        task = self.result.task
+        per_prompt, shown = self.grid["samples"] // len(task.eval_prompts), task.first(len(self.grid["prompts"]))
+        (point,) = measure_points(self.result, [theta], [view.eta], shown.eval_prompts, per_prompt)
         self.exact[self._key()] = {**point, "live": True, "between": False, "completions_eta": view.eta}
         return self.exact[self._key()]
 
