@@ -12,7 +12,6 @@ from tokenizers import processors
 
 from warp_lite.cli import main
 from warp_lite.policies.loading import save_policy
-from warp_lite.storage.prompt_sources import prompt_columns, read_prompts
 from warp_lite.policies.prompts import (
     added_tokens,
     encode_prompts,
@@ -21,6 +20,7 @@ from warp_lite.policies.prompts import (
     reading_prompts,
     without_bos,
 )
+from warp_lite.storage.prompt_sources import prompt_columns, read_prompts
 from warp_lite.storage.run_config import kept_prompts
 from warp_lite.task import hold_out
 from warp_lite.worlds import load_world

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..storage.files import first_line
-from .messages import render
 from ..storage.prompt_sources import prompt_columns
+from .messages import render
 
 
 def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:

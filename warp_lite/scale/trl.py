@@ -48,9 +48,9 @@ from ..averaging.state_dicts import is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.loading import from_pretrained, load_policy, quiet
-from ..storage.prompt_sources import prompt_columns
 from ..policies.prompts import Prompts, encode_prompts, reading_prompts, room_for_prompts
 from ..rewards.calling import call_reward, reads_whole_texts, reward_name, trained_reward
+from ..storage.prompt_sources import prompt_columns
 from ..storage.provenance import pinned_threads
 from ..storage.run_config import kept_prompts
 from ..task import Task, hold_out
