@@ -147,7 +147,7 @@ class WarpResult:
         uniforms = evaluation_uniforms(seed, len(encoded), 1, self.config.max_new_tokens, self.model.device)[None]
         policies = Policies.of(self.model, [self.weights(eta, iteration)])
         rollout = policies.sample(encoded, uniforms, self.tokenizer, self.config.temperature)
-        return completions_text(self.tokenizer, rollout.ids, rollout.mask)
+        return completions_text(self.tokenizer, rollout)
 
     def keep_prompts(self, count: int) -> None:
         """Measure on the first `count` of the held-out prompts only."""

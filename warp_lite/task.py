@@ -11,6 +11,7 @@ import torch
 
 from .averaging.state_dicts import copy_weights, is_finite, parameters
 from .config import WarpConfig
+from .policies.ends import end_ids
 from .policies.precision import compute_dtype, full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
 from .result import WarpResult
@@ -78,7 +79,7 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, on_failu
     for prompts in (encoded, held_out):
         check_ids(policy, tokenizer, prompts)
     if texts is not None:
-        encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
+        encode_texts(tokenizer, texts, room_for_prompts(policy, 0), end_ids(policy, tokenizer)[0])
     compute_dtype(config.precision, policy.device)
     model = full_precision(policy)
     result = WarpResult(

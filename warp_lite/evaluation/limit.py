@@ -51,7 +51,7 @@ def reference_rewards(reference, tokenizer, rewards: Sequence, prompts, samples:
     policies = Policies.of(reference)
     rows = np.repeat(np.arange(len(encoded)), samples)
     values: list[list[Tensor]] = [[] for _ in rewards]
-    together = rows_at_once(1, len(tokenizer))
+    together = rows_at_once(1, policies.vocabulary)
     for i, start in enumerate(range(0, len(rows), together)):
         some = rows[start:start + together]
         uniforms = generator(seed, i, 1, EVALUATION).random((1, len(some), max_new_tokens))

@@ -27,7 +27,7 @@ class PolicyMetrics:
     """Measurements of one policy, each mean with its standard error over prompts.
 
     `kl` is to the reference, in nats per sequence, `reward` and `gold` in the reward's units,
-    `length` in tokens, EOS included. `distinct` is the share of distinct pairs of tokens among
+    `length` in tokens, the one that ends it included. `distinct` is the share of distinct pairs of tokens among
     all pairs of all completions, `repeated` the share of pairs that occurred before in the same
     completion. `perplexity` is that of held-out texts, per token. None where not measured; nan
     where there is nothing to take it from (the standard error of one prompt).
@@ -73,7 +73,7 @@ def evaluate_many(model, weights: Weights, reference: Weights, reward, prompts: 
 
     The KL is the Rao–Blackwellised estimator of KL(policy ‖ reference): completions are
     sampled from the policy and the exact KL over the vocabulary is summed at every position
-    up to the one that emits EOS. Policy and reference are taken at one temperature.
+    up to the one that ends it. Policy and reference are taken at one temperature.
     Weights may lie on another device than the model: they are moved to it, a few policies at a time.
     """
     forward = make_forward(model)
@@ -101,7 +101,7 @@ def rows_at_once(policies: int, vocabulary: int) -> int:
 
 def _evaluate_some(policies: Policies, fixed: Policies, reward, prompts, tokenizer, gold, texts, repeated, uniforms,
                    samples, temperature) -> list[PolicyMetrics]:
-    E, vocabulary = len(policies), len(tokenizer)
+    E, vocabulary = len(policies), policies.vocabulary
     together = rows_at_once(E, vocabulary)
     parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
     ids, masks = [], []
@@ -162,11 +162,12 @@ def finite_rewards(reward, rollout: Rollout, tokenizer) -> Tensor:
 
 
 def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[float]:
-    """Perplexity per token, EOS included, of texts under each policy."""
+    """Perplexity per token, the EOS that ends each included, of texts under each policy."""
     E = len(policies)
-    ids, mask = (part.to(policies.device) for part in encode_texts(tokenizer, texts))
+    ids, mask = (part.to(policies.device) for part in encode_texts(
+        tokenizer, texts, end=policies.ends(tokenizer)[0]))
     total = torch.zeros(E, dtype=torch.float64, device=ids.device)
-    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * len(tokenizer) * ids.shape[1])) // E)
+    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * policies.vocabulary * ids.shape[1])) // E)
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
     for some, end in zip(order.split(rows), lengths[::rows].tolist()):  # texts of like length together
         some, real = ids[some, :end], mask[some, :end]

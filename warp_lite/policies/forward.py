@@ -35,6 +35,7 @@ class Forward(Protocol):
     on the left or right; None says that there is no padding.
     """
 
+    model: torch.nn.Module
     dtype: torch.dtype | None
 
     def prepare(self, weights: Weights) -> Any:

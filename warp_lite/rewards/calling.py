@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..policies.prompts import is_conversation
-from ..policies.sampling import Rollout, completion_ids
+from ..policies.sampling import Rollout, completion_ids, completions_text
 from .classifiers import PipelineReward
 
 
@@ -63,7 +63,7 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> Tensor:
         return values.detach().to(rollout.ids.device).double().view(E, B)
     ids = completion_ids(rollout.ids, rollout.mask)
     given = rollout.prompts.given
-    completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    completions = completions_text(tokenizer, rollout)
     if is_conversation(given[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     values = call_reward(reward, given, completions, **{**rollout.prompts.columns, "completion_ids": ids})

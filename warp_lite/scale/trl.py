@@ -47,6 +47,7 @@ from ..averaging.checkpoints import merge_checkpoints
 from ..averaging.state_dicts import copy_weights, is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
+from ..policies.ends import end_ids
 from ..policies.loading import from_pretrained, load_policy, quiet
 from ..policies.prompts import Prompts, encode_prompts, room_for_prompts
 from ..result import WarpResult, run_settings, write_start
@@ -124,6 +125,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
     init = init_folder(folder, i)
     with quiet():
         model = load(init, args)
+        model.generation_config.eos_token_id = list(end_ids(model, tokenizer))  # TRL asks nothing else of the model
         if config.anchor == "sft":
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(

@@ -121,7 +121,7 @@ def sample_completions(result, states: Sequence[Weights], prompts: Sequence[str]
     uniforms = evaluation_uniforms(seed, len(prompts), 1, config.max_new_tokens, result.model.device)
     rollout = Policies.of(result.model, states).sample(
         encoded, uniforms.expand(len(states), -1, -1), result.tokenizer, config.temperature)
-    texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout.ids, rollout.mask)]
+    texts = [" ".join(text.split()) for text in completions_text(result.tokenizer, rollout)]
     return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
 
 
