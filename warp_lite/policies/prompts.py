@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..storage.files import first_line
+from .attention import position_limit
 from .ends import end_ids
 
 
@@ -177,7 +178,7 @@ def room_for_prompts(model, max_new_tokens: int) -> int | None:
 
     Raises ValueError where not even one fits.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = position_limit(model)
     if limit is not None and max_new_tokens >= limit:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
                          "completion together; lower it")
