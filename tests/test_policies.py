@@ -15,7 +15,7 @@ from warp_lite.policies.forward import make_forward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.prompts import Prompts, encode_prompts, room_for_prompts
 from warp_lite.policies.randomness import token_uniforms
-from warp_lite.policies.sampling import Policies, completion_ids, completions_text
+from warp_lite.policies.sampling import Policies, Rollout, completion_ids, completions_text
 
 RAGGED = ["this film", "that plot was great and i loved it but", "i", "this film was dull ."]
 LONGEST = 8  # tokens of a completion
@@ -163,7 +163,7 @@ def test_sampling_stops_when_the_last_completion_has_ended(gpt2_policy, tokenize
         """Counts the calls of a forward."""
 
         def __init__(self):
-            self.inner, self.calls = make_forward(gpt2_policy), 0
+            self.inner, self.calls, self.model = make_forward(gpt2_policy), 0, gpt2_policy
             self.prepare, self.new_cache = self.inner.prepare, self.inner.new_cache
 
         def __call__(self, *args, **kwargs):
@@ -194,6 +194,9 @@ def test_numbers_at_the_ends_of_the_interval_never_choose_a_token_without_mass(t
 
         prepare, new_cache = staticmethod(dict), staticmethod(lambda *args: None)
 
+        def __init__(self):
+            self.model = model
+
         def __call__(self, w, ids, mask=None, cache=None, keep=0):
             logits = torch.full((*ids.shape[:2], ids.shape[2] - keep, len(tokenizer)), -200.0)
             logits[..., 5] = 0
@@ -214,7 +217,8 @@ def test_texts_have_no_special_tokens_and_lists_of_ids_end_with_eos(tokenizer):
     ids = torch.tensor([[[6, 7, 2, 0], [2, 0, 0, 0], [8, 6, 7, 9]]])
     mask = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]])
     assert completion_ids(ids, mask) == [[6, 7, 2], [2], [8, 6, 7, 9]]
-    assert completions_text(tokenizer, ids, mask) == [tokenizer.decode(row) for row in ([6, 7], [], [8, 6, 7, 9])]
+    rollout = Rollout(encode_prompts(tokenizer, ["this"] * 3).repeat(1), ids, mask, torch.zeros(ids.shape), (2, 9))
+    assert completions_text(tokenizer, rollout) == [tokenizer.decode(row) for row in ([6, 7], [], [8, 6, 7])]
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -355,7 +359,8 @@ BREAKS = {
     "no causal LM": (lambda d: alter_json(d / "config.json", model_type="vit"), "AutoModelForCausalLM"),
     "no tokenizer": (lambda d: [path.unlink() for path in d.glob("tokenizer*")], "no tokenizer"),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "cannot load a policy"),
-    "no EOS": (lambda d: alter_json(d / "tokenizer_config.json", eos_token=None), "no EOS token"),
+    "no EOS": (lambda d: [alter_json(d / name, eos_token=None, eos_token_id=None) for name in (
+        "tokenizer_config.json", "config.json", "generation_config.json")], "has an EOS token"),
 }
 
 

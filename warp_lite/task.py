@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .averaging.state_dicts import Weights, copy_weights, is_finite, load_weights, parameters
 from .config import WarpConfig
+from .policies.ends import end_ids
 from .policies.loading import load_policy
 from .policies.precision import full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
@@ -84,7 +85,7 @@ class Task:
         for some_prompts in (encoded, held_out):
             check_ids(policy, tokenizer, some_prompts)
         if texts is not None:
-            encode_texts(tokenizer, texts, room_for_prompts(policy, 0))
+            encode_texts(tokenizer, texts, room_for_prompts(policy, 0), end_ids(policy, tokenizer)[0])
         return cls(full_precision(policy), tokenizer, reward, encoded.to(policy.device), held_out.to(policy.device),
                    gold, texts, max_new_tokens, temperature, source, policy.dtype)
 

@@ -50,6 +50,14 @@ class Endless:
     eos_token_id, pad_token_id = -1, 0
 
 
+def endless(model):
+    """The same model, of the same weights, without EOS ids of its own."""
+    model = copy.copy(model)
+    model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
 def interleaved(rounds: int, **sides) -> dict[str, float]:
     """Median seconds of each side; the sides take turns.
 
@@ -86,7 +94,7 @@ class PolicyStep:
         config = WarpConfig(batch_size=batch, max_new_tokens=LENGTH)
         self.runs = [Run(config, 1, m + 1, state, state, world.reward) for m in range(policies)]
         self.prompts = world.prompts
-        self.forward = make_forward(model)
+        self.forward = make_forward(endless(model))
         self.ensemble = Ensemble([state] * policies, [1e-6] * policies, (0.9, 0.95), 1e-8, [1.0] * policies)
         self.anchor = FlatAnchor(self.ensemble, [state] * policies, [config.mu] * policies)
         self.beta = torch.full((policies, 1), 0.3, dtype=torch.float64)
@@ -283,7 +291,7 @@ def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
         ("16 × 32 tokens, GPT-2 of 124M", big, Prompts([""] * 16, ids[None], torch.ones_like(ids)[None]), 32, 1),
     ):
         forward, weights = (
-            make_forward(model),
+            make_forward(endless(model)),
             stack([parameters(model)])
             if model is not big
             else {n: p.unsqueeze(0) for n, p in parameters(model).items()},

@@ -50,7 +50,7 @@ def reference_rewards(task: Task, samples: int, *, seed: int = 0,
     policies = Policies.of(task.policy, [task.sft])
     rows = np.repeat(np.arange(len(prompts)), samples)
     values: list[list[Tensor]] = [[] for _ in judges]
-    together = rows_at_once(1, len(task.tokenizer))
+    together = rows_at_once(1, policies.vocabulary)
     for i, start in enumerate(range(0, len(rows), together)):
         part = rows[start:start + together]
         uniforms = generator(seed, i, 1, EVALUATION).random((1, len(part), task.max_new_tokens))

@@ -30,8 +30,8 @@ class PolicyMetrics:
     """Measurements of one policy, each mean with its standard error over prompts.
 
     `kl` is to the reference, in nats per sequence, `reward` and `gold` in the reward's units,
-    `length` in tokens, EOS included. A completion whose reward is None is left out of the reward's mean, and a
-    prompt that has only such. `distinct` is the share of distinct pairs of tokens among
+    `length` in tokens, the one that ends it included. A completion whose reward is None is left out of the reward's
+    mean, and a prompt that has only such. `distinct` is the share of distinct pairs of tokens among
     all pairs of all completions, `repeated` the share of pairs that occurred before in the same
     completion. `perplexity` is that of held-out texts, per token. None where not measured; nan
     where there is nothing to take it from (the standard error of one prompt).
@@ -81,7 +81,7 @@ def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int =
 
     The KL is the Rao–Blackwellised estimator of KL(policy ‖ reference): completions are
     sampled from the policy and the exact KL over the vocabulary is summed at every position
-    up to the one that emits EOS. Policy and reference are taken at one temperature.
+    up to the one that ends it. Policy and reference are taken at one temperature.
     Weights may lie on another device than the policy: they are moved to it, a few policies at a time.
     Raises ValueError where a reward is not finite.
     """
@@ -109,7 +109,7 @@ def rows_at_once(policies: int, vocabulary: int) -> int:
 def _evaluate_together(task: Task, policies: Policies, fixed: Policies, uniforms: Tensor, samples: int,
                        texts: bool) -> list[PolicyMetrics]:
     prompts, tokenizer, temperature = task.eval_prompts, task.tokenizer, task.temperature
-    E, vocabulary, repeated = len(policies), len(tokenizer), np.repeat(np.arange(len(prompts)), samples)
+    E, vocabulary, repeated = len(policies), policies.vocabulary, np.repeat(np.arange(len(prompts)), samples)
     together = rows_at_once(E, vocabulary)
     parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
     ids, masks = [], []
@@ -148,7 +148,7 @@ def sample_completions(task: Task, states: Sequence[Weights], seed: int = 0) -> 
     uniforms = evaluation_uniforms(seed, len(prompts), 1, task.max_new_tokens, task.policy.device)
     rollout = Policies.of(task.policy, states).sample(
         prompts.repeat(len(states)), uniforms.expand(len(states), -1, -1), task.tokenizer, task.temperature)
-    texts = completions_text(task.tokenizer, rollout.ids, rollout.mask)
+    texts = completions_text(task.tokenizer, rollout)
     return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
 
 
@@ -172,11 +172,12 @@ def sequence_kl(policies: Policies, reference: Policies, rollout: Rollout, tempe
 
 
 def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[float]:
-    """Perplexity per token, EOS included, of texts under each policy."""
+    """Perplexity per token, the EOS that ends each included, of texts under each policy."""
     E = len(policies)
-    ids, mask = (part.to(policies.device) for part in encode_texts(tokenizer, texts))
+    ids, mask = (part.to(policies.device) for part in encode_texts(
+        tokenizer, texts, end=policies.ends(tokenizer)[0]))
     total = torch.zeros(E, dtype=torch.float64, device=ids.device)
-    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * len(tokenizer) * ids.shape[1])) // E)
+    rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * policies.vocabulary * ids.shape[1])) // E)
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
     for some, end in zip(order.split(rows), lengths[::rows].tolist()):  # texts of like length together
         some, real = ids[some, :end], mask[some, :end]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..config import WarpConfig
+from ..policies.shape import shape_of
 from ..training.memory import training_memory
 
 SMALL, MEDIUM = 5_000_000, 200_000_000  # parameters: below, a tiny policy; then GPT-2's size; above, Gemma's
@@ -85,7 +86,7 @@ def kept_runs(out: str, model) -> Path | None:
 
 def step_seconds(model, config: WarpConfig, prompt_tokens: int = 16) -> float:
     """One step of one run on a T4: an estimate by its bandwidth, its arithmetic and the launches of kernels."""
-    size, layers = size_of(model), model.config.num_hidden_layers
+    size, layers = size_of(model), shape_of(model).layers
     batch, tokens = config.batch_size, config.max_new_tokens
     one_token = max(4 * size / T4["bytes"], 2 * size * batch / T4["operations"], layers * T4["layer"])
     passes = 8 * size * batch * (prompt_tokens + tokens) / T4["operations"]  # the anchor's, ours, and backward

@@ -20,6 +20,12 @@ def attention_bias(mask: Tensor | None, queries: int, start: int, dtype: torch.d
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
+def position_limit(model) -> int | None:
+    """How many tokens a causal LM has positions for; None where its architecture sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet says −1
+
+
 def positions(mask: Tensor) -> Tensor:
     """The place of each token in its sequence, padding not counted."""
     return (mask.long().cumsum(-1) - 1).clamp_(min=0)

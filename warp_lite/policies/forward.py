@@ -4,8 +4,10 @@ Three ways with one interface, `Forward`, which `sampling.Policies` alone calls:
 
 - `ModuleForward`: the library's module, one policy after the other. The readable reference.
 - `VmapForward`: the same module under `torch.func.vmap`. Any architecture whose forward vmaps
-  and takes its masks from outside; `supports` tries it, and what fails is left to `ModuleForward`.
+  and takes its masks from outside.
 - `GPT2Forward`: batched matrix products written by hand.
+
+Each is tried on a few tokens before it is used (`trial.py`); what fails is left to `ModuleForward`.
 
 With a `dtype` the products with the layers' matrices are taken in it, and the head in the
 dtype of the weights. With `checkpointing` a layer keeps its input alone for the backward pass.
@@ -24,6 +26,7 @@ from torch import Tensor
 from ..averaging.state_dicts import Weights
 from .gpt2_forward import GPT2Forward
 from .module_forward import ModuleForward
+from .trial import learned, serves, trial_of
 from .vmap_forward import VmapForward
 
 
@@ -35,6 +38,7 @@ class Forward(Protocol):
     on the left or right; None says that there is no padding.
     """
 
+    model: torch.nn.Module
     dtype: torch.dtype | None
 
     def prepare(self, weights: Weights) -> Any:
@@ -61,13 +65,16 @@ def make_forward(model, executor: str = "batched", dtype: torch.dtype | None = N
                  chunked: bool = False) -> Forward:
     """The forward for an executor: the reference for "serial", else the fastest that serves the model.
 
-    Raises ValueError where it cannot do with `checkpointing`, or with logits in chunks.
+    Raises ValueError where it cannot do with `checkpointing`, or with logits in chunks, and for a model that is no
+    causal LM.
     """
+    learned(model, "itself", lambda: trial_of(model) is not None)
     if executor == "serial":
         forward = ModuleForward(model, dtype, checkpointing)
     else:
         reuse_memory()
-        fastest = next((kind for kind in (GPT2Forward, VmapForward) if kind.supports(model)), ModuleForward)
+        fastest = next((kind for kind in (GPT2Forward, VmapForward)
+                        if kind.supports(model) and serves(kind(model), model)), ModuleForward)
         if checkpointing and fastest is not GPT2Forward:
             raise ValueError(f"checkpointing: policies of type {type(model).__name__} cannot be checkpointed while "
                              "they train together; use executor='serial'")

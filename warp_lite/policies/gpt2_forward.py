@@ -25,7 +25,8 @@ class GPT2Forward:
 
     def __init__(self, model: GPT2LMHeadModel | GPT2Model, dtype: torch.dtype | None = None,
                  checkpointing: bool = False):
-        config, self.dtype, self.checkpointing = model.config, dtype, checkpointing
+        self.model, self.dtype, self.checkpointing = model, dtype, checkpointing
+        config = model.config
         self.layers, self.heads, self.width = config.n_layer, config.n_head, config.n_embd
         self.eps = config.layer_norm_epsilon
 

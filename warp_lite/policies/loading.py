@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import cached_file
 
 from ..storage.files import first_line
+from .ends import end_ids
 from .hub import HUB_NAME, local, reach
 
 
@@ -27,8 +28,7 @@ def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")  # the library makes up one without words
         model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, **options)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {folder!r} has no EOS token; completions could not end")
+        end_ids(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 

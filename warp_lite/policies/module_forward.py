@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .attention import positions
+from .trial import cached, learned, padded, trial_of
 
 
 class LinearHead:
@@ -22,7 +24,7 @@ class LinearHead:
     def __init__(self, model):
         layer, names = model.get_output_embeddings(), {id(p): name for name, p in model.named_parameters()}
         self.weight, self.bias = names[id(layer.weight)], names.get(id(layer.bias))
-        self.cap = getattr(model.config, "final_logit_softcapping", None)
+        self.cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def __call__(self, w, x: Tensor) -> Tensor:
         """Logits (E, N, V) of hidden states (E, N, C)."""
@@ -46,8 +48,9 @@ class HalvedForward:
 
     def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache=None, keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V)."""
-        if self.dtype is None or self.linear_head is None:
-            return self.run(self.model, w, ids, mask, cache, lambda output: output.logits[:, keep:])
+        again = isinstance(cache, Recomputed)  # then the logits of all tokens so far would be computed at each
+        if (self.dtype is None and not again) or self.linear_head is None:
+            return self.run(self.model, w, ids, mask, cache, "logits", keep)
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         return self.head(w, x.flatten(1, 2)).view(*x.shape[:3], -1)
 
@@ -55,7 +58,7 @@ class HalvedForward:
         """The last hidden states, (E, B, Q, C)."""
         prefix = f"{self.model.base_model_prefix}."
         inner = {name.removeprefix(prefix): tensor for name, tensor in w.items() if name.startswith(prefix)}
-        return self.run(self.model.base_model, inner, ids, mask, cache, lambda output: output.last_hidden_state)
+        return self.run(self.model.base_model, inner, ids, mask, cache, "last_hidden_state")
 
     def head(self, w, x: Tensor) -> Tensor:
         """Logits (E, N, V) of last hidden states (E, N, C), where there is a `linear_head`."""
@@ -65,10 +68,11 @@ class HalvedForward:
     @torch.no_grad()
     def linear_head(self) -> LinearHead | None:
         """The head, if it gives the module's logits (tried on a few tokens), else None."""
-        ids = torch.arange(4, device=self.model.device).view(1, 1, 4) % self.model.config.vocab_size
+        size = self.model.get_input_embeddings().num_embeddings
+        ids = torch.arange(4, device=self.model.device).view(1, 1, 4) % size
         weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.model.named_parameters()}
         mask = torch.ones_like(ids)
-        expected = self.run(self.model, weights, ids, mask, None, lambda output: output.logits)
+        expected = self.run(self.model, weights, ids, mask, None, "logits")
         try:
             head = LinearHead(self.model)
             logits = head(weights, self.hidden(weights, ids, mask).flatten(1, 2)).view(expected.shape)
@@ -91,6 +95,9 @@ class ModuleForward(HalvedForward):
 
     With `checkpointing` the library computes its layers again in the backward pass, with the module's
     own weights: those of `w` must be they.
+
+    A module that takes no heed of padding is given sequences of one length at a time. One whose cache does not
+    give its own logits (Mamba's and RWKV's go by other names than the library's caches) goes without.
     """
 
     def __init__(self, model, dtype: torch.dtype | None = None, checkpointing: bool = False):
@@ -102,31 +109,90 @@ class ModuleForward(HalvedForward):
                 raise ValueError(f"checkpointing: {type(model).__name__} has no layers that can be checkpointed; "
                                  "leave it out")
 
-    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> list[DynamicCache]:
-        """One dynamic cache a policy."""
+    @cached_property
+    def can_pad(self) -> bool:
+        """Whether the module's logits are the same with padding and without, as a trial says."""
+        def find():
+            plain = ModuleForward(self.model)
+            plain.can_pad = True
+            return padded(plain, trial_of(self.model))
+
+        return learned(self.model, "padding", find)
+
+    @cached_property
+    def can_cache(self) -> bool:
+        """Whether the module's logits are the same with a cache and without, as a trial says."""
+        def find():
+            plain = ModuleForward(self.model)
+            plain.can_pad = plain.can_cache = True
+            return cached(plain, trial_of(self.model))
+
+        return self.can_pad and learned(self.model, "cache", find)
+
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> list[DynamicCache] | Recomputed:
+        """One dynamic cache a policy, or the tokens themselves where those do not serve."""
+        if not self.can_cache:
+            tell_once(f"warp-lite: the cache of a {type(self.model).__name__} does not give its own logits; it is "
+                      "sampled without one, which is slower")
+            return Recomputed()
         return [DynamicCache(config=self.model.config) for _ in range(policies)]
 
-    def cache_of(self, cache: list[DynamicCache], rows: Tensor) -> list[DynamicCache]:
+    def cache_of(self, cache: list[DynamicCache] | Recomputed, rows: Tensor) -> list[DynamicCache] | Recomputed:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
+        if isinstance(cache, Recomputed):
+            cache.ids = cache.ids.gather(1, rows.unsqueeze(-1).expand(-1, -1, cache.ids.shape[-1]))
+            return cache
         for own, some in zip(cache, rows):
-            own.batch_select_indices(some)
+            own.reorder_cache(some)  # which the states of linear attention heed; `batch_select_indices` does not
         return cache
 
-    def run(self, module, w, ids: Tensor, mask: Tensor | None, cache, pick) -> Tensor:
-        """What `pick` takes of the module's output, for each policy."""
+    def run(self, module, w, ids: Tensor, mask: Tensor | None, cache, field: str, keep: int = 0) -> Tensor:
+        """A field of the module's output from position `keep` on, for each policy."""
+        if isinstance(cache, Recomputed):
+            cache.ids = ids if cache.ids is None else torch.cat([cache.ids, ids], -1)
+            start = cache.ids.shape[-1] - ids.shape[-1]
+            return self.run(module, w, cache.ids, mask, None, field, start + keep)
         results = []
         again = self.layers and cache is None and torch.is_grad_enabled()
         with (nullcontext() if self.dtype is None else torch.autocast(
                 ids.device.type, self.dtype, cache_enabled=False),
               _checkpointed_layers(self.layers) if again else nullcontext()):
             for e in range(ids.shape[0]):
+                own = {name: tensor[e] for name, tensor in w.items()}
+                if mask is not None and not self.can_pad:
+                    results.append(_by_length(module, own, ids[e], mask[e], field)[:, keep:])
+                    continue
                 options = {"use_cache": cache is not None, "past_key_values": cache[e] if cache else None}
                 if mask is not None:
                     options["attention_mask"] = mask[e].long()
                     options["position_ids"] = positions(mask[e])[:, -ids.shape[-1]:]
-                out = functional_call(module, {name: tensor[e] for name, tensor in w.items()}, (ids[e],), options)
-                results.append(pick(out))
+                results.append(getattr(functional_call(module, own, (ids[e],), options), field)[:, keep:])
         return torch.stack(results)
+
+
+class Recomputed:
+    """In the place of a cache, the tokens (E, B, K) so far: all are computed again for each that follows."""
+
+    ids: Tensor | None = None
+
+
+def _by_length(module, weights, ids: Tensor, mask: Tensor, field: str) -> Tensor:
+    """A field of the module's output for ids (B, Q), those of equal padding on the left together and without it."""
+    padding = (mask.cumsum(-1) == 0).sum(-1)
+    result = None
+    for count in padding.unique().tolist():
+        rows = (padding == count).nonzero()[:, 0]
+        part = getattr(functional_call(module, weights, (ids[rows, count:],), {"use_cache": False}), field)
+        if result is None:
+            result = part.new_zeros(*ids.shape, part.shape[-1])
+        result = result.index_copy(0, rows, torch.nn.functional.pad(part, (0, 0, count, 0)))
+    return result
+
+
+@cache
+def tell_once(line: str) -> None:
+    """A line on stderr, once in the life of the process."""
+    print(line, file=sys.stderr)
 
 
 @contextmanager

@@ -13,18 +13,22 @@ from torch import Tensor
 
 from ..storage.files import first_line
 from ..storage.prompt_sources import prompt_columns
+from .attention import position_limit
+from .ends import end_ids
 from .messages import render
 
 
-def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None) -> tuple[Tensor, Tensor]:
-    """Texts and the one EOS that ends each as ids (N, S), padded on the right, and their mask.
+def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None,
+                 end: int | None = None) -> tuple[Tensor, Tensor]:
+    """Texts and the one `end` of each (default: the tokenizer's EOS) as ids (N, S), padded on the right, and their
+    mask.
 
     Raises ValueError for no texts and for one of more than `room` tokens.
     """
     if not len(texts):
         raise ValueError("there are no texts to measure the perplexity of; give at least one, or None")
-    eos = tokenizer.eos_token_id
-    rows = [row if row[-1:] == [eos] else [*row, eos] for row in opening_ids(tokenizer, list(texts))]
+    end = tokenizer.eos_token_id if end is None else end
+    rows = [row if row[-1:] == [end] else [*row, end] for row in opening_ids(tokenizer, list(texts))]
     for i, row in enumerate(rows):
         if room is not None and len(row) > room:
             raise ValueError(f"text {i} has {len(row)} tokens, EOS included, of which {room} fit: "
@@ -210,13 +214,15 @@ def conversation_texts(tokenizer, conversations: Sequence[list[dict]],
 
 
 def check_ids(model, tokenizer, prompts: Prompts) -> None:
-    """Raise ValueError if a prompt, or what pads and ends, has an id that the model has no embedding for."""
+    """Raise ValueError if a prompt, or what pads and ends, has an id that the model has no embedding for, and where
+    nothing ends a completion."""
     size = model.get_input_embeddings().num_embeddings
     way_out = "are tokenizer and model of one checkpoint? else model.resize_token_embeddings(len(tokenizer))"
     for what, token in (("EOS", tokenizer.eos_token_id), ("padding", pad_id(tokenizer))):
-        if token >= size:
+        if token is not None and token >= size:
             raise ValueError(f"the tokenizer's {what} token {tokenizer.convert_ids_to_tokens(token)!r} has the id "
                              f"{token}, and the policy has {size} embeddings; {way_out}")
+    end_ids(model, tokenizer)
     beyond = (prompts.ids >= size).nonzero()
     if len(beyond):
         i, token = beyond[0][-2].item(), prompts.ids[tuple(beyond[0])].item()
@@ -225,8 +231,8 @@ def check_ids(model, tokenizer, prompts: Prompts) -> None:
 
 
 def pad_id(tokenizer) -> int:
-    """The id that fills a batch: the pad token, or EOS where there is none (both are masked by position)."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """The id that fills a batch: the pad token, or EOS, or 0 where there is none (all are masked by position)."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def room_for_prompts(model, max_new_tokens: int) -> int | None:
@@ -234,7 +240,7 @@ def room_for_prompts(model, max_new_tokens: int) -> int | None:
 
     Raises ValueError where not even one fits.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = position_limit(model)
     if limit is not None and max_new_tokens >= limit:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but the policy has {limit} positions for prompt and "
                          "completion together; lower it")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..averaging.state_dicts import Weights, parameters, stack
+from .ends import end_ids
 from .forward import Forward, make_forward
 from .prompts import Prompts, pad_id
 
@@ -19,16 +20,17 @@ DROP_AT, DROP_FROM = 0.75, 64  # completions that ended are dropped from this sh
 
 @dataclass
 class Rollout:
-    """Completions of E policies: `ids` and `mask` (E, B, T), mask 1 up to and including EOS.
+    """Completions of E policies: `ids` and `mask` (E, B, T), mask 1 up to and including the token that ends it.
 
     `logprobs` (E, B, T) are those of the sampled tokens under the policy that sampled
-    them, in nats, 0 where the mask is 0.
+    them, in nats, 0 where the mask is 0. `ends` are the ids that end a completion.
     """
 
     prompts: Prompts
     ids: Tensor
     mask: Tensor
     logprobs: Tensor
+    ends: tuple[int, ...] = ()
 
     def select(self, members: list[int]) -> Rollout:
         """The completions of some of the policies."""
@@ -37,7 +39,7 @@ class Rollout:
         texts, given = ([values[i] for i in rows] for values in (self.prompts.texts, self.prompts.given))
         columns = {name: [values[i] for i in rows] for name, values in self.prompts.columns.items()}
         prompts = Prompts(texts, self.prompts.ids[index], self.prompts.mask[index], columns, given)
-        return Rollout(prompts, self.ids[index], self.mask[index], self.logprobs[index])
+        return Rollout(prompts, self.ids[index], self.mask[index], self.logprobs[index], self.ends)
 
     def split(self, size: int) -> list[Rollout]:
         """The same in parts of at most `size` completions a policy; 0: in one."""
@@ -45,7 +47,7 @@ class Rollout:
         if not size or size >= B:
             return [self]
         return [Rollout(self.prompts.rows(b, b + size), *(part[:, b:b + size] for part in (
-            self.ids, self.mask, self.logprobs))) for b in range(0, B, size)]
+            self.ids, self.mask, self.logprobs)), self.ends) for b in range(0, B, size)]
 
 
 class Policies:
@@ -73,6 +75,15 @@ class Policies:
         return self._like.device
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the logits are of: often more, and sometimes fewer, than the tokenizer has."""
+        return self.forward.model.get_input_embeddings().num_embeddings
+
+    def ends(self, tokenizer) -> tuple[int, ...]:
+        """The ids that end a completion (see `ends.end_ids`)."""
+        return end_ids(self.forward.model, tokenizer)
+
+    @property
     def _like(self) -> Tensor:
         return next(iter(self.weights.values()))
 
@@ -94,15 +105,17 @@ class Policies:
 
         `prompts` (E, B, P). `uniforms` (E, B, T) in [0, 1) decide every token by inversion of the
         cumulative distribution, so a completion depends on its own policy, prompt and numbers and not
-        on the batch around it. Ends early once every completion has emitted EOS. `at_once` completions
-        of a policy are sampled together; 0: all of them.
+        on the batch around it. Stops early once every completion has ended (see `ends.end_ids`). `at_once`
+        completions of a policy are sampled together; 0: all of them.
+        Raises ValueError where nothing ends a completion.
         """
         E, B, P = prompts.ids.shape
         if at_once and at_once < B:
             return join_rollouts(prompts, pad_id(tokenizer), [
                 self.sample(prompts.rows(b, b + at_once), uniforms[:, b:b + at_once], tokenizer, temperature)
                 for b in range(0, B, at_once)])
-        T, eos, pad, like = uniforms.shape[-1], tokenizer.eos_token_id, pad_id(tokenizer), self._like
+        T, pad, like, ends = uniforms.shape[-1], pad_id(tokenizer), self._like, self.ends(tokenizer)
+        last = torch.tensor(ends, device=prompts.ids.device)
         mask = None
         if (prompts.mask == 0).any():
             mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
@@ -123,7 +136,7 @@ class Policies:
             tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
             ids[..., t].scatter_(1, rows, tokens[..., 0])
             chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
-            alive &= tokens[..., 0] != eos
+            alive &= ~torch.isin(tokens[..., 0], last)
             left = int(alive.sum(1).max())
             if left == 0:
                 break
@@ -133,9 +146,9 @@ class Policies:
                 mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
                 cache = self.forward.cache_of(cache, kept)
         ids, chosen = ids[..., :t + 1], chosen[..., :t + 1]                                  # (E, B, T)
-        ends = ids == eos
-        after = ends.cumsum(-1) - ends.long() > 0  # what a completion was given after its EOS is forgotten
-        return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0))
+        ended = torch.isin(ids, last)
+        after = ended.cumsum(-1) - ended.long() > 0  # what a completion was given after its end is forgotten
+        return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0), ends)
 
     def completion_logits(self, rollout: Rollout) -> Tensor:
         """The logits (E, B, T, V) from which each completion token was chosen, in one forward."""
@@ -143,7 +156,7 @@ class Policies:
         return self.logits(ids, mask, keep=rollout.prompts.ids.shape[-1] - 1)
 
     def logprobs(self, rollout: Rollout, temperature: float = 1.0, chunk: int = 0) -> Tensor:
-        """Log-probability (E, B, T) of each completion token in nats, 0 after EOS; differentiable.
+        """Log-probability (E, B, T) of each completion token in nats, 0 after its end; differentiable.
 
         With a `chunk` the logits of so many tokens of a policy exist at once, and are computed again for the
         gradient: the same numbers in less memory.
@@ -169,7 +182,7 @@ def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Roll
         torch.cat([F.pad(tensor, (0, T - tensor.shape[-1]), value=value) for tensor in tensors], 1)
         for value, tensors in ((fill, [p.ids for p in parts]), (0, [p.mask for p in parts]),
                                (0.0, [p.logprobs for p in parts])))
-    return Rollout(prompts, ids, mask, logp)
+    return Rollout(prompts, ids, mask, logp, parts[0].ends)
 
 
 def completion_input(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +191,7 @@ def completion_input(rollout: Rollout) -> tuple[Tensor, Tensor | None]:
     ids = torch.cat([prompts.ids, rollout.ids[..., :-1]], -1)
     mask = None
     if (prompts.mask == 0).any():
-        # what follows EOS is never looked at by what is scored, so it may count as tokens
+        # what follows the end is never looked at by what is scored, so it may count as tokens
         mask = torch.cat([prompts.mask, torch.ones_like(rollout.ids[..., :-1])], -1)
     return ids, mask
 
@@ -194,12 +207,18 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
-def completions_text(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
-    """Completions (…, T) as texts without special tokens, in row-major order."""
-    return tokenizer.batch_decode(completion_ids(ids, mask), skip_special_tokens=True)
+def completions_text(tokenizer, rollout: Rollout) -> list[str]:
+    """Completions as texts, in row-major order, without special tokens and without the token that ended them."""
+    return tokenizer.batch_decode(without_end(rollout), skip_special_tokens=True)
+
+
+def without_end(rollout: Rollout) -> list[list[int]]:
+    """Completions as lists of ids without the one that ended them, in row-major order."""
+    rows = completion_ids(rollout.ids, rollout.mask)
+    return [row[:-1] if row and row[-1] in rollout.ends else row for row in rows]
 
 
 def completion_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Completions (…, T) as lists of ids, EOS included and nothing after it, in row-major order."""
+    """Completions (…, T) as lists of ids, with the one that ends each and nothing after it, in row-major order."""
     rows, lengths = ids.reshape(-1, ids.shape[-1]).tolist(), mask.reshape(-1, ids.shape[-1]).sum(-1).tolist()
     return [row[:length] for row, length in zip(rows, lengths)]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..policies.prompts import is_conversation
-from ..policies.sampling import Rollout, completion_ids
+from ..policies.sampling import Rollout, completion_ids, completions_text, without_end
 from .classifiers import PipelineReward
 
 # reward(prompts=…, completions=…, **columns of the data set) -> a number for each completion, as TRL's reward
@@ -133,12 +133,12 @@ def _one_reward(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:
         return values, ~torch.isfinite(values)
     ids = completion_ids(rollout.ids, rollout.mask)
     given, whole_texts = rollout.prompts.given, None
-    completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    completions = completions_text(tokenizer, rollout)
     if is_conversation(given[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     elif reads_whole_texts(reward):
         before = completion_ids(rollout.prompts.ids.flip(-1), rollout.prompts.mask)  # padded on the left
-        whole_texts = tokenizer.batch_decode([prompt[::-1] + row for prompt, row in zip(before, ids)],
+        whole_texts = tokenizer.batch_decode([prompt[::-1] + row for prompt, row in zip(before, without_end(rollout))],
                                              skip_special_tokens=True)
     columns = {name: values for name, values in rollout.prompts.columns.items() if name not in LEFT_OUT}
     columns["completion_ids"] = ids

@@ -47,6 +47,7 @@ from ..averaging.checkpoints import merge_checkpoints
 from ..averaging.state_dicts import is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
+from ..policies.ends import end_ids
 from ..policies.loading import from_pretrained, load_policy, quiet
 from ..policies.prompts import Prompts, encode_prompts, reading_prompts, room_for_prompts
 from ..rewards.calling import call_reward, reads_whole_texts, reward_name, trained_reward
@@ -130,6 +131,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
     init = init_folder(folder, i)
     with quiet():
         model = load_model(init, args)
+        model.generation_config.eos_token_id = list(end_ids(model, tokenizer))  # TRL asks nothing else of the model
         if config.anchor == "sft":
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference
         trainer = RLOOTrainer(

@@ -12,6 +12,7 @@ import torch
 from ..config import WarpConfig
 from ..policies.gpt2_forward import GPT2Forward
 from ..policies.precision import compute_dtype
+from ..policies.shape import shape_of
 from ..task import Task
 from .executors import Trainer
 from .reinforce import forward_for
@@ -65,16 +66,15 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     counts what a pre-norm transformer keeps a layer and token: 20 times the width (40 where its GELU is written
     out), and its attention weights.
     """
-    settings, config = settings or WarpConfig(), model.config
+    settings, config = settings or WarpConfig(), model.config.get_text_config()
     device = torch.device(model.device)
     narrow = compute_dtype(settings.precision, device) is not None
     numbers = policies * sum(p.numel() for p in model.parameters())
     trained, averaged = (numbers, numbers) if adapter is None else (policies * adapter[0], policies * sum(adapter))
     size = max(4, next(model.parameters()).element_size())
     away = settings.offload and device.type != "cpu"
-    width, layers, heads, words = (
-        config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size)
-    inner = getattr(config, "intermediate_size", None) or 4 * width
+    shape = shape_of(model)
+    width, layers, heads, inner, words = shape.width, shape.layers, shape.heads, shape.inner, shape.vocabulary
     length = prompt_tokens + new_tokens
     rows = policies * min(batch, settings.micro_batch or batch)
     stacked = together or adapter is not None  # what is trained lies beside the model, in one tensor
@@ -93,9 +93,7 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     if settings.logit_chunk and policies * settings.logit_chunk < positions:
         positions, head = policies * settings.logit_chunk, policies * words * width  # its gradient, in two parts
     drawn = policies * min(batch, settings.sample_batch or batch)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or width // heads
-    cache = 2 * layers * kv_heads * head_size * length * (2 if narrow else size)
+    cache = 2 * layers * shape.kv_heads * shape.head_size * length * (2 if narrow else size)
     return MemoryEstimate(
         policies,
         weights=trained * size * stacked + 2 * (numbers - policies * words * width) * narrow,

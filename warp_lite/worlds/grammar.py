@@ -118,10 +118,13 @@ class GoldReward:
     The taste "sentiment" pays for the sentiment of the words, clamped to ±5; an adverb scales the
     adjective that follows it. "detail" pays one for each aspect of the film that is named, takes one
     back where it is named again, and pays for adverbs that hedge and against those that shout.
+    A review ends at one of the ids `ends`, the tokenizer's EOS if they are left out.
     """
 
-    def __init__(self, tokenizer, mean: float = 0.0, std: float = 1.0, taste: str = "sentiment"):
+    def __init__(self, tokenizer, mean: float = 0.0, std: float = 1.0, taste: str = "sentiment",
+                 ends: tuple[int, ...] | None = None):
         self.tokenizer, self.mean, self.std, self.taste = tokenizer, mean, std, taste
+        self.ends = torch.tensor((tokenizer.eos_token_id,) if ends is None else ends)
         vocabulary = tokenizer.get_vocab()
         size = len(vocabulary)
         self.sentiment, self.emphasis, self.hedge = torch.zeros(size), torch.ones(size), torch.zeros(size)
@@ -148,7 +151,7 @@ class GoldReward:
             named = ((ids.unsqueeze(-1) == self.aspects) & mask.bool().unsqueeze(-1)).sum(-2)       # (…, aspects)
             paid = (2 * named.clamp(max=1) - named).sum(-1) + (self.hedge[ids] * mask).sum(-1)
         broken = (~self.possible[before, ids] & mask.bool()).sum(-1)
-        endless = ((ids == self.tokenizer.eos_token_id) & mask.bool()).sum(-1) == 0
+        endless = (torch.isin(ids, self.ends) & mask.bool()).sum(-1) == 0
         return (paid - broken - endless.float() - self.mean) / self.std
 
     def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:

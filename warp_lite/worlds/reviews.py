@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
+from ..policies.ends import end_ids
 from ..policies.loading import load_policy, save_policy
 from ..policies.prompts import encode_prompts, pad_right
 from ..policies.randomness import WORLD, generator
@@ -73,7 +74,7 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     facts = json.loads((folder / "world.json").read_text())
     train, held_out = split_prompts(settings)
     texts = reviews(generator(settings.seed, 2, WORLD), 512)
-    gold = GoldReward(tokenizer, facts["gold_mean"], facts["gold_std"], settings.taste)
+    gold = GoldReward(tokenizer, facts["gold_mean"], facts["gold_std"], settings.taste, end_ids(model, tokenizer))
     reward = BradleyTerry.load(folder / "reward")
     world = World.of(model, tokenizer, reward, train, held_out, gold=gold, texts=texts, max_new_tokens=MAX_COMPLETION)
     world.folder, world.facts = folder, facts

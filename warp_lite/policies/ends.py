@@ -1,0 +1,24 @@
+"""Where a completion ends."""
+
+from __future__ import annotations
+
+
+def end_ids(model, tokenizer) -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's EOS, and every one of the model's own.
+
+    Chat models end their turns by ids that `generation_config.eos_token_id`, a number or a list, names beside
+    the tokenizer's EOS (Gemma's <end_of_turn>, Llama 3's <|eot_id|>), as the library's `generate` ends them. An id
+    without an embedding is never sampled and is left out: GPT-2's config says 50256 for any vocabulary.
+    Raises ValueError where there is none.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            ids += [eos] if isinstance(eos, int) else eos
+    size = model.get_input_embeddings().num_embeddings
+    ids = tuple(dict.fromkeys(token for token in ids if token < size))
+    if not ids:
+        raise ValueError("neither the policy nor its tokenizer has an EOS token, so completions could not end; set "
+                         "generation_config.eos_token_id of the policy, or eos_token of the tokenizer")
+    return ids

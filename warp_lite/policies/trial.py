@@ -1,0 +1,116 @@
+"""Every forward is tried on a few tokens before it is used: plain, padded, and with a cache whose rows are dropped.
+
+What is right is what the library's module says of each sequence alone. Caches differ between architectures, and
+some modules take no heed of a cache or of padding that is passed in, without a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..storage.files import first_line
+from .attention import position_limit
+
+LENGTHS, KEPT, PROMPT = (9, 6, 7), (2, 0), 5  # of three sequences; the two whose cache is kept, and from where on
+_VERDICTS = WeakKeyDictionary()  # of each model: what was learned, by the name of what was tried
+
+
+@dataclass
+class Trial:
+    """Sequences `ids` (1, 3, Q) with padding on the left, their `mask`, and the `expected` logits (1, 3, Q, V)."""
+
+    ids: Tensor
+    mask: Tensor
+    expected: Tensor
+    tolerance: float
+
+    def agrees(self, logits: Tensor, start: int = 0, rows: tuple[int, ...] = (0, 1, 2)) -> bool:
+        """Whether logits (1, rows, Q − start, V) from position `start` on are those expected, but for rounding."""
+        real, expected = self.mask[:, rows, start:].bool(), self.expected[:, rows, start:]
+        expected = expected[real]
+        return bool((logits[real] - expected).abs().max() <= self.tolerance * expected.abs().max())
+
+
+@torch.no_grad()
+def trial_of(model) -> Trial:
+    """The library's own logits of a few sequences, each alone.
+
+    Raises ValueError for a model whose logits look at later tokens or whose weights change as it runs.
+    """
+    name, device = type(model.eval()).__name__, model.device
+    size = model.get_input_embeddings().num_embeddings
+    length = min(max(LENGTHS), position_limit(model) or max(LENGTHS))
+    ids = (7 * torch.arange(1, 3 * length + 1, device=device) % size).view(1, 3, length)
+    mask = torch.ones_like(ids)
+    versions = [parameter._version for parameter in model.parameters()]
+    rows = []
+    try:
+        for b, own in enumerate(LENGTHS):
+            padding = max(0, length - own)
+            logits = model(ids[:, b, padding:], use_cache=False).logits[0]
+            mask[0, b, :padding] = 0
+            rows.append(torch.nn.functional.pad(logits, (0, 0, padding, 0)))
+        half = model(ids[:, 0, :length // 2], use_cache=False).logits
+    except Exception as error:  # whatever a module asks for that a causal LM needs not
+        raise ValueError(f"a {name} cannot compute the logits of a few tokens: {first_line(error)}") from error
+    if [parameter._version for parameter in model.parameters()] != versions:
+        raise ValueError(f"a {name} changes its weights as it computes, so other weights cannot stand in for them; "
+                         "switch that off in its config (RWKV: rescale_every=0), or take another policy")
+    narrow = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    trial = Trial(ids, mask, torch.stack(rows).unsqueeze(0), 0.05 if narrow else 1e-3)
+    first = Trial(ids[:, :1, :length // 2], mask[:, :1, :length // 2], half.unsqueeze(0), trial.tolerance)
+    if torch.isfinite(trial.expected).all() and not first.agrees(trial.expected[:, :1, :length // 2], rows=(0,)):
+        raise ValueError(f"a {name} is no causal LM: its logits look at later tokens; take one that is, or set "
+                         "is_decoder=True in its config if it has that")
+    return trial
+
+
+def learned(model, what: str, find):
+    """What `find()` says of a model, asked once in its life."""
+    verdicts = _VERDICTS.setdefault(model, {})
+    if what not in verdicts:
+        verdicts[what] = find()
+    return verdicts[what]
+
+
+def serves(forward, model) -> bool:
+    """Whether a forward computes what the module does, padded and cached."""
+    def find():
+        trial = trial_of(model)
+        return padded(forward, trial) and cached(forward, trial)
+
+    return learned(model, type(forward).__name__, find)
+
+
+@torch.no_grad()
+def padded(forward, trial: Trial) -> bool:
+    """Whether sequences have the logits with padding that they have alone."""
+    try:
+        return trial.agrees(forward(_prepared(forward), trial.ids, trial.mask))
+    except Exception:  # whatever a module does that the forward cannot take
+        return False
+
+
+@torch.no_grad()
+def cached(forward, trial: Trial) -> bool:
+    """Whether sequences have the logits token by token, with a cache some of whose rows are dropped."""
+    ids, mask, pieces = trial.ids, trial.mask, []
+    try:
+        prepared = _prepared(forward)
+        cache = forward.new_cache(*ids.shape, next(forward.model.parameters()))
+        forward(prepared, ids[..., :PROMPT], mask[..., :PROMPT], cache)
+        cache = forward.cache_of(cache, torch.tensor([KEPT], device=ids.device))
+        ids, mask = ids[:, KEPT], mask[:, KEPT]
+        for t in range(PROMPT, ids.shape[-1]):
+            pieces.append(forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache))
+        return trial.agrees(torch.cat(pieces, 2), PROMPT, KEPT)
+    except Exception:  # as above
+        return False
+
+
+def _prepared(forward):
+    return forward.prepare({name: tensor.detach().unsqueeze(0) for name, tensor in forward.model.named_parameters()})
