@@ -349,6 +349,11 @@ def test_past_the_cap_no_more_than_that_are_held_out_and_from_everywhere(count, 
     assert len(set(gaps.tolist())) <= 1 and int(held_out.texts[-1]) >= count - (gaps[0] if len(gaps) else count)
 
 
+def test_no_prompt_held_out_is_refused():
+    with pytest.raises(ValueError, match="held_out must be 1 or more, not 0"):
+        hold_out(encode_prompts(Numbers(), ["1", "2"]), 0)
+
+
 def test_holding_out_takes_time_in_proportion_to_the_prompts():
     times = []
     for count in (20_000, 200_000):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +104,7 @@ def merged_weights(result, iteration: int, runs: int, lam: float | None = None) 
     return merge(chosen.init, policies, weights=None if runs != 2 or lam is None else (1 - lam, lam))
 
 
-def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Sequence[str],
+def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Mapping[str, list],
                    samples: int) -> list[dict]:
     """Points of a grid: metrics of `samples` completions a held-out prompt, and the completions of `prompts`."""
     metrics = dataclasses.replace(result, texts=None).measure(states, samples=samples)  # perplexity is not shown
@@ -114,7 +114,7 @@ def measure_points(result, states: Sequence[Weights], etas: Sequence[float], pro
 
 
 @torch.no_grad()
-def sample_completions(result, states: Sequence[Weights], prompts, seed: int = 0) -> list[list[str]]:
+def sample_completions(result, states: Sequence[Weights], prompts: Mapping[str, list] | Sequence, seed: int = 0) -> list[list[str]]:
     """One completion of each prompt by each of the policies, all with the same random numbers."""
     config = result.config
     encoded = encode_prompts(result.tokenizer, prompts, room_for_prompts(result.model, config.max_new_tokens))
