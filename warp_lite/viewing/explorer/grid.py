@@ -114,7 +114,8 @@ def measure_points(result, states: Sequence[Weights], etas: Sequence[float], pro
 
 
 @torch.no_grad()
-def sample_completions(result, states: Sequence[Weights], prompts: Mapping[str, list] | Sequence, seed: int = 0) -> list[list[str]]:
+def sample_completions(result, states: Sequence[Weights], prompts: Mapping[str, list] | Sequence,
+                       seed: int = 0) -> list[list[str]]:
     """One completion of each prompt by each of the policies, all with the same random numbers."""
     config = result.config
     encoded = encode_prompts(result.tokenizer, prompts, room_for_prompts(result.model, config.max_new_tokens))
