@@ -133,7 +133,7 @@ def test_held_out_conversations_keep_their_template_options(policy_of):
     policy = policy_of("gpt2", dtype=torch.float32)
     rows = [{"prompt": [{"role": "user", "content": text}], "chat_template_kwargs": {"loud": True}} for text in PROMPTS]
     result = short_run(policy, tokenizer, lambda prompts, completions: [1.0] * len(prompts), rows, iterations=1)
-    assert all(text.endswith(" it great") for text in result.held_out.texts)
+    assert all(text.endswith(" it great") for text in result.task.eval_prompts.texts)
     assert result.completions(result.eval_rows(2)) and len(result.eval_rows(2)["prompt"]) == 2
 
 
@@ -315,7 +315,7 @@ def test_a_world_reads_its_files_as_the_command_line_does_and_holds_out_as_run_w
     (world_folder / "prompts.jsonl").write_bytes(text.replace("\n", "\r\n").encode())
     world = load_world(str(world_folder))
     train, held_out = hold_out(encode_prompts(tokenizer, texts))
-    assert world.train_prompts == train.texts and world.eval_prompts == held_out.texts
+    assert world.prompts.given == train.texts and world.eval_prompts.given == held_out.texts
     assert not {*train.texts} & {*held_out.texts} and {*train.texts, *held_out.texts} == {*texts}
     (world_folder / "prompts.jsonl").write_text('{"prompt": "this", "n": 1}\n{"prompt": "that", "n": 2}\n')
     assert load_world(str(world_folder)).train_prompts == [{"prompt": "that", "n": 2}]
@@ -349,6 +349,11 @@ def test_past_the_cap_no_more_than_that_are_held_out_and_from_everywhere(count, 
     assert len(set(gaps.tolist())) <= 1 and int(held_out.texts[-1]) >= count - (gaps[0] if len(gaps) else count)
 
 
+def test_no_prompt_held_out_is_refused():
+    with pytest.raises(ValueError, match="held_out must be 1 or more, not 0"):
+        hold_out(encode_prompts(Numbers(), ["1", "2"]), 0)
+
+
 def test_holding_out_takes_time_in_proportion_to_the_prompts():
     times = []
     for count in (20_000, 200_000):
@@ -369,7 +374,7 @@ def test_a_folder_that_holds_out_others_goes_on_with_those(policy_of, tokenizer,
     assert kept_prompts(tmp_path / "run")["eval"] == PROMPTS[1:4] != PROMPTS[::5]
     before = files(tmp_path / "run")
     result = short_run(policy, tokenizer, out=tmp_path / "run", resume=True, **chosen)
-    assert result.eval_prompts == PROMPTS[1:4] and files(tmp_path / "run") == before
+    assert result.task.eval_prompts.given == PROMPTS[1:4] and files(tmp_path / "run") == before
     with pytest.raises(ValueError, match="holds a run with prompts.eval = 3, not 2"):
         short_run(policy, tokenizer, prompts=PROMPTS[5:], out=tmp_path / "run", resume=True, **chosen)
 

@@ -199,8 +199,8 @@ def test_a_kept_run_says_what_made_it(gpt2_policy, tokenizer, tmp_path):
 @pytest.mark.parametrize("what, value", [("source_hash", "other code"), ("package_versions", {"torch": "9"})])
 def test_a_front_and_its_limit_are_measured_again_by_other_code(what, value, world, tmp_path, monkeypatch):
     monkeypatch.setenv("WARP_LITE_CACHE", str(tmp_path))
-    result = WarpResult(CONFIG, world.model, world.tokenizer, world.reward, world.eval_prompts[:3],
-                        parameters(world.model))
+    result = WarpResult(CONFIG, world.policy, world.tokenizer, world.reward, world.eval_prompts.given[:3],
+                        parameters(world.policy))
     before = fingerprint(result, (0.0, 1.0))
     assert fingerprint(result, (0.0, 1.0)) == before
     limit_rewards(result, 4)

@@ -494,8 +494,8 @@ def test_where_the_cache_cannot_be_written_the_limit_is_drawn_all_the_same(
         world, tmp_path, small_limit, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("WARP_LITE_CACHE", str(tmp_path / "file" / "cache"))
-    result = run_warp(world.model, world.tokenizer, world.reward, world.train_prompts, CONFIG.replace(steps=1),
-                      eval_prompts=world.eval_prompts[:3], progress=False)
+    result = run_warp(world.policy, world.tokenizer, world.reward, world.prompts.given, CONFIG.replace(steps=1),
+                      eval_prompts=world.eval_prompts.given[:3], progress=False)
     rewards, _ = limit_rewards(result)
     assert len(rewards) == 3 and rewards.isfinite().all()
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warp-lite")]

@@ -164,8 +164,10 @@ def hold_out(prompts: Prompts, held_out: int = 512, kept: Sequence | None = None
     no more than `held_out`.
 
     `kept` are the prompts that a run folder holds out already, as they were given: those are held out again.
-    Raises ValueError for fewer than two distinct prompts.
+    Raises ValueError for fewer than two distinct prompts, and a `held_out` below 1.
     """
+    if held_out < 1:
+        raise ValueError(f"held_out must be 1 or more, not {held_out}")
     first = {}  # where each distinct prompt stands for the first time
     for i, text in enumerate(prompts.texts):
         first.setdefault(text, i)

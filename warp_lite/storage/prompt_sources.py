@@ -18,7 +18,7 @@ FORMATS = ('.txt, a prompt in each line, or .jsonl (.ndjson, .json) with a "prom
            'of messages')
 
 
-def read_prompts(path) -> list:
+def read_prompts(path: str | Path) -> list:
     """Prompts of a file: of a .txt the lines, of a .jsonl (.ndjson, .json) the objects in its lines, of a .json also
     those of its one array.
 
@@ -61,7 +61,7 @@ def parsed(text: str, otherwise: str):
         raise ValueError(otherwise) from None
 
 
-def prompt_columns(prompts) -> tuple[list, dict[str, list]]:
+def prompt_columns(prompts: object) -> tuple[list, dict[str, list]]:
     """Prompts as a list, and the further columns that stand beside them, by name; None where a row has no value.
 
     Taken: a list, tuple, array, series or generator of prompts; rows, dicts with a "prompt" each; a dict of columns;
@@ -117,7 +117,7 @@ def columns_of_rows(rows: Sequence[Mapping]) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def as_list(values, otherwise: str) -> list:
+def as_list(values: object, otherwise: str) -> list:
     """A list of what can be gone through, arrays in it as lists too; TypeError says `otherwise`."""
     try:
         values = values.tolist() if hasattr(values, "tolist") else list(values) if not isinstance(values, str) else None
