@@ -216,10 +216,10 @@ def test_the_number_of_threads_is_left_as_it_was(tmp_path, folders):
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path, folders, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "combine", interrupt)
+    monkeypatch.setattr(checkpoints, "merge_tensors", interrupt)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "out", tmp_path / "empty"):
         with pytest.raises(KeyboardInterrupt):
@@ -229,12 +229,12 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, folders, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-@pytest.mark.parametrize("moment", ["checkpoints.combine", "checkpoints.carry_over"])
+@pytest.mark.parametrize("moment", ["checkpoints.merge_tensors", "checkpoints.carry_over"])
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path, folders, moment):
     script = textwrap.dedent(f"""
         import os, signal, sys
         from warp_lite.averaging import checkpoints
-        {moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        {moment} = lambda *_, **options: os.kill(os.getpid(), signal.SIGKILL)
         checkpoints.merge_checkpoints(sys.argv[1], sys.argv[2:4], sys.argv[4])
     """)
     out = tmp_path / "out"

@@ -32,7 +32,8 @@ from ..storage.model_folders import (
     stored_names,
 )
 from .liti import check_eta, interpolate
-from .slerp import CHUNK, combine, gram, slerp_coefficients, undisputed
+from .merging import MergeMethod, coefficients_of, merge_method, merge_tensors, needs_products
+from .slerp import CHUNK, gram
 from .state_dicts import check_equal_buffers, check_finite, check_no_overflow, check_weights
 
 WORKERS = 2  # tensors merged side by side, while another is read or written
@@ -66,8 +67,7 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     A merge that is killed leaves at most `.NAME.….part` beside `out`, which can be deleted.
     """
     begin = time.perf_counter()
-    if method not in ("slerp", "lerp"):
-        raise ValueError(f"method is {method!r}; it must be 'slerp' or 'lerp'")
+    function = merge_method(method)
     if isinstance(policies, (str, Path)):
         raise TypeError(f"policies is the single path {str(policies)!r}; pass a list of them")
     if not policies:
@@ -92,7 +92,7 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
             reader, stored = readers.pop(), init.tensors[name]
             try:
                 place = stored.start  # the same as in init's file, whose header this is
-                for chunk in _merge_tensor(reader, name, method, weights, eta):
+                for chunk in _merge_tensor(reader, name, function, weights, eta):
                     with writing:
                         _write(outputs[stored.file], _bytes_of(chunk), place)
                     place += chunk.nbytes
@@ -132,34 +132,32 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _merge_tensor(reader: _Reader, name: str, method: str, weights: list[float],
+def _merge_tensor(reader: _Reader, name: str, method: MergeMethod, weights: list[float],
                   eta: float) -> Iterator[Tensor]:
     """The merged tensor as consecutive flat chunks in its own dtype."""
     if any(name not in checkpoint.tensors for checkpoint in reader.checkpoints):  # a mask that not all have
         yield from (base for base, *_ in reader.chunks(name))
         return
-    coefficients = None
-    if method == "slerp" and len(weights) > 1 and DTYPES[reader.checkpoints[0].tensors[name].dtype].is_floating_point:
-        products, equal = 0.0, True
+    labels = [str(checkpoint.folder) for checkpoint in reader.checkpoints]
+    if not DTYPES[reader.checkpoints[0].tensors[name].dtype].is_floating_point:
         for base, *thetas in reader.chunks(name):
-            products = products + gram(base, thetas)                          # (M, M), float64
-            equal = equal and all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
-        if not equal:  # else `undisputed` below takes every chunk
-            coefficients = slerp_coefficients(products, weights)
-    for base, *thetas in reader.chunks(name):
-        policies = {str(checkpoint.folder): theta
-                    for checkpoint, theta in zip(reader.checkpoints[1:], thetas)}
-        if not base.is_floating_point():
-            check_equal_buffers(name, base, policies)
+            check_equal_buffers(name, base, dict(zip(labels[1:], thetas)))
             yield base
-            continue
-        check_finite(name, {str(reader.checkpoints[0].folder): base, **policies})
-        if coefficients is not None and 1.0 not in weights:
-            merged = combine(base, thetas, coefficients)
-        else:
-            merged = undisputed(thetas, weights)
-            if merged is None:
-                merged = combine(thetas[0], thetas[1:], weights[1:])
+        return
+    M = len(weights)
+    products, equal = torch.zeros(M, M, dtype=torch.float64), True
+    twice = needs_products(method) and M > 1
+    if twice:
+        for base, *thetas in reader.chunks(name):
+            check_finite(name, dict(zip(labels, [base, *thetas])))
+            products += gram(base, thetas)
+            equal = equal and all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
+    coefficients = coefficients_of(method, products, weights) if M > 1 else weights
+    for base, *thetas in reader.chunks(name):
+        if not twice:
+            check_finite(name, dict(zip(labels, [base, *thetas])))
+            equal = all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
+        merged = merge_tensors(base, thetas, coefficients, equal, around_first=not twice)
         result = (interpolate(base, merged, eta) if eta != 1 else merged).to(base.dtype)
         check_no_overflow(name, result)
         yield result

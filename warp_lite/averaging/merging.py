@@ -29,7 +29,7 @@ MERGES: dict[str, MergeMethod] = {"slerp": slerp_coefficients, "lerp": mean_coef
 def merge_method(name: str) -> MergeMethod:
     """The method of that name. Raises ValueError that lists the names there are."""
     if name not in MERGES:
-        raise ValueError(f"there is no merge method {name!r}; there are {', '.join(MERGES)}")
+        raise ValueError(f"method is {name!r}; it must be one of {', '.join(MERGES)}")
     return MERGES[name]
 
 

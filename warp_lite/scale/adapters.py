@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.liti import check_eta
-from ..averaging.slerp import slerp_coefficients
+from ..averaging.merging import coefficients_of, merge_method
 from ..averaging.state_dicts import Weights, check_weights, widen
 
 
@@ -54,20 +54,18 @@ def combine_adapters(adapters: Sequence[Adapter],
 
 def merge_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
                    method: str = "slerp") -> Adapter:
-    """Stage 2 on adapters of one init: SLERP (or LERP) of ΔW, each weight with its own angle, exactly.
+    """Stage 2 on adapters of one init, exactly: ΔW merged by a method of `averaging.merging.MERGES`, each weight with
+    its own angle.
 
-    The same as `slerp(init, dense policies)`, by Gram matrices of the factors; the rank is the sum of
-    the ranks. Raises ValueError for fewer than two adapters and for those that do not fit together.
+    The same as `merge(init, dense policies, method)`, by Gram matrices of the factors; the rank is the sum of
+    the ranks. Raises ValueError for fewer than two adapters, those that do not fit together and an unknown method.
     """
-    if method not in ("slerp", "lerp"):
-        raise ValueError(f"method is {method!r}; it must be 'slerp' or 'lerp'")
+    function = merge_method(method)
     if len(adapters) < 2:
         raise ValueError(f"{len(adapters)} adapter to merge; pass at least two")
     weights = check_weights(weights, len(adapters))
     check_same_weights(adapters)
-    if method == "lerp":
-        return combine_adapters(adapters, weights)
-    return combine_adapters(adapters, {name: slerp_coefficients(adapter_gram(adapters, name), weights)
+    return combine_adapters(adapters, {name: coefficients_of(function, adapter_gram(adapters, name), weights)
                                        for name in adapters[0].factors})
 
 
