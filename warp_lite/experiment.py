@@ -20,6 +20,7 @@ from .averaging.slerp import lerp
 from .averaging.state_dicts import Weights, copy_weights, parameters, stack
 from .config import WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many
+from .policies.loading import check_whole
 from .policies.precision import full_precision
 from .policies.prompts import check_ids, encode_prompts, room_for_prompts
 from .result import ETAS, Iteration, WarpResult
@@ -102,6 +103,7 @@ def run_experiment(policy, tokenizer, reward, prompts, configs: Mapping[str, War
     seeds = tuple(seeds)
     if not configs or not seeds:
         raise ValueError("run_experiment needs at least one setting and one seed")
+    check_whole(policy)
     policy = full_precision(policy)
     sft = copy_weights(parameters(policy))
     longest = max(config.max_new_tokens for config in configs.values())

@@ -12,6 +12,7 @@ import torch
 from .averaging.state_dicts import copy_weights, is_finite, parameters
 from .config import WarpConfig
 from .policies.ends import end_ids
+from .policies.loading import check_whole
 from .policies.precision import compute_dtype, full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
 from .result import WarpResult
@@ -52,6 +53,7 @@ def checked_input(policy, tokenizer, reward, prompts, config, executor, on_failu
     ValueError or TypeError that says what cannot be used."""
     if not isinstance(policy, torch.nn.Module):
         raise TypeError(f"policy is {type(policy).__name__}; pass a causal LM, or the name or folder of one")
+    check_whole(policy)
     if not isinstance(config, WarpConfig):
         raise TypeError(f"config is {type(config).__name__}; pass a WarpConfig")
     missing = [n for n, v in (("tokenizer", tokenizer), ("reward", reward), ("prompts", prompts)) if v is None]

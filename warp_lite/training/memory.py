@@ -14,7 +14,7 @@ from ..policies.gpt2_forward import GPT2Forward
 from ..policies.precision import compute_dtype
 from ..policies.prompts import Prompts
 from ..policies.shape import shape_of
-from .reinforce import forward_for
+from .reinforce import check_trains, forward_for
 
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
 WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
@@ -69,7 +69,10 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     device = torch.device(model.device)
     narrow = compute_dtype(settings.precision, device) is not None
     numbers = policies * sum(p.numel() for p in model.parameters())
-    trained, averaged = (numbers, numbers) if adapter is None else (policies * adapter[0], policies * sum(adapter))
+    if adapter is None:
+        trained = averaged = policies * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    else:
+        trained, averaged = policies * adapter[0], policies * sum(adapter)
     size = max(4, next(model.parameters()).element_size())
     away = settings.offload and device.type != "cpu"
     shape = shape_of(model)
@@ -147,8 +150,10 @@ def fitting_executor(executor: str, policy, prompts: Prompts, config: WarpConfig
     checkpointed. Says so, and what to set where not even one fits, on stderr in one line. adapter: as
     `training_memory` has it.
 
-    Raises ValueError for settings that the policy cannot be trained with.
+    Raises ValueError for settings that the policy cannot be trained with, and for one that is frozen.
     """
+    if adapter is None:
+        check_trains(policy)
     if executor == "batched" and config.checkpointing:
         try:
             forward_for(policy, "batched", config)
