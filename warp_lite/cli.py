@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:  # the libraries raise classes of their own
         if os.environ.get("WARP_LITE_DEBUG"):
             raise
         lines = str(error).strip().splitlines()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .averaging.state_dicts import Weights, copy_weights, is_finite, load_weights, parameters
 from .config import WarpConfig
 from .policies.ends import end_ids
-from .policies.loading import load_policy
+from .policies.loading import check_whole, load_policy
 from .policies.precision import full_precision
 from .policies.prompts import Prompts, check_ids, encode_prompts, encode_texts, room_for_prompts
 from .rewards.calling import RewardFunc, mean_reward
@@ -68,6 +68,7 @@ class Task:
             policy, tokenizer = load_policy(policy)
         if not isinstance(policy, torch.nn.Module):
             raise TypeError(f"policy is {type(policy).__name__}; pass a causal LM, or the name or folder of one")
+        check_whole(policy)
         needed = {"tokenizer": tokenizer, "reward": reward, "prompts": prompts}
         missing = [name for name, value in needed.items() if value is None]
         if missing:

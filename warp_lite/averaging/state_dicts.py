@@ -160,6 +160,18 @@ def parameters(model) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
+def frozen_names(model) -> list[str]:
+    """The weights of a module that do not train, `requires_grad=False`, by name."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(model, names: Sequence[str]):
+    """Have the weights of those names not train, in place, and return the module."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
 def stack(states: Sequence[Weights], device=None) -> dict[str, Tensor]:
     """E state dicts as one with a leading axis E, on a device if one is named."""
     return {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..averaging.state_dicts import Weights, check_same_tensors, parameters, stack
 from ..config import WarpConfig
 from ..policies.forward import make_forward
+from ..policies.loading import check_whole
 from ..policies.prompts import Prompts, encode_prompts, encode_texts, room_for_prompts
 from ..policies.randomness import EVALUATION, generator
 from ..policies.sampling import Policies, Rollout, completions_text, log_softmax
@@ -66,6 +67,8 @@ def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, reward: Reward
     `samples` completions a prompt. Raises ValueError on prompts that are empty or too long, on
     policies of different architectures, and where a reward is not finite.
     """
+    for what, model in (("policy", policy), ("reference", reference)):
+        check_whole(model, what)
     encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens)).to(policy.device)
     check_same_tensors(parameters(reference), {"policy": parameters(policy)})
     task = Task(policy, tokenizer, reward, encoded, encoded, gold, texts, max_new_tokens, temperature,

@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from ..storage.files import first_line
@@ -27,9 +35,21 @@ def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
         tokenizer = load_tokenizer(folder, **options)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no tokenizer")  # the library makes up one without words
-        model = from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # and text alone as a causal LM does
+        auto = AutoModelForCausalLM
+        if reads_pictures and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            auto = AutoModelForImageTextToText
+        model = from_pretrained(auto, folder, dtype=dtype, **options)
         end_ids(model, tokenizer)
     return model.to(device).eval(), tokenizer
+
+
+def check_whole(model, what: str = "policy") -> None:
+    """Raise ValueError for a model with PEFT's layers: its weights are a base's and adapters', under PEFT's names."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError(f"the {what} is a PEFT model; to train adapters, pass its base and lora=LoraSettings(…) "
+                         "(--lora-rank), else pass model.merge_and_unload()")
 
 
 def pick_device(name) -> torch.device:

@@ -232,7 +232,9 @@ def check_ids(model, tokenizer, prompts: Prompts) -> None:
 
 def pad_id(tokenizer) -> int:
     """The id that fills a batch: the pad token, or EOS, or 0 where there is none (all are masked by position)."""
-    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def room_for_prompts(model, max_new_tokens: int) -> int | None:

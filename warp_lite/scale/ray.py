@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..averaging.state_dicts import copy_weights, parameters
+from ..averaging.state_dicts import copy_weights, freeze, frozen_names, parameters
 from ..config import WarpConfig
 from ..policies.loading import load_policy
 from ..policies.prompts import Prompts
@@ -53,6 +53,7 @@ class Job:
     attention: str
     device: str
     path: list[str]  # where the driver finds its modules
+    frozen: Sequence[str] = ()  # the weights that do not train, which a folder does not tell
 
 
 class RayExecutor(SerialTrainer):
@@ -194,7 +195,7 @@ class RayExecutor(SerialTrainer):
                              "sessions") from error
         return Job(task.prompts.to("cpu"), task.eval_prompts.to("cpu"), rewards,
                    task.policy.config._attn_implementation, "cuda" if self.gpus else "cpu",
-                   [os.path.abspath(entry) for entry in (*sys.path, "")])
+                   [os.path.abspath(entry) for entry in (*sys.path, "")], frozen_names(task.policy))
 
     def _reason(self, error, run: Run, folder: RunFolder) -> Exception:
         """What a worker raised, or that there is none left."""
@@ -222,6 +223,7 @@ def train_run(path: str, i: int, m: int, start: str, job: Job, on_failure: str =
     model, tokenizer = load_policy(root / "sft", dtype="auto", device=job.device)
     if model.config._attn_implementation != job.attention:
         model.set_attn_implementation(job.attention)
+    freeze(model, job.frozen)
     sft = init = copy_weights(parameters(model))
     if i > 1:
         init = parameters(load_policy(root / f"iteration-{i - 1}" / "next-init", dtype="auto", device=job.device)[0])

@@ -44,7 +44,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..averaging.checkpoints import merge_checkpoints
-from ..averaging.state_dicts import is_finite, parameters
+from ..averaging.state_dicts import freeze, frozen_names, is_finite, parameters
 from ..config import WarpConfig
 from ..policies.attention import positions
 from ..policies.ends import end_ids
@@ -103,7 +103,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     processes.wait_for_everyone()
     if not processes.is_main_process:
         folder = RunFolder(out, settings, task.sft, resume=True)
-    tokenizer = task.tokenizer
+    tokenizer, frozen = task.tokenizer, frozen_names(task.policy)
     task.policy = policy = None  # every run loads its own from disk
     gc.collect()
     runs = [(i, m) for i in range(1, config.iterations + 1) for m in range(1, config.runs + 1)]
@@ -112,7 +112,7 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
         for i, m in runs:
             if folder.finished_run(i, m) is None:
                 train(folder, config, args, i, m, tokenizer, dataset, functions, callbacks,
-                      reward_processing_classes)
+                      reward_processing_classes, frozen)
             processes.wait_for_everyone()
             if m == config.runs:
                 if processes.is_main_process:
@@ -123,14 +123,14 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
 
 
 def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer, dataset, reward_funcs, callbacks,
-          reward_processing_classes) -> None:
+          reward_processing_classes, frozen: Sequence[str] = ()) -> None:
     """Stage 1: run m of iteration i, by TRL; its policy, its anchor and TRL's log go into the run folder."""
     from transformers import PrinterCallback
     from trl import RLOOTrainer
 
     init = init_folder(folder, i)
     with quiet():
-        model = load_model(init, args)
+        model = freeze(load_model(init, args), frozen)
         model.generation_config.eos_token_id = list(end_ids(model, tokenizer))  # TRL asks nothing else of the model
         if config.anchor == "sft":
             model.config._name_or_path = str(folder.path / "sft")  # whence TRL loads its reference

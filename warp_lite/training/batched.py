@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..averaging.state_dicts import Weights
+from ..averaging.state_dicts import Weights, copy_weights, frozen_names
 from ..policies.precision import full_precision
 from ..policies.prompts import Prompts
 from ..policies.sampling import Policies
@@ -23,19 +23,22 @@ SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps"
 class Ensemble:
     """E policies of one architecture that train together, each with its own settings.
 
-    `flat` (E, P) holds all weights, a row a policy, and `grads` (E, P) their gradients.
-    `weights` are views of it by name, (E, …); so clipping, the optimiser and the anchor
-    each take one pass over one tensor. With `offload` those two and the optimiser stay on the
-    CPU, and `weights` are views of a copy, `live`, on the device that trains.
+    `flat` (E, P) holds all weights that train, a row a policy, and `grads` (E, P) their gradients.
+    `trained` are views of it by name, (E, …); so clipping, the optimiser and the anchor each take one
+    pass over one tensor. `weights` are those and the `frozen` ones, which stay. With `offload` flat and
+    grads and the optimiser stay on the CPU, and `trained` are views of a copy, `live`, on the device that trains.
     """
 
     def __init__(self, states: Sequence[Weights], lrs: Sequence[float], betas, eps: float, max_norm: Sequence[float],
-                 device="cpu", offload: bool = False):
+                 device="cpu", offload: bool = False, frozen: Sequence[str] = ()):
+        self.frozen = {name: together([state[name] for state in states], device) for name in frozen}
+        states = [{name: tensor for name, tensor in state.items() if name not in self.frozen} for state in states]
         self.flat = self.flatten(states, "cpu" if offload else device)
         self.live = self.flat.to(device, copy=True) if offload else self.flat
         self.grads = torch.empty_like(self.flat)
         self.shapes = {name: tensor.shape for name, tensor in states[0].items()}
-        self.weights = {name: view.detach().requires_grad_() for name, view in self.views(self.live).items()}
+        self.trained = {name: view.detach().requires_grad_() for name, view in self.views(self.live).items()}
+        self.weights = {**self.trained, **self.frozen}
         self.max_norm = torch.tensor(max_norm, dtype=self.flat.dtype).to(self.flat.device)
         self.lrs, groups, start = list(lrs), [], 0
         for end in range(1, len(lrs) + 1):  # a group of the optimiser for each stretch of rows with one rate
@@ -63,7 +66,7 @@ class Ensemble:
 
     def backward(self, loss: Tensor, add: bool = False) -> None:
         """Differentiate the sum of the policies' losses; with `add`, on top of what was differentiated before."""
-        gradients = torch.autograd.grad(loss, list(self.weights.values()))
+        gradients = torch.autograd.grad(loss, list(self.trained.values()), materialize_grads=True)  # 0 where unused
         into = list(self.views(self.grads).values())
         if add:
             torch._foreach_add_(into, [gradient.to(self.grads.device) for gradient in gradients])
@@ -101,7 +104,8 @@ class Ensemble:
 
     def restore(self, moments: tuple[Sequence[Weights], Sequence[Weights]], step: int) -> None:
         """Put back Adam's moments, given as one state dict a policy, after `step` steps."""
-        first, second = (self.flatten(moment, self.flat.device) for moment in moments)
+        first, second = (self.flatten([{name: state[name] for name in self.shapes} for state in moment],
+                                      self.flat.device) for moment in moments)
         start = 0
         for group in self.optimizer.param_groups:
             rows = group["params"][0]
@@ -112,18 +116,28 @@ class Ensemble:
             start = end
 
 
+def together(tensors: Sequence[Tensor], device) -> Tensor:
+    """The same weight of E policies as (E, …): one tensor seen E times where they share it, else a copy of all."""
+    if all(tensor is tensors[0] for tensor in tensors):
+        return tensors[0].detach().to(device).expand(len(tensors), *tensors[0].shape)
+    return torch.stack([tensor.detach().to(device) for tensor in tensors])
+
+
 class FlatAnchor:
-    """θ_ema of E runs: rows of one tensor, as the ensemble's policies are."""
+    """θ_ema of E runs: rows of one tensor, as the ensemble's policies are, and what is frozen as it was."""
 
     def __init__(self, ensemble: Ensemble, states: Sequence[Weights], rates: Sequence[float]):
         self.ensemble = ensemble
+        self.frozen = {name: together([state[name] for state in states], ensemble.live.device)
+                       for name in ensemble.frozen}
+        states = [{name: state[name] for name in ensemble.shapes} for state in states]
         self.flat = Ensemble.flatten(states, ensemble.flat.device)                       # (E, P)
         self.mu = torch.tensor(rates, dtype=self.flat.dtype).unsqueeze(1).to(self.flat.device)   # (E, 1)
 
     @property
     def weights(self) -> Weights:
         """The weights (E, …) to score with."""
-        return self.ensemble.views(self.flat.to(self.ensemble.live.device))
+        return {**self.ensemble.views(self.flat.to(self.ensemble.live.device)), **self.frozen}
 
     def update(self) -> None:
         """θ_ema ← (1 − μ) θ_ema + μ θ."""
@@ -131,13 +145,13 @@ class FlatAnchor:
 
     def state(self, e: int) -> Weights:
         """The anchor of run e, copied."""
-        return self.ensemble.state(e, self.flat)
+        return {**self.ensemble.state(e, self.flat), **copy_weights({n: t[e] for n, t in self.frozen.items()})}
 
 
 def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None,
                   anchor_of: Callable = FlatAnchor) -> list[RunState]:
     """Train all runs as one program. They share the settings named in `SHARED`; lr, β, μ, anchor,
-    clipping, seed, reward and init may differ. Errors as `train_serial`.
+    clipping, seed, reward and init may differ. What is frozen stays, and errors are those of `train_serial`.
     `anchor_of` makes the runs' moving average where it is not one of what is trained (scale/lora.py).
     """
     config, model = runs[0].config, full_precision(model)
@@ -149,22 +163,35 @@ def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_st
     if len({start.step for start in starts}) > 1:
         raise ValueError(f"runs of one batch must start at one step, not {[start.step for start in starts]}")
     forward = forward_for(model, "batched", config)
+    frozen = [name for name in frozen_names(model) if name in starts[0].policy]  # an adapter's base is no part of it
     ensemble = Ensemble(
         [start.policy for start in starts], [run.config.lr for run in runs],
         (config.adam_beta1, config.adam_beta2), config.adam_eps, [run.config.max_grad_norm for run in runs],
-        model.device, config.offload and model.device.type != "cpu")
+        model.device, config.offload and model.device.type != "cpu", frozen)
     if starts[0].step:
         ensemble.restore(([s.exp_avg for s in starts], [s.exp_avg_sq for s in starts]), starts[0].step)
     anchor = anchor_of(ensemble, [start.anchor for start in starts], [run.mu for run in runs])
     beta = torch.tensor([run.beta for run in runs], dtype=torch.float64).unsqueeze(1).to(model.device)   # (E, 1)
     anchored = any(run.beta > 0 for run in runs)
     first_step = starts[0].step
+    names = list(starts[0].policy)
     del starts  # the moments of a fresh start are zeros that need not stay
 
+    def whole(state, frozen):
+        """A state of what trains, and beside it `frozen(tensor)` of what does not, in the order of the policy."""
+        return {name: state[name] if name in state else frozen(ensemble.frozen[name]) for name in names}
+
     def states(step):
-        first, second = ensemble.moments()
-        return [RunState(step, ensemble.state(e, ensemble.flat), anchor.state(e), ensemble.state(e, first),
-                         ensemble.state(e, second)) for e in range(len(runs))]
+        def zeros(tensor):
+            return torch.zeros(tensor.shape[1:], dtype=tensor.dtype)
+
+        def state(e, first, second):
+            policy = whole(ensemble.state(e, ensemble.flat), lambda tensor: tensor[e].to("cpu", copy=True))
+            return RunState(step, policy, anchor.state(e), *(whole(ensemble.state(e, moment), zeros)
+                                                             for moment in (first, second)))
+
+        moments = ensemble.moments()
+        return [state(e, *moments) for e in range(len(runs))]
 
     for step in range(first_step, config.steps):
         batch, uniforms = draw(runs, step, prompts)

@@ -15,7 +15,7 @@ from ..policies.precision import compute_dtype
 from ..policies.shape import shape_of
 from ..task import Task
 from .executors import Trainer
-from .reinforce import forward_for
+from .reinforce import check_trains, forward_for
 
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
 WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
@@ -70,7 +70,10 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
     device = torch.device(model.device)
     narrow = compute_dtype(settings.precision, device) is not None
     numbers = policies * sum(p.numel() for p in model.parameters())
-    trained, averaged = (numbers, numbers) if adapter is None else (policies * adapter[0], policies * sum(adapter))
+    if adapter is None:
+        trained = averaged = policies * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    else:
+        trained, averaged = policies * adapter[0], policies * sum(adapter)
     size = max(4, next(model.parameters()).element_size())
     away = settings.offload and device.type != "cpu"
     shape = shape_of(model)
@@ -146,9 +149,11 @@ def fitting_trainer(trainer: Trainer, task: Task, config: WarpConfig, progress: 
     """How an iteration's runs train: one after the other if together they would not fit in memory, or cannot be
     checkpointed. Says so, and what to set where not even one fits, on stderr in one line.
 
-    Raises ValueError for settings that the policy cannot be trained with.
+    Raises ValueError for settings that the policy cannot be trained with, and for one that is frozen.
     """
     policy, adapter = task.policy, trainer.adapter
+    if adapter is None:
+        check_trains(policy)
     if trainer.at_once > 1 and config.checkpointing:
         try:
             forward_for(policy, "batched", config)

@@ -98,9 +98,18 @@ def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_lo
 
 
 def forward_for(model, executor: str, config: WarpConfig):
-    """The forward that an executor trains with. Raises ValueError for settings that it cannot do with."""
+    """The forward that an executor trains with. Raises ValueError for settings that it cannot do with, and for a
+    policy none of whose weights train."""
+    check_trains(model)
     dtype = compute_dtype(config.precision, model.device)
     return make_forward(model, executor, dtype, config.checkpointing, config.logit_chunk > 0)
+
+
+def check_trains(model) -> None:
+    """Raise ValueError if all weights of a model are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("every weight of the policy is frozen (requires_grad=False), so nothing would train; call "
+                         "requires_grad_() on those that should")
 
 
 def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Tensor]:

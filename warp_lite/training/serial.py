@@ -28,6 +28,7 @@ def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
                  on_step: OnStep | None = None) -> list[RunState]:
     """Train the runs one after the other with the library's module, Adam and clipping.
 
+    Weights that are frozen, `requires_grad=False`, stay as a run's start has them, and so do the anchor's.
     Raises RunFailed, naming run, step and prompt, when a reward, a loss or a gradient is not finite.
     """
     return [_train_one(model, tokenizer, prompts, run, on_step) for run in runs]
@@ -39,11 +40,11 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
     forward = forward_for(model, "serial", config)
     theta = dict(model.named_parameters())
     policy = {name: parameter.unsqueeze(0) for name, parameter in theta.items()}         # (1, …)
-    kept = theta  # what the optimiser updates: with `offload` a copy on the CPU
-    if config.offload and model.device.type != "cpu":
-        kept = {name: torch.nn.Parameter(tensor.to("cpu", copy=True)) for name, tensor in start.policy.items()}
+    kept = trained = {name: parameter for name, parameter in theta.items() if parameter.requires_grad}
+    if config.offload and model.device.type != "cpu":  # what the optimiser updates is a copy on the CPU
+        kept = {name: torch.nn.Parameter(start.policy[name].to("cpu", copy=True)) for name in trained}
     where = next(iter(kept.values())).device
-    anchor = EMAAnchor({name: tensor.to(where) for name, tensor in start.anchor.items()}, run.mu)
+    anchor = EMAAnchor({name: start.anchor[name].to(where) for name in trained}, run.mu)
     optimizer = torch.optim.Adam(kept.values(), lr=config.lr, eps=config.adam_eps,
                                  betas=(config.adam_beta1, config.adam_beta2))
     for name, parameter in kept.items():
@@ -52,36 +53,43 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
                 "step": torch.tensor(float(start.step)), "exp_avg": start.exp_avg[name].to(where, copy=True),
                 "exp_avg_sq": start.exp_avg_sq[name].to(where, copy=True)}
 
-    def copies(tensors):
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in zip(theta, tensors)}
+    def copies(tensors, otherwise):
+        """Of what trains the present tensors, of what is frozen those that were there before, copied."""
+        present = {**otherwise, **dict(zip(trained, tensors))}
+        return {name: present[name].detach().to("cpu", copy=True) for name in theta}
 
     def state(step):
         moments = [optimizer.state[parameter] for parameter in kept.values()]
-        return RunState(step, copies(kept.values()), copies(anchor.average.values()),
-                        copies(m["exp_avg"] for m in moments), copies(m["exp_avg_sq"] for m in moments))
+        return RunState(step, copies(kept.values(), start.policy), copies(anchor.average.values(), start.anchor),
+                        copies((m["exp_avg"] for m in moments), start.exp_avg),
+                        copies((m["exp_avg_sq"] for m in moments), start.exp_avg_sq))
 
     for step in range(start.step, config.steps):
         batch, uniforms = draw([run], step, prompts)
         with torch.no_grad():
             rollout = Policies(forward, policy).sample(batch, uniforms, tokenizer, config.temperature,
                                                        config.sample_batch)
-        frozen = {name: tensor.to(model.device).unsqueeze(0) for name, tensor in anchor.average.items()}
-        anchor_logp = score(forward, frozen, rollout, config)                            # (1, B)
-        del frozen
+        fixed = {name: tensor.to(model.device).unsqueeze(0)
+                 for name, tensor in {**start.anchor, **anchor.average}.items()}
+        anchor_logp = score(forward, fixed, rollout, config)                             # (1, B)
+        del fixed
         rewards = checked_rewards([run], step, rollout, tokenizer)                       # (1, B)
         optimizer.zero_grad()
         logp, r_beta, loss = differentiate(forward, policy, rollout, rewards, anchor_logp, run.beta, config,
                                            lambda loss, add: loss.backward())
+        for parameter in trained.values():  # of what no token passed through (experts, the eyes of a model): 0
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         check_step([run], step, rollout, r_beta, loss, norm.view(1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup(config, step)
-        if kept is not theta:
-            for name, parameter in theta.items():
+        if kept is not trained:
+            for name, parameter in trained.items():
                 kept[name].grad, parameter.grad = parameter.grad.to(where), None
         optimizer.step()
-        if kept is not theta:
-            load_weights(model, kept)
+        if kept is not trained:
+            load_weights(model, {**theta, **kept})
         anchor.update({name: parameter.detach() for name, parameter in kept.items()})
         if on_step is not None:
             metrics = step_metrics([run], step, rollout, rewards, r_beta, logp, anchor_logp, loss, norm.view(1))
