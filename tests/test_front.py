@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warp_lite import hypervolume, reward_at_kl
-from warp_lite.evaluation.front import GRID, best_within_kl, first_crossing, points_array, running_maximum
+from warp_lite.evaluation.front import GRID, first_crossing, points_array, running_maximum
 
 STEP = 1 / (GRID - 1)  # of the grid, in units of kl_max: a jump is off by at most half of it times its height
 
@@ -141,12 +141,6 @@ def test_a_curve_whose_kl_only_rises_has_one_reward_at_a_kl_as_front_and_as_traj
 def test_the_first_crossing_is_the_first_of_several_and_of_any_two_numbers():
     assert first_crossing([0, 2, 0, 2], [0, 10, 20, 30], 1) == 5
     assert first_crossing([1], [7], 1) == 7 and math.isnan(first_crossing([1], [7], 2))
-
-
-def test_the_best_within_a_kl_is_the_height_that_the_area_is_taken_under():
-    points = [(0.0, 0.0), (1.0, 3.0), (2.0, 1.0)]
-    assert [best_within_kl(points, k) for k in (0, 0.5, 1, 2, 9)] == [0, 1.5, 3, 3, 3]
-    assert best_within_kl(points[1:], 0.5) == -math.inf
 
 
 @pytest.mark.parametrize("outside", [-0.1, 0.49, 3.01, math.nan])

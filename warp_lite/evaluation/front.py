@@ -35,7 +35,7 @@ def reward_at_kl(points: Sequence, kl: float, kind: str = "reward") -> float:
     number of the dicts to be read in place of the reward. nan where the curve begins above that KL or does not get
     to it: never an extrapolation.
 
-    The first crossing, and not the best within a budget of KL (`best_within_kl`): it is the policy that one has who
+    The first crossing, and not the best within a budget of KL: it is the policy that one has who
     stops there, and it counts noise as often up as down, while a maximum over noisy points is too high, the more so
     the more points a curve has. A front crosses a KL once, so that fronts and trajectories are compared by one rule.
 
@@ -59,15 +59,6 @@ def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> floa
         return float(y[0])
     after = int(np.argmax(x >= level))
     return float(np.interp(level, x[after - 1:after + 1], y[after - 1:after + 1])) if after else math.nan
-
-
-def best_within_kl(points: Sequence, kl: float) -> float:
-    """The best reward of a curve at no more than a KL, in nats: what a budget buys from who may stop anywhere.
-
-    Points as for `hypervolume`, which takes its area under this. −∞ before the first point, flat past the last.
-    A maximum over measured points is too high by their noise: `reward_at_kl` is what methods are compared by.
-    """
-    return float(running_maximum(points, np.array([kl], dtype=float))[0])
 
 
 def running_maximum(points: Sequence, grid: np.ndarray) -> np.ndarray:

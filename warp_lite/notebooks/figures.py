@@ -10,6 +10,7 @@ import contextlib
 import html
 import io
 import json
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
 
-from ..evaluation.front import best_within_kl, reward_at_kl
+from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import Interval, bootstrap
 from ..storage.files import write_bytes
 from ..viewing.plots import COLOURS, column
@@ -69,22 +70,18 @@ def level(*curves: Sequence[dict]) -> float:
     return np.floor(10 * reached) / 10 if reached > 1 else reached
 
 
-def at_kl(rows: Sequence[dict], kl: float, name: str = "reward", **which) -> np.ndarray:
-    """The reward, or another number, where the curve of each seed (see `seed_curves`) first crosses a KL, in nats:
-    (seeds,); nan where it does not. See `reward_at_kl`."""
-    return np.array([reward_at_kl(curve, kl, name) for curve in seed_curves(rows, **which)])
+def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **which) -> np.ndarray:
+    """The reward, or another number, where the curve of each seed (see `seed_curves`) first crosses a KL: (seeds,).
 
-
-def within_kl(rows: Sequence[dict], kl: float | np.ndarray, **which) -> np.ndarray:
-    """The best reward that a seed's runs had at no more than a KL, in nats, which is one number or one a seed.
-
-    Averaged over the runs of a seed: (seeds,). See `best_within_kl`: a run may stop anywhere.
+    `kl`, in nats, is one number or one a seed. Of a seed with several runs it is the mean over those that cross it; nan where none does. See `reward_at_kl`.
     """
-    seeds = seed_curves(rows, **which)
-    by_run = [[[row for row in seed if row["run"] == run] for run in sorted({row["run"] for row in seed})]
-              for seed in seeds]
-    return np.array([np.mean([best_within_kl(run, budget) for run in runs])
-                     for runs, budget in zip(by_run, np.broadcast_to(kl, (len(seeds),)))])
+    curves = seed_curves(rows, **which)
+    values = []
+    for curve, level in zip(curves, np.broadcast_to(kl, (len(curves),))):
+        runs = [[row for row in curve if row.get("run") == run] for run in {row.get("run"): None for row in curve}]
+        crossed = [value for run in runs if math.isfinite(value := reward_at_kl(run, level, name))]
+        values.append(np.mean(crossed) if crossed else math.nan)
+    return np.array(values)
 
 
 def seed_curves(rows: Sequence[dict], **which) -> list[list[dict]]:
