@@ -73,7 +73,8 @@ def level(*curves: Sequence[dict]) -> float:
 def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **which) -> np.ndarray:
     """The reward, or another number, where the curve of each seed (see `seed_curves`) first crosses a KL: (seeds,).
 
-    `kl`, in nats, is one number or one a seed. Of a seed with several runs it is the mean over those that cross it; nan where none does. See `reward_at_kl`.
+    `kl`, in nats, is one number or one a seed. Of a seed with several runs it is the mean over those that cross it; nan
+    where none does. See `reward_at_kl`.
     """
     curves = seed_curves(rows, **which)
     values = []
