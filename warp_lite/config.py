@@ -1,9 +1,10 @@
-"""Every setting of Algorithm 1 and of its ablations, and the presets of the command line."""
+"""Every setting of Algorithm 1, of its ablations and of adapters, and the presets of the command line."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from dataclasses import dataclass
@@ -142,6 +143,33 @@ class WarpConfig:
                 wanted = "true or false" if kinds[name] == (bool,) else f"of type {names_of(kinds[name])}"
                 raise ValueError(f"{name} must be {wanted}, not {value!r}")
         return self.replace(**changes)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How policies are adapted: PEFT's LoRA of rank `rank`, ΔW = alpha/rank · BA (alpha/√rank with `rslora`).
+
+    `target_modules`: PEFT's, "all-linear" or names with commas between them.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    target_modules: str = "all-linear"
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"the rank of an adapter must be 1 or more, not {self.rank!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be above 0, not {self.alpha!r}")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of BA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+# --- stage 1 on adapters ---
 
 
 @lru_cache

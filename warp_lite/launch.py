@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import WarpConfig
+from .config import LoraSettings, WarpConfig
 from .policies.precision import compute_dtype
 from .result import WarpResult
 from .rewards.calling import RewardFunc
@@ -18,14 +17,11 @@ from .storage.files import locked
 from .storage.provenance import pinned_threads
 from .storage.run_config import check_out, kept_prompts
 from .task import Task
-from .training.executors import Trainer, as_begun, trainer_for
+from .training.executors import Trainer, adapter_trainer, as_begun, trainer_for
 from .training.iteration import Stage1, try_rewards
 from .training.memory import fitting_trainer
 from .training.run_folder import RunFolder, run_settings, write_iteration, write_start
 from .warp import warp
-
-if TYPE_CHECKING:
-    from .scale.lora import LoraSettings
 
 
 def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -91,18 +87,6 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
         trainer.close()
     result.lora = lora
     return result
-
-
-def adapter_trainer(lora: LoraSettings, trainer: Trainer) -> Trainer:
-    """The trainer of adapters, from the optional module; one after the other where `trainer` does so.
-
-    Raises ValueError where the runs would train in other processes.
-    """
-    from .scale.lora import AdapterTrainer
-
-    if trainer.name == "ray":
-        raise ValueError("adapters (lora) train in this process alone; leave out executor='ray', or lora")
-    return AdapterTrainer(lora, trainer.name, trainer.at_once)
 
 
 @contextmanager

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from .averaging.liti import liti
 from .averaging.state_dicts import Weights, load_weights, stack
-from .config import WarpConfig
+from .config import LoraSettings, WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many, policies_at_once, sample_completions
 from .policies.loading import save_policy
 from .storage.files import locked
@@ -23,9 +22,6 @@ from .task import Task
 from .training.iteration import Trained
 from .training.run import Failure, RunState
 from .training.run_folder import RunFolder, run_settings, write_iteration, write_start
-
-if TYPE_CHECKING:
-    from .scale.lora import LoraSettings
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts

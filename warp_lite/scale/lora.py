@@ -24,7 +24,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..averaging.state_dicts import Weights, load_weights
-from ..config import WarpConfig
+from ..config import LoraSettings, WarpConfig
 from ..policies.randomness import ADAPTERS, generator
 from ..task import Task
 from ..training.batched import Ensemble, train_batched
@@ -54,33 +53,6 @@ from .peft_folders import (
 __all__ = ["Adapter", "AdapterTrainer", "LoraSettings", "combine_adapters", "compare_merges", "factors_merged", "fold",
            "front_adapter", "load_adapter", "merge_adapter_folders", "merge_adapters", "relative_error", "save_adapter",
            "truncate"]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """How policies are adapted: PEFT's LoRA of rank `rank`, ΔW = alpha/rank · BA (alpha/√rank with `rslora`).
-
-    `target_modules`: PEFT's, "all-linear" or names with commas between them.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    rslora: bool = False
-    target_modules: str = "all-linear"
-
-    def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"the rank of an adapter must be 1 or more, not {self.rank!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be above 0, not {self.alpha!r}")
-
-    @property
-    def scaling(self) -> float:
-        """The factor of BA."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-# --- stage 1 on adapters ---
 
 
 class AdapterTrainer(LocalTrainer):

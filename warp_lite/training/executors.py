@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ..config import WarpConfig
+from ..config import LoraSettings, WarpConfig
 from ..task import Task
 from .batched import train_batched
 from .run import OnStep, Run, RunState
@@ -109,11 +109,26 @@ def trainer_for(executor: str | Trainer) -> Trainer:
     if isinstance(executor, str):
         if executor not in EXECUTORS:
             raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
-        module, _, name = EXECUTORS[executor].partition(":")
-        return getattr(import_module(module), name)()
+        return named(EXECUTORS[executor])()
     if not isinstance(executor, Trainer):
         raise TypeError(f"executor is {type(executor).__name__}; pass one of {', '.join(EXECUTORS)}, or a Trainer")
     return executor
+
+
+def adapter_trainer(lora: LoraSettings, trainer: Trainer) -> Trainer:
+    """The trainer of adapters; one after the other where `trainer` does so.
+
+    Raises ValueError where the runs would train in other processes, ImportError without PEFT.
+    """
+    if trainer.name == "ray":
+        raise ValueError("adapters (lora) train in this process alone; leave out executor='ray', or lora")
+    return named("warp_lite.scale.lora:AdapterTrainer")(lora, trainer.name, trainer.at_once)
+
+
+def named(place: str) -> Callable:
+    """What is at a place, "module:name", imported now: it stands above this module, or needs an optional library."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def as_begun(trainer: Trainer, folder: RunFolder | None) -> Trainer:

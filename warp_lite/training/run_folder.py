@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..averaging.state_dicts import Weights, load_weights
-from ..config import WarpConfig
+from ..config import LoraSettings, WarpConfig
 from ..policies.loading import save_policy
 from ..rewards.calling import reward_name
 from ..storage.files import (
@@ -42,9 +41,6 @@ from ..storage.run_config import check_out, read_config
 from ..storage.tensors import load_tensors, save_tensors, weights_hash
 from ..task import Task
 from .run import RunState
-
-if TYPE_CHECKING:
-    from ..scale.lora import LoraSettings
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # policies that are widened while they train
 STATE = ("policy", "anchor", "exp_avg", "exp_avg_sq", "trained")
