@@ -210,3 +210,14 @@ def test_the_gold_reward_knows_a_review_that_ended_at_any_of_its_ends():
     by_eos = GoldReward(tokenizer).from_ids(prompts, ids, mask)
     by_both = GoldReward(tokenizer, ends=(tokenizer.eos_token_id, tokenizer.unk_token_id)).from_ids(prompts, ids, mask)
     assert (by_both - by_eos).tolist() == [0, 1, 0]
+
+
+def test_a_generation_config_that_the_library_refuses_to_write_is_saved_as_it_is(tmp_path):
+    """Sampling settings beside do_sample=False, as some checkpoints have them."""
+    model, tokenizer = chat_policy(dtype=torch.float32)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    before = model.generation_config.to_dict()
+    save_policy(model, tokenizer, tmp_path / "policy")
+    assert model.generation_config.to_dict() == before
+    loaded = load_policy(tmp_path / "policy")[0].generation_config
+    assert (loaded.temperature, loaded.do_sample, loaded.eos_token_id) == (0.6, False, [EOS, DOT, GREAT])

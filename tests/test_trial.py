@@ -94,7 +94,7 @@ def test_a_cache_is_used_exactly_where_it_gives_the_models_own_logits(name, caps
     assert all(type(forward.model).__name__ in line and "without one" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["mamba", "lfm2", "rwkv"])
+@pytest.mark.parametrize("name", ["mamba", "lfm2", "rwkv", "recurrent-gemma"])
 def test_a_run_is_trained_and_measured_alike_by_both_executors(name, tmp_path):
     config = WarpConfig(iterations=1, runs=2, steps=2, batch_size=4, max_new_tokens=6, eval_every=1, lr=1e-4)
     merged = []

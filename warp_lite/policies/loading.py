@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import cached_file
@@ -127,10 +128,19 @@ def from_pretrained(auto, folder: str, **options):
 
 
 def save_policy(model, tokenizer, folder) -> None:
-    """A Hugging Face folder: safetensors weights, config, tokenizer."""
+    """A Hugging Face folder: safetensors weights, config, generation config, tokenizer."""
+    folder, generation = Path(folder), getattr(model, "generation_config", None)
     with quiet():
-        model.save_pretrained(Path(folder))
-        tokenizer.save_pretrained(Path(folder))
+        if generation is not None:
+            model.generation_config = GenerationConfig()  # the library refuses to write some that it has read
+        try:
+            model.save_pretrained(folder)
+        finally:
+            if generation is not None:
+                model.generation_config = generation
+        if generation is not None:
+            generation.to_json_file(folder / "generation_config.json")
+        tokenizer.save_pretrained(folder)
 
 
 class quiet:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .attention import positions
-from .trial import cached, learned, padded, trial_of
+from .trial import cached, learned, left_in_modules, padded, trial_of
 
 
 class LinearHead:
@@ -129,6 +129,15 @@ class ModuleForward(HalvedForward):
 
         return self.can_pad and learned(self.model, "cache", find)
 
+    @cached_property
+    def states(self) -> list[tuple[torch.nn.Module, str]]:
+        """Where modules keep the state of their last sequences, by module and name (RecurrentGemma's do)."""
+        def find():
+            trial_of(self.model)
+            return left_in_modules(self.model)
+
+        return learned(self.model, "states", find)
+
     def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> list[DynamicCache] | Recomputed:
         """One dynamic cache a policy, or the tokens themselves where those do not serve."""
         if not self.can_cache:
@@ -167,6 +176,9 @@ class ModuleForward(HalvedForward):
                     options["attention_mask"] = mask[e].long()
                     options["position_ids"] = positions(mask[e])[:, -ids.shape[-1]:]
                 results.append(getattr(functional_call(module, own, (ids[e],), options), field)[:, keep:])
+        for keeper, name in self.states:  # with a gradient in it a module could not be copied
+            value = getattr(keeper, name)
+            setattr(keeper, name, None if value is None else value.detach())
         return torch.stack(results)
 
 

@@ -6,11 +6,13 @@ some modules take no heed of a cache or of padding that is passed in, without a 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..storage.files import first_line
 from .attention import position_limit
@@ -30,9 +32,14 @@ class Trial:
 
     def agrees(self, logits: Tensor, start: int = 0, rows: tuple[int, ...] = (0, 1, 2)) -> bool:
         """Whether logits (1, rows, Q − start, V) from position `start` on are those expected, but for rounding."""
-        real, expected = self.mask[:, rows, start:].bool(), self.expected[:, rows, start:]
-        expected = expected[real]
+        real = at(self.mask, rows)[:, :, start:].bool()
+        expected = at(self.expected, rows)[:, :, start:][real]
         return bool((logits[real] - expected).abs().max() <= self.tolerance * expected.abs().max())
+
+
+def at(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Rows of a tensor (1, B, …)."""
+    return tensor.index_select(1, torch.tensor(rows, device=tensor.device))
 
 
 @torch.no_grad()
@@ -51,10 +58,9 @@ def trial_of(model) -> Trial:
     try:
         for b, own in enumerate(LENGTHS):
             padding = max(0, length - own)
-            logits = model(ids[:, b, padding:], use_cache=False).logits[0]
+            rows.append(pad(own_logits(model, ids[:, b, padding:])[0], (0, 0, padding, 0)))
             mask[0, b, :padding] = 0
-            rows.append(torch.nn.functional.pad(logits, (0, 0, padding, 0)))
-        half = model(ids[:, 0, :length // 2], use_cache=False).logits
+        half = own_logits(model, ids[:, 0, :length // 2])
     except Exception as error:  # whatever a module asks for that a causal LM needs not
         raise ValueError(f"a {name} cannot compute the logits of a few tokens: {first_line(error)}") from error
     if [parameter._version for parameter in model.parameters()] != versions:
@@ -67,6 +73,20 @@ def trial_of(model) -> Trial:
         raise ValueError(f"a {name} is no causal LM: its logits look at later tokens; take one that is, or set "
                          "is_decoder=True in its config if it has that")
     return trial
+
+
+def own_logits(model, ids: Tensor) -> Tensor:
+    """The library's logits (B, Q, V) of ids (B, Q) without padding."""
+    options = {"use_cache": False}
+    if "attention_mask" in inspect.signature(model.forward).parameters:  # else the library warns of padding
+        options["attention_mask"] = torch.ones_like(ids)
+    return model(ids, **options).logits
+
+
+def left_in_modules(model) -> list[tuple[torch.nn.Module, str]]:
+    """Where modules keep tensors that are neither weights nor buffers: the state of the last sequences."""
+    return [(module, name) for module in model.modules() for name, value in vars(module).items()
+            if isinstance(value, Tensor)]
 
 
 def learned(model, what: str, find):
@@ -104,7 +124,7 @@ def cached(forward, trial: Trial) -> bool:
         cache = forward.new_cache(*ids.shape, next(forward.model.parameters()))
         forward(prepared, ids[..., :PROMPT], mask[..., :PROMPT], cache)
         cache = forward.cache_of(cache, torch.tensor([KEPT], device=ids.device))
-        ids, mask = ids[:, KEPT], mask[:, KEPT]
+        ids, mask = at(ids, KEPT), at(mask, KEPT)
         for t in range(PROMPT, ids.shape[-1]):
             pieces.append(forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache))
         return trial.agrees(torch.cat(pieces, 2), PROMPT, KEPT)
