@@ -62,7 +62,8 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     Float16 and bfloat16 are computed in float32 and rounded once, at the end. What a run folder's DONE
     vouches for is checked first.
     Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
-    that hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
+    that hold pickled weights only, and for wrong arguments, TypeError for one path in the place of a list;
+    later, ValueError for NaN weights. `out` is then untouched. Source: Algorithm 1, stages 2 and 3.
     A merge that is killed leaves at most `.NAME.….part` beside `out`, which can be deleted.
     """
     begin = time.perf_counter()
@@ -160,7 +161,8 @@ def _merge_tensor(reader: _Reader, name: str, method: str, weights: list[float],
             merged = undisputed(thetas, weights)
             if merged is None:
                 merged = combine(thetas[0], thetas[1:], weights[1:])
-        result = (interpolate(base, merged, eta) if eta != 1 else merged).to(base.dtype)
+        result = interpolate(base, merged, eta) if eta != 1 else merged
+        result = result.to(base.dtype)
         check_no_overflow(name, result)
         yield result
 
