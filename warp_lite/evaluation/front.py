@@ -66,12 +66,17 @@ def best_within_kl(points: Sequence, kl: float) -> float:
 
     Points as for `hypervolume`, which takes its area under this. −∞ before the first point, flat past the last.
     A maximum over measured points is too high by their noise: `reward_at_kl` is what methods are compared by.
+    Raises ValueError when there are no points or a value is not finite.
     """
     return float(running_maximum(points, np.array([kl], dtype=float))[0])
 
 
 def running_maximum(points: Sequence, grid: np.ndarray) -> np.ndarray:
-    """The best reward at or below each KL of the grid; −∞ before the first point, flat past the last."""
+    """The best reward at or below each KL of the grid (G,), in nats: (G,); −∞ before the first point, flat past the
+    last.
+
+    Raises ValueError when there are no points or a value is not finite.
+    """
     array = _unique(points_array(points))
     reward = np.interp(grid, array[:, 0], array[:, 1])
     reward[grid < array[0, 0]] = -np.inf
