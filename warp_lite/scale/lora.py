@@ -76,7 +76,7 @@ class LoraSettings:
 
     @property
     def scaling(self) -> float:
-        """The factor of BA."""
+        """What BA is multiplied by: alpha/rank, or alpha/√rank."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
