@@ -9,13 +9,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from .storage.prompt_sources import FORMATS, read_prompts
+
+if TYPE_CHECKING:
+    from .scale.ray import RayExecutor
 
 
 class Stop:
     """Whether Ctrl-C was pressed, or the process told to end (SIGTERM). A run asks after every step, so that it
-    stops between two; the second time it stops at once."""
+    stops between two; the second time it stops at once, by KeyboardInterrupt."""
 
     def __init__(self):
         self.requested = False
@@ -42,8 +46,8 @@ class Stop:
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line like every other."""
 
-    def error(self, message: str):
-        """Raise what `main` prints."""
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError, which `main` prints as one line with the command's --help."""
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command and option."""
+    """The parser of every command and option; each command's function is its `command`."""
     from .config import PRESETS
 
     top = Parser(prog="warp-lite", description="WARP: align a language model by averaging weights.")
@@ -156,14 +160,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """The option --device."""
+    """Give a command the option --device."""
     command.add_argument("--device", metavar="NAME",
                          help="cpu, cuda, cuda:1, … for policy and reward model (default: the first GPU, or the CPU "
                               "where there is none; the CPU for tiny worlds)")
 
 
-def run_command(arguments) -> int:
-    """`warp-lite run`."""
+def run_command(arguments: argparse.Namespace) -> int:
+    """`warp-lite run`: Algorithm 1 into the run folder --out, and its front. Returns the exit code, 0.
+
+    Raises ValueError for options that do not fit together or cannot be used, KeyboardInterrupt where it was told to
+    stop.
+    """
     from .config import WarpConfig, preset
     from .storage.files import is_taken
     from .storage.run_config import check_out
@@ -211,7 +219,8 @@ def run_command(arguments) -> int:
         reward = load_reward(arguments.reward, device, **reward_options)
         task = (*load_policy(arguments.policy, device=device), reward, prompts)
         source = {"policy": arguments.policy, "reward": arguments.reward}
-        source |= {"reward_options": reward_options} if reward_options else {}
+        if reward_options:
+            source["reward_options"] = reward_options
         options |= {"eval_prompts": held_out, "source": source}
     with Stop() as stop:
         result = run_warp(*task, stop=stop, **options)
@@ -222,9 +231,12 @@ def run_command(arguments) -> int:
     return 0
 
 
-def prompts_of(arguments) -> tuple[list, list | None]:
+def prompts_of(arguments: argparse.Namespace) -> tuple[list, list | None]:
     """What --prompts and --eval-prompts hold. A folder that was begun when further fields of a file were not passed on
-    goes on without them, and a line says so."""
+    goes on without them, and a line says so.
+
+    Raises ValueError for a file that cannot be read.
+    """
     from .storage.run_config import kept_prompts
 
     prompts = read_prompts(arguments.prompts)
@@ -238,21 +250,27 @@ def prompts_of(arguments) -> tuple[list, list | None]:
     return prompts, held_out
 
 
-def chosen_executor(arguments):
-    """What --executor and the options of Ray say."""
+def chosen_executor(arguments: argparse.Namespace) -> str | RayExecutor:
+    """What --executor and the options of Ray say: a trainer's name, or a RayExecutor.
+
+    Raises ValueError for an option of Ray without Ray, and one that cannot be used.
+    """
     names = ("address", "cpus", "gpus")
-    given = {name: getattr(arguments, f"ray_{name}") for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(arguments, f"ray_{name}") for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
     if arguments.executor == "ray":
         from .scale.ray import RayExecutor
-        return RayExecutor(**given)
-    if given:
-        raise ValueError(f"--ray-{next(iter(given))} is for --executor ray")
+        return RayExecutor(**options)
+    if options:
+        raise ValueError(f"--ray-{next(iter(options))} is for --executor ray")
     return arguments.executor
 
 
-def merge_command(arguments) -> int:
-    """`warp-lite merge`."""
+def merge_command(arguments: argparse.Namespace) -> int:
+    """`warp-lite merge`: checkpoints, or adapters, into the folder --out. Returns the exit code, 0.
+
+    Raises ValueError for folders that cannot be merged, and a --rank of whole policies.
+    """
     from .averaging.checkpoints import merge_checkpoints
 
     count = len(arguments.policies)
@@ -271,8 +289,11 @@ def merge_command(arguments) -> int:
     return 0
 
 
-def front_command(arguments) -> int:
-    """`warp-lite front`."""
+def front_command(arguments: argparse.Namespace) -> int:
+    """`warp-lite front`: the front of a run folder, measured again and drawn. Returns the exit code, 0.
+
+    Raises ValueError for a folder that is no finished run, and for --etas or --prompts out of range.
+    """
     etas = None if arguments.etas is None else parse_etas(arguments.etas)
 
     from .config import PRESETS
@@ -296,8 +317,11 @@ def front_command(arguments) -> int:
     return 0
 
 
-def claims_command(arguments) -> int:
-    """`warp-lite claims`."""
+def claims_command(arguments: argparse.Namespace) -> int:
+    """`warp-lite claims`: the claims decided, or listed, or the settings chosen again. Returns the exit code, 0.
+
+    Raises ValueError for options that cannot be used, KeyboardInterrupt that says what is kept.
+    """
     if arguments.list:
         from .evidence.claims import pick
 
@@ -306,7 +330,8 @@ def claims_command(arguments) -> int:
     if arguments.out is None:
         raise ValueError("--out is missing; name a folder for claims.json, the table and the figures")
     out = Path(arguments.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "units").is_dir()):
+    is_ours = (out / "units").is_dir()
+    if out.exists() and not is_ours and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there and holds no evidence; name a new folder, or an earlier one to continue")
     seeds = range(arguments.seed_offset, arguments.seed_offset + arguments.seeds)
     if arguments.seeds < 1 or arguments.seed_offset < 0:
@@ -340,7 +365,7 @@ def label_of(text: str) -> int | str:
 
 @contextmanager
 def keeping(what: str) -> Iterator[None]:
-    """Say what is kept if Ctrl-C is pressed."""
+    """Where Ctrl-C is pressed inside, raises KeyboardInterrupt that says what is kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -348,7 +373,7 @@ def keeping(what: str) -> Iterator[None]:
 
 
 def parse_etas(text: str) -> tuple[float, ...]:
-    """Comma-separated numbers, none below 0."""
+    """Numbers with commas between them as distinct rising η. Raises ValueError for one that is none, or below 0."""
     try:
         etas = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:

@@ -115,8 +115,12 @@ class WarpConfig:
         if self.batch_size < 2:
             raise ValueError("batch_size must be 2 or more: the leave-one-out baseline needs another sample")
 
-    def replace(self, **changes) -> WarpConfig:
-        """A copy with some settings changed. An unknown name raises ValueError and names the nearest."""
+    def replace(self, **changes: object) -> WarpConfig:
+        """A copy with some settings changed.
+
+        Raises ValueError for an unknown name, with the nearest, and ValueError or TypeError for a value that cannot be
+        used.
+        """
         names = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in names:
@@ -125,7 +129,10 @@ class WarpConfig:
         return dataclasses.replace(self, **changes)
 
     def with_text(self, assignments: list[str]) -> WarpConfig:
-        """A copy changed by texts of the form NAME=VALUE, as the command line's --set gives them."""
+        """A copy changed by texts of the form NAME=VALUE, as the command line's --set gives them.
+
+        Raises ValueError for a text of another form, an unknown name and a value that cannot be used.
+        """
         changes, kinds = {}, kinds_of(type(self))
         for text in assignments:
             name, equals, value = text.partition("=")
@@ -184,11 +191,12 @@ def is_of(value: object, kinds: tuple[type, ...]) -> bool:
     """Whether a value is of one of the types; an int is a float, and a bool is no int."""
     if isinstance(value, bool):
         return bool in kinds
-    return isinstance(value, kinds) or float in kinds and isinstance(value, int)
+    is_whole_float = float in kinds and isinstance(value, int)
+    return is_whole_float or isinstance(value, kinds)
 
 
 def names_of(kinds: tuple[type, ...]) -> str:
-    """The types as words."""
+    """The names of types in one text: "int or None"."""
     return " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
 
 

@@ -102,7 +102,8 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
     with what is measured: name, seed, iteration, run, step, weights. The policies equal those of
     `run_warp` with the same settings. `out` is a folder in which every run is kept when it ends: the same
     call goes on where it was stopped, and weights are read from there as they are needed, so that they
-    need not fit in memory. Raises what `run_warp` does.
+    need not fit in memory. Raises ValueError without settings or seeds, for settings that cannot be used and where a
+    run fails, CannotWrite where `out` cannot be written.
     """
     seeds = tuple(seeds)
     if not configs or not seeds:

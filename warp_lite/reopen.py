@@ -84,7 +84,8 @@ def load_result(path: str | Path, reward: RewardFunc | Sequence[RewardFunc] | No
     return result
 
 
-def find_reward(source, folder: Path, device="cpu", trl: bool = False):
+def find_reward(source: object, folder: Path, device: str | torch.device = "cpu",
+                trl: bool = False) -> tuple[RewardFunc | list[RewardFunc], RewardFunc | None, Sequence[str] | None]:
     """Reward, gold reward and held-out texts from what a run folder's config.json says of their source.
 
     `trl`: of a run by TRL, which may have a list of rewards.

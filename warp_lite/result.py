@@ -71,7 +71,7 @@ class WarpResult:
 
     @property
     def sft(self) -> Weights:
-        """θ_sft."""
+        """θ_sft: the weights of the policy that came in, float32 or wider, on the CPU."""
         return self.task.sft
 
     def weights(self, eta: float = 1.0, iteration: int = -1, toward: str = "sft") -> Weights:
@@ -90,7 +90,10 @@ class WarpResult:
         return iteration - 1
 
     def policy(self, eta: float = 1.0, iteration: int = -1, toward: str = "sft") -> PreTrainedModel:
-        """The Hugging Face model at any η."""
+        """The Hugging Face model at any η, a copy, in the dtype and on the device of the policy that came in.
+
+        η, iteration and `toward` are those of `weights`. Raises ValueError for those that there are none of.
+        """
         model = copy.deepcopy(self.task.policy).to(self.task.dtype or self.task.policy.dtype)
         return load_weights(model, self.weights(eta, iteration, toward))
 
@@ -99,6 +102,7 @@ class WarpResult:
         """Measure the front: a dict a point with `iteration`, `eta` and the numbers of `PolicyMetrics`.
 
         `prompts` default to the held-out ones and `samples` a prompt to what makes 512 in all.
+        Raises ValueError for no η or no iteration, and for one that is not there.
         """
         chosen = range(1, len(self.iterations) + 1) if iterations is None else iterations
         places = [(self._index(i) + 1, float(eta)) for i in chosen for eta in etas]
@@ -124,14 +128,17 @@ class WarpResult:
         return metrics
 
     def completions(self, prompts: Sequence, eta: float = 1.0, iteration: int = -1, seed: int = 0) -> list[str]:
-        """One completion a prompt at η; the same random numbers at every η."""
+        """One completion a prompt at η; the same random numbers at every η.
+
+        Raises ValueError for prompts that cannot be used.
+        """
         return sample_completions(self.task.measured_on(prompts), [self.weights(eta, iteration)], seed)[0]
 
-    def save_policy(self, folder, eta: float = 1.0, iteration: int = -1) -> None:
+    def save_policy(self, folder: str | Path, eta: float = 1.0, iteration: int = -1) -> None:
         """Any point of the front as a Hugging Face folder with its tokenizer."""
         save_policy(self.policy(eta, iteration), self.task.tokenizer, folder)
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """The whole result as a run folder, which `load_result` reads. Raises ValueError if it is not empty."""
         check_out(path)
         with locked(Path(path)):

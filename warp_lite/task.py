@@ -135,7 +135,7 @@ class Task:
         return self
 
     def rewards_there(self) -> list[RewardFunc]:
-        """The reward, or those of a list."""
+        """The reward functions there are, in a list: the only one, or one for each run."""
         return list(self.reward) if isinstance(self.reward, (list, tuple)) else [self.reward]
 
     def restore(self, training: bool = False) -> None:
@@ -153,7 +153,7 @@ class World(Task):
 
 
 def check_rewards(reward: RewardFunc | Sequence[RewardFunc], gold: RewardFunc | None = None) -> None:
-    """Raise TypeError for a reward that cannot be called."""
+    """Raises TypeError for a reward, or gold reward, that cannot be called."""
     rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward]
     for function in [*rewards, *([] if gold is None else [gold])]:
         if not callable(function):

@@ -63,7 +63,8 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     Float16 and bfloat16 are computed in float32 and rounded once, at the end. What a run folder's DONE
     vouches for is checked first.
     Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
-    that hold pickled weights only, and for wrong arguments; later, for NaN weights. `out` is then untouched.
+    that hold pickled weights only, and for wrong arguments, TypeError for one path in the place of a list;
+    later, ValueError for NaN weights. `out` is then untouched. Source: Algorithm 1, stages 2 and 3.
     A merge that is killed leaves at most `.NAME.….part` beside `out`, which can be deleted.
     """
     begin = time.perf_counter()
@@ -158,7 +159,8 @@ def _merge_tensor(reader: _Reader, name: str, method: MergeMethod, weights: list
             check_finite(name, dict(zip(labels, [base, *thetas])))
             equal = all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
         merged = merge_tensors(base, thetas, coefficients, equal, around_first=not twice)
-        result = (interpolate(base, merged, eta) if eta != 1 else merged).to(base.dtype)
+        result = interpolate(base, merged, eta) if eta != 1 else merged
+        result = result.to(base.dtype)
         check_no_overflow(name, result)
         yield result
 

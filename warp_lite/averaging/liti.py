@@ -27,7 +27,7 @@ def liti(init: Weights, theta: Weights, eta: float) -> dict[str, Tensor]:
 
 
 def check_eta(eta: float) -> float:
-    """η as a float, or a ValueError."""
+    """η as a float. Raises ValueError where it is negative, not finite or beyond float32."""
     if not 0 <= eta <= LARGEST:  # nor nan
         raise ValueError(f"eta is {eta}; it must be finite and not negative "
                          "(0 gives init, 1 gives theta, more extrapolates)")
@@ -35,6 +35,6 @@ def check_eta(eta: float) -> float:
 
 
 def interpolate(base: Tensor, theta: Tensor, eta: float) -> Tensor:
-    """LITI of one tensor in float32 (float64 for float64), in new memory."""
+    """(1 − η)·base + η·theta of one tensor in float32 (float64 for float64), in new memory."""
     # torch.lerp starts from the nearer end, so that both ends come out exact to the bit.
     return torch.lerp(widen(base), widen(theta), eta)

@@ -19,7 +19,8 @@ MergeMethod = Callable[[Tensor, Sequence[float]], Sequence[float]]
 
 
 def mean_coefficients(products: Tensor, weights: Sequence[float]) -> list[float]:
-    """LERP: the weights themselves, whatever the angles. `products` (M, M) are not looked at."""
+    """LERP: the weights (M,) themselves, whatever the angles. `products` (M, M) are not looked at. Source: figures 3c
+    and 8."""
     return list(weights)
 
 
@@ -73,7 +74,9 @@ def merge(init: Weights, policies: Sequence[Weights], method: str = "slerp",
     """Stage 2: the merge of an iteration's policies by the method of that name; a single one is taken as it is.
 
     Shapes and dtypes are those of `init`. `weights` (M,) are uniform by default; a policy that has all the weight
-    is the merge. Equal to `slerp` and `lerp` for their names. Raises ValueError as those do, and for another name.
+    is the merge. Equal to `slerp` and `lerp` for their names. Raises ValueError for a name that is not in `MERGES`,
+    weights that do not sum to 1, tensors that do not match `init`, and NaN weights.
+    Source: Algorithm 1, stage 2; equation 26 for SLERP.
     """
     if len(policies) == 1:
         return dict(policies[0])

@@ -25,7 +25,8 @@ def task_vector(theta: Weights, init: Weights) -> dict[str, Tensor]:
     """What a run learned: δ = θ − θ_init, for each tensor.
 
     Shapes and dtypes are those of `init`; integer buffers, which must be equal, give zeros.
-    Raises ValueError if the two do not have the same tensors. Source: the δ of SLERP's definition.
+    Raises ValueError if the two do not have the same tensors, or have NaN weights.
+    Source: the δ of equation 26.
     """
     return map_tensors(lambda base, thetas: widen(thetas[0]) - widen(base), init, {"theta": theta},
                        buffer=torch.zeros_like)
@@ -78,7 +79,7 @@ def angles(init: Weights, policies: Sequence[Weights]) -> dict[str, Tensor]:
 
     Near 90° for task vectors, near 0° for whole weights (pass zeros as `init`). A tensor that did not
     move has no direction: 90° to one that did, 0° to another that did not.
-    Raises ValueError as `slerp` does, but takes one policy too. Source: figure 11 of the paper.
+    Raises ValueError for no policy, tensors that do not match `init`, and NaN weights. Source: figure 11 of the paper.
     """
     labelled = label_policies(policies, at_least=1)
     check_same_tensors(init, labelled)
@@ -109,7 +110,7 @@ def slerp_coefficients(products: Tensor, weights: Sequence[float]) -> list[float
     """The c_m with slerp = θ_init + Σ c_m δ_m, from the task vectors' inner products (M, M).
 
     All the geometry of the iteration happens here: norms and angles of every intermediate merge
-    follow from the inner products, so the tensors themselves are combined only once.
+    follow from the inner products, so the tensors themselves are combined only once. Source: equation 26.
     """
     products = products.tolist()
     coefficients = [1.0] + [0.0] * (len(weights) - 1)         # the merge of the first k, so far k = 1

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]  # a state dict, or the parameters of one: tensors by name
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -32,7 +34,8 @@ def map_tensors(
 
     `others` maps a label for error messages ("policies[1]") to a state dict; `buffer` makes the
     result for an integer or boolean tensor, which must be equal everywhere.
-    Raises ValueError if the state dicts do not fit together or hold NaN or infinite weights.
+    Raises ValueError if the state dicts do not fit together, hold NaN or infinite weights, or if a result overflows
+    its dtype; TypeError for what is no state dict.
     """
     check_same_tensors(init, others)
     result: dict[str, Tensor] = {}
@@ -64,7 +67,10 @@ def storage_key(name: str, tensor: Tensor) -> tuple:
 
 
 def label_policies(policies: Sequence[Weights], at_least: int = 2) -> dict[str, Weights]:
-    """{"policies[0]": …, …}, the names by which errors speak of the policies."""
+    """{"policies[0]": …, …}, the names by which errors speak of the policies.
+
+    Raises TypeError for a single model in the place of a list, ValueError for fewer than `at_least`.
+    """
     if isinstance(policies, (Mapping, torch.nn.Module)):
         raise TypeError("policies is a single model; pass a list of state dicts, one for each policy")
     policies = list(policies)
@@ -75,7 +81,10 @@ def label_policies(policies: Sequence[Weights], at_least: int = 2) -> dict[str, 
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The weight of each policy as floats: uniform if None, else non-negative and summing to 1."""
+    """The weight (M,) of each policy as floats: uniform if None, else non-negative and summing to 1 (within 1e-6).
+
+    Raises ValueError for other weights, and for another number of them than `count`.
+    """
     if weights is None:
         return [1 / count] * count
     values = [float(weight) for weight in weights]
@@ -89,7 +98,10 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def check_same_tensors(init: Weights, others: Mapping[str, Weights]) -> None:
-    """Raise unless all state dicts have the same names, shapes, dtypes and devices."""
+    """Whether all state dicts have the same names, shapes, dtypes and devices as `init`.
+
+    Raises ValueError that names the first difference; TypeError for what is no state dict or no real tensor.
+    """
     for label, state in {"init": init, **others}.items():
         if not isinstance(state, Mapping):
             raise TypeError(f"{label} is a {type(state).__name__}, not a state dict; "
@@ -126,7 +138,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(name: str, inputs: Mapping[str, Tensor]) -> None:
-    """Raise if one of the inputs for tensor `name` is not finite; the error says which (its label)."""
+    """Raises ValueError if one of the inputs for tensor `name` is NaN or infinite; it says which, by its label."""
     for label, tensor in inputs.items():
         if not is_finite(tensor):
             raise ValueError(f"{label}[{name!r}] has NaN or infinite weights; "
@@ -134,14 +146,14 @@ def check_finite(name: str, inputs: Mapping[str, Tensor]) -> None:
 
 
 def check_no_overflow(name: str, result: Tensor) -> None:
-    """Raise if the result for tensor `name`, made of finite inputs, is not finite."""
+    """Raises ValueError if the result for tensor `name`, made of finite inputs, is not finite."""
     if not is_finite(result):
         raise ValueError(f"the result for {name!r} overflows {result.dtype}; "
                          "use a smaller eta or a wider dtype")
 
 
 def check_equal_buffers(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
-    """Raise if one of the others' tensors `name`, which cannot be averaged, differs from init's."""
+    """Raises ValueError if one of the others' tensors `name`, which cannot be averaged, differs from init's."""
     for label, other in others.items():
         if not torch.equal(other, tensor):
             raise ValueError(f"{label}[{name!r}] is a {tensor.dtype} buffer that differs from init's "
@@ -155,37 +167,38 @@ def _check_still_tied(first: str, second: str, others: Mapping[str, Weights]) ->
                              "ties; tie them, or clone one of them in init")
 
 
-def parameters(model) -> dict[str, Tensor]:
+def parameters(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a module by name, detached, tied ones once."""
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-def frozen_names(model) -> list[str]:
+def frozen_names(model: torch.nn.Module) -> list[str]:
     """The weights of a module that do not train, `requires_grad=False`, by name."""
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
-def freeze(model, names: Sequence[str]):
+def freeze(model: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
     """Have the weights of those names not train, in place, and return the module."""
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return model
 
 
-def stack(states: Sequence[Weights], device=None) -> dict[str, Tensor]:
-    """E state dicts as one with a leading axis E, on a device if one is named."""
+def stack(states: Sequence[Weights], device: str | torch.device | None = None) -> dict[str, Tensor]:
+    """E state dicts as one, each tensor (…) as (E, …), on a device if one is named. Raises KeyError where one lacks a
+    name."""
     return {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
 
 
 def unstack(weights: Weights) -> list[dict[str, Tensor]]:
-    """The inverse of `stack`; copies."""
+    """Tensors (E, …) as E state dicts of tensors (…): copies, detached. `stack` undoes it."""
     E = len(next(iter(weights.values())))
     return [{name: tensor[e].detach().clone() for name, tensor in weights.items()} for e in range(E)]
 
 
 @torch.no_grad()
-def load_weights(model, state: Weights):
-    """Write a state dict into a module, in place, and return the module."""
+def load_weights(model: Module, state: Weights) -> Module:
+    """Write weights into a module, in place, and return the module. Raises KeyError where one is missing."""
     for name, parameter in model.named_parameters():
         parameter.copy_(state[name])
     return model

@@ -62,7 +62,11 @@ def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> floa
 
 
 def running_maximum(points: Sequence, grid: np.ndarray) -> np.ndarray:
-    """The best reward at or below each KL of the grid; −∞ before the first point, flat past the last."""
+    """The best reward at or below each KL of the grid (G,), in nats: (G,); −∞ before the first point, flat past the
+    last.
+
+    Raises ValueError when there are no points or a value is not finite.
+    """
     array = _unique(points_array(points))
     reward = np.interp(grid, array[:, 0], array[:, 1])
     reward[grid < array[0, 0]] = -np.inf

@@ -95,8 +95,8 @@ def optimal_front(reference: Task | PreTrainedModel | None = None, reward: Rewar
         if gold.shape != rewards.shape:
             raise ValueError(f"gold is {tuple(gold.shape)} and rewards {tuple(rewards.shape)}; "
                              "give both of the same samples")
-    some = ~rewards.isnan().all(1)
-    rewards, gold = rewards[some], None if gold is None else gold[some]
+    judged = ~rewards.isnan().all(1)
+    rewards, gold = rewards[judged], None if gold is None else gold[judged]
     scored = ~rewards.isnan()
     filled, counts = rewards.masked_fill(~scored, 0), scored.sum(1)                      # …, (prompts,)
     log_counts = torch.tensor([math.log(count) for count in counts.tolist()], dtype=torch.float64)
@@ -133,7 +133,7 @@ def best_of_n_front(reference: Task | PreTrainedModel | None = None, reward: Rew
     maximum of n of the N samples of a prompt is exact: the i-th smallest is the maximum with
     probability C(i−1, n−1) / C(N, n). `ns` default to 1, 2, 4, … 128, as far as there are samples.
     Completions without a reward (NaN) are not among the N and n; the KL is as that of `optimal_front`.
-    Raises ValueError for n outside 1..N.
+    Raises ValueError for n outside 1..N, TypeError where there is nothing to take samples of.
     """
     if rewards is None:
         rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)

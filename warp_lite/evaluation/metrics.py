@@ -146,7 +146,10 @@ def _evaluate_together(task: Task, policies: Policies, fixed: Policies, uniforms
 
 @torch.no_grad()
 def sample_completions(task: Task, states: Sequence[Weights], seed: int = 0) -> list[list[str]]:
-    """One completion of each held-out prompt of a task by each of the policies, all with the same random numbers."""
+    """One completion of each held-out prompt of a task by each of the policies, as texts: a list a policy.
+
+    All with the same random numbers.
+    """
     prompts = task.eval_prompts
     uniforms = evaluation_uniforms(seed, len(prompts), 1, task.max_new_tokens, task.policy.device)
     rollout = Policies.of(task.policy, states).sample(
@@ -155,14 +158,18 @@ def sample_completions(task: Task, states: Sequence[Weights], seed: int = 0) -> 
     return [texts[start:start + len(prompts)] for start in range(0, len(texts), len(prompts))]
 
 
-def evaluation_uniforms(seed: int, prompts: int, samples: int, length: int, device="cpu") -> Tensor:
+def evaluation_uniforms(seed: int, prompts: int, samples: int, length: int,
+                        device: str | torch.device = "cpu") -> Tensor:
     """Random numbers (prompts · samples, length) for evaluation: the same for every policy, which
     makes their differences more exact than each of them."""
     return torch.from_numpy(generator(seed, EVALUATION).random((prompts * samples, length))).to(device)
 
 
 def sequence_kl(policies: Policies, reference: Policies, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Rao–Blackwellised KL(policy ‖ reference) of each completion, (E, B), nats, float64, to one reference."""
+    """Rao–Blackwellised KL(policy ‖ reference) of each completion, (E, B), nats, float64, to one reference.
+
+    The exact KL over the vocabulary is summed over the positions of a sampled completion, both at one temperature.
+    """
     E, B, T = rollout.ids.shape
     p = log_softmax(policies.completion_logits(rollout), temperature)                    # (E, B, T, V)
     prompts = rollout.prompts
@@ -174,7 +181,7 @@ def sequence_kl(policies: Policies, reference: Policies, rollout: Rollout, tempe
     return (kl * rollout.mask).sum(-1)
 
 
-def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[float]:
+def perplexity(policies: Policies, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[float]:
     """Perplexity per token, the EOS that ends each included, of texts under each policy."""
     E = len(policies)
     ids, mask = (part.to(policies.device) for part in encode_texts(
@@ -182,10 +189,10 @@ def perplexity(policies: Policies, tokenizer, texts: Sequence[str]) -> list[floa
     total = torch.zeros(E, dtype=torch.float64, device=ids.device)
     rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (4 * policies.vocabulary * ids.shape[1])) // E)
     lengths, order = mask.sum(1).sort(descending=True, stable=True)
-    for some, end in zip(order.split(rows), lengths[::rows].tolist()):  # texts of like length together
-        some, real = ids[some, :end], mask[some, :end]
-        logits = policies.logits(some[:, :-1].expand(E, -1, -1))
-        logp = log_softmax(logits, 1.0).gather(-1, some[:, 1:].expand(E, -1, -1).unsqueeze(-1))[..., 0]
+    for places, end in zip(order.split(rows), lengths[::rows].tolist()):  # texts of like length together
+        tokens, real = ids[places, :end], mask[places, :end]
+        logits = policies.logits(tokens[:, :-1].expand(E, -1, -1))
+        logp = log_softmax(logits, 1.0).gather(-1, tokens[:, 1:].expand(E, -1, -1).unsqueeze(-1))[..., 0]
         total += (logp.double() * real[:, 1:]).sum((1, 2))
     return torch.exp(-total / mask[:, 1:].sum()).tolist()
 
@@ -200,7 +207,8 @@ def prompt_means(values: Tensor, samples: int) -> Tensor:
 
 
 def scored_only(values: Tensor, what: str) -> Tensor:
-    """The prompts' values of a reward without those that have none (NaN); ValueError where no prompt has one."""
+    """The prompts' values (N,) of a reward without those that have none (NaN). Raises ValueError where no prompt has
+    one."""
     scored = values[~values.isnan()]
     if not len(scored):
         raise ValueError(f"the {what} is None for every completion; return a number for some of them")
@@ -208,24 +216,25 @@ def scored_only(values: Tensor, what: str) -> Tensor:
 
 
 def standard_error(values: Tensor) -> float:
-    """Standard error of a mean over prompts; nan for one prompt."""
+    """Standard error of the mean of values (N,), one a prompt; nan for one prompt."""
     return (values.std(unbiased=True) / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
 def pairs_of(ids: Tensor, mask: Tensor) -> list[list[tuple[int, int]]]:
-    """The neighbouring pairs of tokens of each completion."""
+    """The neighbouring pairs of tokens of each completion, ids and mask (N, T)."""
     lengths = mask.sum(-1).tolist()
     return [list(zip(row[:n], row[1:n])) for row, n in zip(ids.tolist(), lengths)]
 
 
 def distinct_pairs(ids: Tensor, mask: Tensor) -> float:
-    """Distinct pairs of neighbouring tokens over all such pairs (distinct-2); nan if there are none."""
+    """Distinct pairs of neighbouring tokens of ids (N, T) over all such pairs, 0 to 1 (distinct-2); nan if there are
+    none."""
     pairs = [pair for row in pairs_of(ids, mask) for pair in row]
     return len(set(pairs)) / len(pairs) if pairs else math.nan
 
 
 def repeated_pairs(ids: Tensor, mask: Tensor) -> float:
-    """Share of pairs that occurred before in the same completion; nan if there are none."""
+    """Share of pairs of ids (N, T) that occurred before in the same completion, 0 to 1; nan if there are none."""
     rows = pairs_of(ids, mask)
     total = sum(map(len, rows))
     return sum(len(row) - len(set(row)) for row in rows) / total if total else math.nan

@@ -27,12 +27,15 @@ class Interval:
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def verdict(self, rule: str, null: float = 0.0, margin: float = 0.0) -> str:
-        """What the interval says of a claim; see `verdict`."""
+        """What the interval says of a claim: "holds", "fails" or "unclear", by the rule "above", "below" or "within".
+
+        Raises ValueError for another rule.
+        """
         return verdict(self.low, self.high, rule, null, margin)
 
 
 def bootstrap(values: Sequence[float], level: float = 0.95, draws: int = 4000, seed: int = 0) -> Interval:
-    """The mean over seeds with its percentile bootstrap interval. NaN values are left out and not counted.
+    """The mean of values (seeds,) with its percentile bootstrap interval. NaN values are left out and not counted.
 
     For a paired difference pass the differences: policies that share a seed are resampled together.
     With fewer than two values the interval is (nan, nan).
@@ -88,10 +91,11 @@ def verdict(low: float, high: float, rule: str, null: float = 0.0, margin: float
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
-    if rule == "above":
-        return "holds" if low > null else "fails" if high < null else "unclear"
-    if rule == "below":
-        return "holds" if high < null else "fails" if low > null else "unclear"
-    if low >= null - margin and high <= null + margin:
+    holds, fails = {
+        "above": (low > null, high < null),
+        "below": (high < null, low > null),
+        "within": (low >= null - margin and high <= null + margin, low > null + margin or high < null - margin),
+    }[rule]
+    if holds:
         return "holds"
-    return "fails" if low > null + margin or high < null - margin else "unclear"
+    return "fails" if fails else "unclear"

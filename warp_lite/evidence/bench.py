@@ -58,11 +58,14 @@ class Bench:
 
     @property
     def sft(self) -> Weights:
-        """θ_sft."""
+        """θ_sft of this draw, on the CPU."""
         return self.world.sft
 
-    def train(self, configs: Mapping[str, WarpConfig], **options) -> Experiment:
-        """`run_experiment` of the settings, by name, for every seed."""
+    def train(self, configs: Mapping[str, WarpConfig], **options: object) -> Experiment:
+        """`run_experiment` of the settings, by name, for every seed of the bench; `options` are its own.
+
+        Raises ValueError where a run fails or cannot be made.
+        """
         return run_experiment(self.world, configs, self.seeds, progress=False, **options)
 
     def measure(self, states: Sequence[Weights], samples: int = SAMPLES, texts: bool = False) -> list[dict]:

@@ -45,12 +45,12 @@ def best_sft(world: str) -> str:
 
 
 def it(name: str, iteration: int) -> dict:
-    """The front of one iteration."""
+    """The line `name` at one iteration, as `Rows.fronts` takes it."""
     return {"line": name, "iteration": iteration}
 
 
 def of(name: str, beta: float) -> dict:
-    """A line under weak regularisation."""
+    """The line `name` at one β, as `Rows.fronts` takes it."""
     return {"line": name, "beta": beta}
 
 
@@ -75,7 +75,7 @@ def _claim(name, figure, statement, study, kind, a, b, rule="above", null=0.0, m
               ends: lambda: ends(a, b, what)}[kind]()
     units = {"kl": "nats", "length": "tokens", "distinct": "share of pairs", "perplexity": "per token",
              "gold": "gold reward"}
-    unit = AREA if kind is areas else "gold reward" if kind is at_proxy else units.get(what, REWARD)
+    unit = {areas: AREA, at_proxy: "gold reward"}.get(kind) or units.get(what, REWARD)
     return Claim(name, figure, statement, study, effect, rule, unit, null, margin, (a, b))
 
 

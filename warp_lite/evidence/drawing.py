@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..viewing.plots import COLOURS, KL_LABEL, style
@@ -20,7 +21,7 @@ def claim_figure(claim: Claim, verdicts: Sequence[dict], evidence: Mapping[tuple
     """For each world the curves that are compared, each draw's mean thin and the mean of all thick, and the
     effect of every seed with the interval that decides."""
     verdicts = [v for v in verdicts if v["name"] == claim.name]
-    curved = bool(claim.lines) and claim.study != "weak" or claim.study == "weak"
+    curved = bool(claim.lines) or claim.study == "weak"
     with style():
         figure = Figure(figsize=(5.4 * len(verdicts) if curved else 3.6 * len(verdicts), 3.6), layout="constrained")
         figure.suptitle(claim.statement, x=0.01, ha="left", fontsize=11)
@@ -34,11 +35,14 @@ def claim_figure(claim: Claim, verdicts: Sequence[dict], evidence: Mapping[tuple
     return figure
 
 
-def draw_lines(axes, claim: Claim, rows: Rows, found: dict) -> None:
-    """The curves that a claim compares."""
+def draw_lines(axes: Axes, claim: Claim, rows: Rows, found: dict) -> None:
+    """Draw the curves that a claim compares: each draw's mean thin, the mean of all thick, the level of comparison
+    dotted."""
     proxy = claim.study == "weak"
-    what = "gold" if proxy or claim.unit == "gold reward" else "perplexity" if claim.unit == "per token" else {
-        "tokens": "length", "share of pairs": "distinct"}.get(claim.unit, "reward")
+    what = {"gold reward": "gold", "per token": "perplexity", "tokens": "length",
+            "share of pairs": "distinct"}.get(claim.unit, "reward")
+    if proxy:
+        what = "gold"
     x = "reward" if proxy else "kl"
     for line, colour in zip(lines_of(claim, rows), LINE_COLOURS):
         for draw in sorted({draw_of(seed) for seed in rows.seeds}):
@@ -57,14 +61,14 @@ def draw_lines(axes, claim: Claim, rows: Rows, found: dict) -> None:
     axes.legend(loc="best")
 
 
-def label(line) -> str:
-    """A line's name for a legend."""
+def label(line: str | dict) -> str:
+    """A line's name for a legend, with what else tells it from others."""
     if isinstance(line, str):
         return line
     return line["line"] + "".join(f", {name} {value:g}" for name, value in line.items() if name != "line")
 
 
-def draw_effect(axes, found: dict) -> None:
+def draw_effect(axes: Axes, found: dict) -> None:
     """The effect of each seed by draw, the mean and its interval, the null and the margin."""
     colour = VERDICT_COLOURS[found["verdict"]]
     values = {int(seed): value for seed, value in found["values"].items()}

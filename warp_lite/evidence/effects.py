@@ -15,6 +15,8 @@ from .settings import KL_MAX, area
 KLS = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5)  # nats at which fronts are compared, highest first
 PROXIES = (1.6, 1.2, 0.8, 0.4)  # proxy rewards at which gold is compared
 REWARD, AREA = "reward", "reward × nats"
+# A line of a study by its name, by that and what else its rows must have, or by a function of the world.
+Line = str | dict | Callable[[str], str]
 
 
 class Rows:
@@ -72,8 +74,12 @@ def gold_at_proxy(front: Sequence[dict], proxy: float) -> float:
     return first_crossing([row["reward"] for row in ordered], [row["gold"] for row in ordered], proxy)
 
 
-def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dict], float], float]) -> Effect:
-    """a − b, each the mean over its runs, at the highest level that every seed of both sides reaches."""
+def compare(rows: Rows, a: str | dict, b: str | dict, levels: Sequence[float],
+            value: Callable[[list[dict], float], float]) -> Effect:
+    """a − b, each the mean over its runs, at the highest level that every seed of both sides reaches.
+
+    `value(front, level)` is nan where a front does not reach the level. No values where there is no such level.
+    """
     reached: dict[str, int] = {}
     for level in levels:
         found = {seed: np.mean([value(front, level) for front in rows.fronts(a, seed)])
@@ -85,19 +91,19 @@ def compare(rows: Rows, a, b, levels: Sequence[float], value: Callable[[list[dic
     return Effect({}, None, reached)
 
 
-def at_one_kl(a, b, kind: str = "reward") -> Callable[[Rows], Effect]:
-    """The difference of two lines in reward (or another number) at one KL."""
+def at_one_kl(a: Line, b: Line, kind: str = "reward") -> Callable[[Rows], Effect]:
+    """The effect of two lines: their difference in reward (or another number) at one KL, of `KLS`, in nats."""
     return lambda rows: compare(rows, named(a, rows), named(b, rows), KLS,
                                 lambda front, kl: reward_at_kl(front, kl, kind))
 
 
-def at_proxy(a, b) -> Callable[[Rows], Effect]:
-    """The difference of two lines in gold reward at one proxy reward."""
+def at_proxy(a: str | dict, b: str | dict) -> Callable[[Rows], Effect]:
+    """The effect of two lines: their difference in gold reward at one proxy reward, of `PROXIES`."""
     return lambda rows: compare(rows, a, b, PROXIES, gold_at_proxy)
 
 
-def areas(a, b) -> Callable[[Rows], Effect]:
-    """The difference of two lines in the area of their fronts up to 4 nats."""
+def areas(a: Line, b: Line) -> Callable[[Rows], Effect]:
+    """The effect of two lines: their difference in the area of their fronts up to 4 nats, in reward times nats."""
     def effect(rows: Rows) -> Effect:
         return Effect({seed: float(np.mean([area(f) for f in rows.fronts(named(a, rows), seed)])
                                    - np.mean([area(f) for f in rows.fronts(named(b, rows), seed)]))
@@ -105,8 +111,8 @@ def areas(a, b) -> Callable[[Rows], Effect]:
     return effect
 
 
-def ends(a, b, kind: str) -> Callable[[Rows], Effect]:
-    """The difference of two lines in a number at η = 1; with b = None, from θ_sft."""
+def ends(a: str | dict, b: str | dict | None, kind: str) -> Callable[[Rows], Effect]:
+    """The effect of two lines: their difference in a number at η = 1, or the last step; with b = None, from θ_sft."""
     def last(front):
         place = "step" if "step" in front[0] else "eta"
         end = max(row[place] for row in front) if place == "step" else 1.0
@@ -124,7 +130,7 @@ def ends(a, b, kind: str) -> Callable[[Rows], Effect]:
 
 
 def plain(line: str) -> Callable[[Rows], Effect]:
-    """A line that is one number a seed."""
+    """The effect of a line that is one number a seed: that number."""
     return lambda rows: Effect({seed: rows.value(line, seed) for seed in rows.seeds})
 
 
@@ -171,7 +177,7 @@ def limit_area(limit: Sequence[dict], start: float) -> float:
     return hypervolume([(0.0, start), *((p["kl"], p["reward"]) for p in limit)], (KL_MAX, start))
 
 
-def named(line, rows: Rows):
+def named(line: Line, rows: Rows) -> str | dict:
     """A line, or the one that a function of the world names."""
     return line(rows.world) if callable(line) else line
 

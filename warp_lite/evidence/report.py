@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import WarpConfig
 from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import hierarchical_bootstrap
 from ..storage.files import whole, write_bytes, write_json
@@ -195,7 +196,7 @@ def equal_compute(evidence: Evidence, worlds: Sequence[str]) -> list[dict]:
     return found
 
 
-def exchanges(config) -> int:
+def exchanges(config: WarpConfig) -> int:
     """How often four workers must exchange a model's worth of numbers: once a merge where each has a run of
     its own, once a step where they share the batch of one run, never where there is one worker's batch."""
     if config.runs > 1:

@@ -48,7 +48,7 @@ class Unit:
 
 
 def studies() -> dict[str, Callable[[Bench], list[dict]]]:
-    """Every study by name."""
+    """Every study by name: those of the claims, the noise map and the tunings."""
     from .noise import noise
     from .studies import STUDIES
 

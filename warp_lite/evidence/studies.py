@@ -10,11 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..averaging.liti import liti
 from ..averaging.slerp import angles, lerp, slerp, task_vector
 from ..averaging.state_dicts import Weights
 from ..evaluation.limit import best_of_n_front, optimal_front
+from ..policies.prompts import Prompts
+from ..rewards.bradley_terry import BradleyTerry
 from ..worlds.reviews import reviews_world
 from .bench import Bench
 from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH_BETAS, SFT_BETAS, TAX_ETAS, WEAK_ETAS
@@ -164,11 +167,11 @@ def rewards(bench: Bench) -> list[dict]:
 class LengthPenalty:
     """A reward less a price for each token of the completion (the paper's appendix D.1)."""
 
-    def __init__(self, reward, price: float):
+    def __init__(self, reward: BradleyTerry, price: float):
         self.reward, self.price, self.tokenizer = reward, price, reward.tokenizer
 
-    def from_ids(self, prompts, ids, mask):
-        """Rewards (…) of completions ids (…, T)."""
+    def from_ids(self, prompts: Prompts, ids: Tensor, mask: Tensor) -> Tensor:
+        """Rewards (…) of completions ids (…, T), mask 1 up to their end, of prompts (…, P)."""
         return self.reward.from_ids(prompts, ids, mask) - self.price * mask.sum(-1)
 
 

@@ -83,8 +83,11 @@ def gold_kept(front: list[dict], upto: float = 1.6) -> float | None:
 
 
 def choose(scores: Mapping[str, list[float | None]]) -> str:
-    """The name with the highest mean score, among those that have one for every seed."""
-    whole = {name: float(np.mean(some)) for name, some in scores.items() if None not in some}
+    """The name with the highest mean score, among those that have one for every seed.
+
+    Raises ValueError where none has.
+    """
+    whole = {name: float(np.mean(of_name)) for name, of_name in scores.items() if None not in of_name}
     if not whole:
         raise ValueError(f"none of {', '.join(scores)} has a score for every seed; widen the grid")
     return max(whole, key=whole.get)

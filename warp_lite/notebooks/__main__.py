@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..storage.files import whole
@@ -64,12 +65,12 @@ import torch
 
 
 def address(root: Path = ROOT) -> str:
-    """The repository's address, from pyproject.toml."""
+    """The repository's address, from pyproject.toml. Raises OSError where that is not there."""
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 
 
 def badge(name: str, root: Path = ROOT) -> str:
-    """The markdown of a notebook's Colab badge."""
+    """The markdown of a notebook's Colab badge, by its file name."""
     repository = address(root).removeprefix("https://github.com/")
     return ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
             f"(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name})")
@@ -82,13 +83,13 @@ def shared_cells(name: str = "", root: Path = ROOT) -> dict[str, str]:
     return {tag: source.rstrip("\n") for tag, source in cells.items()}
 
 
-def paths(names=(), root: Path = ROOT) -> list[Path]:
+def paths(names: Sequence[str] = (), root: Path = ROOT) -> list[Path]:
     """All notebooks, or those whose file names begin with one of `names`. Raises ValueError for none."""
-    found = [path for path in sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-             if not names or any(path.name.startswith(Path(name).name) for name in names)]
-    if not found:
+    notebooks = [path for path in sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+                 if not names or any(path.name.startswith(Path(name).name) for name in names)]
+    if not notebooks:
         raise ValueError(f"there is no notebook {' or '.join(names)} in {root / 'notebooks'}")
-    return found
+    return notebooks
 
 
 def link(path: Path, root: Path = ROOT) -> bool:
@@ -135,13 +136,13 @@ def execute(path: Path) -> None:
         nbformat.write(notebook, made)
 
 
-def is_progress(output) -> bool:
-    """Whether an output is a progress bar."""
+def is_progress(output: Mapping) -> bool:
+    """Whether an output of a cell is a progress bar, a widget whose text has a per cent in it."""
     data = output.get("data", {})
     return "application/vnd.jupyter.widget-view+json" in data and "%|" in data.get("text/plain", "")
 
 
-def widget_errors(notebook) -> list[dict]:
+def widget_errors(notebook: Mapping) -> list[dict]:
     """The errors inside a notebook's widgets: what a callback raises ends there and stops nothing."""
     content = notebook["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
     outputs = [out for widget in content.get("state", {}).values() for out in widget["state"].get("outputs", ())]
@@ -167,8 +168,8 @@ def run(path: Path) -> int:
     return code
 
 
-def main(arguments=None) -> int:
-    """The command; returns its exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of those arguments, or of the process's; returns its exit code: 0 done, 2 no such notebook."""
     parser = argparse.ArgumentParser(prog="python -m warp_lite.notebooks", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("link", "run", "execute"))
     parser.add_argument("names", nargs="*", help="beginnings of file names; all notebooks by default")
@@ -177,15 +178,15 @@ def main(arguments=None) -> int:
         execute(Path(given.names[0]).resolve())
         return 0
     try:
-        found = paths(given.names)
+        notebooks = paths(given.names)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if given.what == "link":
-        for path in found:
+        for path in notebooks:
             print(f"{path.name}: {'written' if link(path) else 'as it was'}")
         return 0
-    return max([run(path) for path in found])
+    return max([run(path) for path in notebooks])
 
 
 if __name__ == "__main__":

@@ -14,15 +14,24 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from ..averaging.state_dicts import Weights
 from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import Interval, bootstrap
+from ..experiment import Experiment
+from ..result import WarpResult
 from ..storage.files import write_bytes
 from ..viewing.plots import COLOURS, column
+
+if TYPE_CHECKING:
+    from ipywidgets import ValueWidget, VBox
 
 
 def by_seed(rows: Sequence[dict], name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +47,7 @@ def by_seed(rows: Sequence[dict], name: str, over: str = "step") -> tuple[np.nda
         return np.array(points), sums / counts
 
 
-def rows_from_start(experiment) -> list[dict]:
+def rows_from_start(experiment: Experiment) -> list[dict]:
     """The trajectories of an experiment's first iteration with the SFT policy, KL 0, as their step 0."""
     rows = [row for row in experiment.trajectory_rows() if row["iteration"] == 1]
     (start,) = experiment.measure([next(iter(experiment.results.values()))[0].sft], samples=1)
@@ -48,13 +57,14 @@ def rows_from_start(experiment) -> list[dict]:
     return first + rows
 
 
-def sweep(experiment, results: Sequence, make: Callable, values: Sequence[float]) -> list[dict]:
+def sweep(experiment: Experiment, results: Sequence[WarpResult],
+          make: Callable[[WarpResult, float], Weights], values: Sequence[float]) -> list[dict]:
     """The metrics of the weights `make(result, value)`, on the held-out prompts: a row a seed and value."""
     rows = []
     for result in results:
-        found = experiment.measure(make(result, value) for value in values)
+        measured = experiment.measure(make(result, value) for value in values)
         rows += [{"seed": result.config.seed, "value": value, **metrics.as_dict()}
-                 for value, metrics in zip(values, found)]
+                 for value, metrics in zip(values, measured)]
     return rows
 
 
@@ -70,7 +80,7 @@ def level(*curves: Sequence[dict]) -> float:
     return np.floor(10 * reached) / 10 if reached > 1 else reached
 
 
-def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **which) -> np.ndarray:
+def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **which: str | int | float) -> np.ndarray:
     """The reward, or another number, where the curve of each seed (see `seed_curves`) first crosses a KL: (seeds,).
 
     `kl`, in nats, is one number or one a seed. Of a seed with several runs it is the mean over those that cross it; nan
@@ -85,7 +95,7 @@ def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **
     return np.array(values)
 
 
-def seed_curves(rows: Sequence[dict], **which) -> list[list[dict]]:
+def seed_curves(rows: Sequence[dict], **which: str | int | float) -> list[list[dict]]:
     """One front or trajectory a seed, as lists of rows, in the order of seeds; `which` names what the rows must have,
     as `config="WARP"` or `iteration=1`."""
     chosen = [row for row in rows if all(row[name] == value for name, value in which.items())]
@@ -93,13 +103,17 @@ def seed_curves(rows: Sequence[dict], **which) -> list[list[dict]]:
 
 
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, lower and upper end over seeds of values (seeds, points)."""
+    """Mean, lower and upper end of the 95 % interval over seeds of values (seeds, points): (points,) each."""
     intervals = [bootstrap(values[:, i]) for i in range(values.shape[1])]
     return tuple(np.array([getattr(interval, end) for interval in intervals]) for end in ("mean", "low", "high"))
 
 
-def draw_sweep(axes, x, values: np.ndarray, colour: str, label: str | None = None, **line):
-    """Mean and band of values (seeds, points) against x (points,), with the label at the end of the line."""
+def draw_sweep(axes: Axes, x: Sequence[float] | np.ndarray, values: np.ndarray, colour: str, label: str | None = None,
+               **line: object) -> np.ndarray:
+    """Mean and band of values (seeds, points) against x (points,), with the label at the end of the line.
+
+    `line` are options of `Axes.plot`. Returns the mean (points,).
+    """
     mean, low, high = interval_band(values)
     axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     axes.plot(x, mean, color=colour, **line)
@@ -108,8 +122,12 @@ def draw_sweep(axes, x, values: np.ndarray, colour: str, label: str | None = Non
     return mean
 
 
-def draw_curve(axes, kl: np.ndarray, reward: np.ndarray, colour: str, label: str | None = None, **line):
-    """Mean reward against mean KL, both (seeds, points), with bars in both directions."""
+def draw_curve(axes: Axes, kl: np.ndarray, reward: np.ndarray, colour: str, label: str | None = None,
+               **line: object) -> tuple[np.ndarray, np.ndarray]:
+    """Mean reward against mean KL, both (seeds, points), with bars in both directions.
+
+    `line` are options of `Axes.errorbar`. Returns mean KL, in nats, and mean reward, (points,) each.
+    """
     (x, x_low, x_high), (y, y_low, y_high) = interval_band(kl), interval_band(reward)
     bars = {} if np.isnan(x_low).all() else {"xerr": [x - x_low, x_high - x], "yerr": [y - y_low, y_high - y]}
     axes.errorbar(x, y, **bars, color=colour, **{"marker": "o", "ms": 3.5, "elinewidth": 0.8, **line})
@@ -118,22 +136,26 @@ def draw_curve(axes, kl: np.ndarray, reward: np.ndarray, colour: str, label: str
     return x, y
 
 
-def draw_over_kl(axes, rows: Sequence[dict], colour: str, label: str, name: str = "reward",
-                 shift: tuple[float, float] = (5, 0), **line):
-    """A number of a sweep against KL with its band, as far as every seed reaches."""
+def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name: str = "reward",
+                 shift: tuple[float, float] = (5, 0), **line: object) -> None:
+    """A number of a sweep against KL, in nats, with its band, as far as every seed reaches.
+
+    `shift` moves the label, in points; `line` are options of `Axes.plot`.
+    """
     grid = np.linspace(0.05, 1, 25) * level(rows)
     values = np.array([at_kl(rows, kl, name) for kl in grid]).T
     draw_sweep(axes, grid, values, colour, **line)
     label_end(axes, grid, values.mean(0), label, colour, shift)
 
 
-def label_end(axes, x, y, text: str, colour: str, shift: tuple[float, float] = (5, 0)) -> None:
-    """A label right of the last point of a line, in its colour."""
+def label_end(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, text: str, colour: str,
+              shift: tuple[float, float] = (5, 0)) -> None:
+    """A label right of the last point of a line x, y (points,), in its colour, moved by `shift` points."""
     axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center", fontsize=9,
                   path_effects=[withStroke(linewidth=3, foreground="white")], zorder=10)
 
 
-def label_ends(axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 12.0) -> None:
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 12.0) -> None:
     """Labels at the ends (x, y, colour) of several lines, moved apart to `gap` points; call it when all is drawn."""
     figure = axes.figure
     figure.draw_without_rendering()
@@ -154,7 +176,7 @@ def label_ends(axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 
         label_end(axes, [x], [y], name, colour, shift=(6, after - before))
 
 
-def draw_limit(axes, limit: Sequence[dict], label: str = "limit") -> None:
+def draw_limit(axes: Axes, limit: Sequence[dict], label: str = "limit") -> None:
     """The limit with a band of two standard errors, as far as it can be trusted."""
     if not limit:
         return
@@ -170,13 +192,13 @@ def finding(claim: str, interval: Interval, rule: str, unit: str = "", null: flo
     return f"{claim}: {interval.verdict(rule, null, margin)}\n{interval}{' ' + unit if unit else ''}, {count}"
 
 
-def keep(folder, name: str, **measured) -> None:
+def keep(folder: str | Path, name: str, **measured: object) -> None:
     """Write what a notebook measured to `folder`/`name`.json, whole or not at all. Raises CannotWrite."""
     write_bytes(Path(folder) / f"{name}.json", json.dumps(measured, indent=1).encode())  # NaN and all
     print(f"written: {name}.json")
 
 
-def sliders(draw: Callable, **controls):
+def sliders(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:
     """A widget that draws anew when a control moves: `draw(**values)` returns a figure, and may print.
 
     Like `interact` of ipywidgets, but into an Image and a text: for an Output widget, which interact uses,

@@ -11,6 +11,9 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from ..config import WarpConfig
 from ..policies.shape import shape_of
 from ..training.memory import training_memory
@@ -54,12 +57,12 @@ PLANS = {
 T4 = {"bytes": 0.5 * 320e9, "operations": 0.4 * 8.1e12, "layer": 3e-4}  # a second; the last: seconds of launches
 
 
-def size_of(model) -> int:
-    """The number of parameters of a model."""
+def size_of(model: nn.Module) -> int:
+    """The number of parameters of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan(notebook: str, model, fast: bool = False) -> SimpleNamespace:
+def plan(notebook: str, model: PreTrainedModel, fast: bool = False) -> SimpleNamespace:
     """The settings of a notebook's experiments for a policy of this size.
 
     In fast mode a real model takes the smaller of the two. Raises KeyError for a notebook without a plan.
@@ -74,7 +77,7 @@ def plan(notebook: str, model, fast: bool = False) -> SimpleNamespace:
     return SimpleNamespace(**values)
 
 
-def kept_runs(out: str, model) -> Path | None:
+def kept_runs(out: str, model: PreTrainedModel) -> Path | None:
     """Where the runs of a real model are kept: in `out`, or for the time being if it is empty; None for a tiny one.
 
     An experiment goes on from there after a disconnect if `out` outlives it, and reads weights from there.
@@ -84,8 +87,9 @@ def kept_runs(out: str, model) -> Path | None:
     return Path(out or tempfile.mkdtemp(prefix="warp-lite-")) / "runs"
 
 
-def step_seconds(model, config: WarpConfig, prompt_tokens: int = 16) -> float:
-    """One step of one run on a T4: an estimate by its bandwidth, its arithmetic and the launches of kernels."""
+def step_seconds(model: PreTrainedModel, config: WarpConfig, prompt_tokens: int = 16) -> float:
+    """Seconds of one step of one run on a T4: an estimate by its bandwidth, its arithmetic and the launches of kernels.
+    """
     size, layers = size_of(model), shape_of(model).layers
     batch, tokens = config.batch_size, config.max_new_tokens
     one_token = max(4 * size / T4["bytes"], 2 * size * batch / T4["operations"], layers * T4["layer"])
@@ -93,12 +97,14 @@ def step_seconds(model, config: WarpConfig, prompt_tokens: int = 16) -> float:
     return tokens * one_token + passes + 10 * 4 * size / T4["bytes"]
 
 
-def completion_seconds(model, config: WarpConfig, prompt_tokens: int = 16) -> float:
-    """One completion that is sampled and measured, in large batches, on a T4: an estimate as `step_seconds`."""
+def completion_seconds(model: PreTrainedModel, config: WarpConfig, prompt_tokens: int = 16) -> float:
+    """Seconds of one completion that is sampled and measured, in large batches, on a T4: an estimate by its arithmetic.
+    """
     return 6 * size_of(model) * (prompt_tokens + config.max_new_tokens) / T4["operations"]
 
 
-def announce(model, config: WarpConfig, runs: int = 0, completions: int = 0, prompt_tokens: int = 16) -> None:
+def announce(model: PreTrainedModel, config: WarpConfig, runs: int = 0, completions: int = 0,
+             prompt_tokens: int = 16) -> None:
     """Print what the next cell should cost for a real model: minutes on a T4, memory and disk. A tiny one says nothing.
 
     runs: that are trained; completions: that are sampled to measure.

@@ -32,7 +32,8 @@ def begin(model: str, fast: bool, seed: int, device: str, out: str) -> tuple[str
 
 
 def checked_parameters(model: str, fast: bool, seed: int, device: str, out: str) -> bool:
-    """FAST as True or False, "true" and "false" understood; ValueError names a parameter of another type."""
+    """FAST as True or False, "true" and "false" understood. Raises ValueError that names a parameter of another type.
+    """
     if isinstance(fast, str):
         fast = TEXTS.get(fast.lower(), fast)
     checks = (("MODEL", model, isinstance(model, str) and model != "", "the name of a world, or a folder"),

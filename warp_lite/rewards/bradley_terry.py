@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel
+from tqdm import tqdm
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policies.attention import positions
 from ..policies.gpt2_forward import GPT2Forward
@@ -22,11 +24,12 @@ class BradleyTerry:
     """A reward model: a trunk, the mean of its hidden states, a linear head; standardised.
 
     The reward is in standard deviations of the rewards of SFT samples, around their mean.
+    Source: Bradley and Terry 1952; as a reward model, Christiano et al. 2017 (arXiv 1706.03741).
     """
 
     unit = "standard deviations of SFT samples"
 
-    def __init__(self, trunk, tokenizer):
+    def __init__(self, trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.trunk, self.tokenizer = trunk, tokenizer
         trunk.config.pad_token_id = None  # the library would warn of padding, which is never looked at
         self.head = nn.Parameter(torch.zeros(trunk.config.hidden_size))
@@ -51,8 +54,8 @@ class BradleyTerry:
         ends = prompts.ids.shape[-1] + mask.flatten(0, -2).sum(-1).to(self.head.device)
         ends, order = ends.sort(descending=True, stable=True)
         values = full.new_empty(len(full), dtype=self.head.dtype)
-        for some, end in zip(order.split(chunk), ends[::chunk].tolist()):  # those of like length together
-            values[some] = score(full[some, :end], full_mask[some, :end])
+        for rows, end in zip(order.split(chunk), ends[::chunk].tolist()):  # those of like length together
+            values[rows] = score(full[rows, :end], full_mask[rows, :end])
         return values.view(ids.shape[:-1])
 
     def _fast_scores(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -65,8 +68,9 @@ class BradleyTerry:
         pooled = torch.bmm(weight.unsqueeze(1), hidden)[:, 0] / weight.sum(1, keepdim=True)  # (N, C)
         return (pooled @ self.head - self.mean) / self.std
 
-    def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
-        """Rewards of texts; the ids of the completions are used where they are given.
+    def __call__(self, prompts: list[str], completions: list[str],
+                 completion_ids: Sequence[Sequence[int]] | None = None, **kwargs: object) -> list[float]:
+        """Rewards of texts, one each; the ids of the completions are used where they are given.
 
         Else every text counts as ended, and is tokenised by itself.
         """
@@ -75,21 +79,21 @@ class BradleyTerry:
         ids, mask = pad_right(completion_ids, pad_id(self.tokenizer))
         return self.from_ids(encode_prompts(self.tokenizer, prompts), ids, mask).tolist()
 
-    def to(self, device) -> BradleyTerry:
-        """The same reward model on a device."""
+    def to(self, device: str | torch.device) -> BradleyTerry:
+        """The same object with trunk and head on a device."""
         self.trunk.to(device)
         self.head = nn.Parameter(self.head.detach().to(device), self.head.requires_grad)
         return self
 
-    def save(self, folder) -> None:
+    def save(self, folder: str | Path) -> None:
         """A Hugging Face folder of the trunk, with the head and the standardisation beside it."""
         save_policy(self.trunk, self.tokenizer, folder)
         scale = torch.tensor([self.mean, self.std], dtype=torch.float64)
         save_file({"head": self.head.detach(), "mean_std": scale}, Path(folder) / "reward_head.safetensors")
 
     @classmethod
-    def load(cls, folder, device="cpu") -> BradleyTerry:
-        """What `save` wrote. Raises ValueError in one line when it cannot be read."""
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> BradleyTerry:
+        """What `save` wrote, on a device, without gradients. Raises ValueError in one line when it cannot be read."""
         with reading("a reward model", str(folder)):
             trunk = from_pretrained(AutoModel, str(folder), dtype=torch.float32)
             model = cls(trunk.to(device).eval().requires_grad_(False), load_tokenizer(str(folder)))
@@ -99,11 +103,13 @@ class BradleyTerry:
         return model
 
 
-def train_bradley_terry(model: BradleyTerry, chosen, rejected, *, epochs=2, batch=64, lr=1e-3, seed=0,
-                        progress=None) -> None:
-    """Fit P(chosen over rejected) = σ(r_chosen − r_rejected) by maximum likelihood.
+def train_bradley_terry(model: BradleyTerry, chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], *,
+                        epochs: int = 2, batch: int = 64, lr: float = 1e-3, seed: int = 0,
+                        progress: tqdm | None = None) -> None:
+    """Fit P(chosen over rejected) = σ(r_chosen − r_rejected) by maximum likelihood, in place; then it is frozen.
 
-    `chosen` and `rejected` are pairs (ids, mask) of N sequences each.
+    `chosen` and `rejected` are pairs (ids, mask), (N, S) each. `progress` advances by one at every step.
+    Source: Christiano et al. 2017, section 2.2.3.
     """
     order = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(chosen[0]) / batch)

@@ -20,19 +20,25 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
 from threading import Thread
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..policies.prompts import is_conversation
 from ..policies.sampling import Rollout, completion_ids, completions_text, without_end
 from .classifiers import PipelineReward
 
+if TYPE_CHECKING:
+    from transformers import Pipeline
+
 # reward(prompts=…, completions=…, **columns of the data set) -> a number for each completion, as TRL's reward
 # functions: prompts and completions are lists of texts or of conversations, and what it does not name it is not given.
 RewardFunc = Callable[..., Sequence[float]]
-
+Value = TypeVar("Value")
+LEFT_OUT = ("completion", "completion_ids")  # columns that no reward is given, as by TRL
 
 
 class NotFinite(ValueError):
@@ -52,15 +58,18 @@ class SeveralRewards:
     completion has none.
     """
 
-    def __init__(self, rewards: Sequence[Callable], weights: Sequence[float] | None = None):
+    def __init__(self, rewards: Sequence[RewardFunc], weights: Sequence[float] | None = None):
         """Raises ValueError where there is not one weight for each reward."""
         if weights is not None and len(weights) != len(rewards):
             raise ValueError(f"there are {len(weights)} reward_weights for {len(rewards)} rewards; give one for each")
         self.rewards, self.weights = list(rewards), weights
 
     def __call__(self, /, prompts: list, completions: list, completion_ids: list | None = None,
-                 whole_texts: list[str] | None = None, **columns) -> list[float | None]:
-        """The values of all rewards, brought together."""
+                 whole_texts: list[str] | None = None, **columns: object) -> list[float | None]:
+        """The values (N,) of all rewards, brought together; None where none has one.
+
+        Raises ValueError where a reward returns something else than a number for each completion.
+        """
         if completion_ids is not None:
             columns["completion_ids"] = completion_ids
         rows = np.array([reward_values(call_reward(reward, prompts, completions, columns, whole_texts),
@@ -71,16 +80,15 @@ class SeveralRewards:
             total = (np.array(self.weights, dtype=float)[:, None] * values).sum(0)
         else:
             total = values.sum(0) / np.maximum(scored.sum(0), 1)
-        return [value if some else None for value, some in zip(total.tolist(), scored.any(0))]
-LEFT_OUT = ("completion", "completion_ids")  # columns that no reward is given, as by TRL
+        return [value if has_one else None for value, has_one in zip(total.tolist(), scored.any(0))]
 
 
-def mean_reward(rewards: Sequence[Callable]) -> Callable:
-    """The mean of several rewards, as one."""
+def mean_reward(rewards: Sequence[RewardFunc]) -> RewardFunc:
+    """The mean of several rewards, as one; the reward itself where all are the same."""
     return rewards[0] if len({id(reward) for reward in rewards}) == 1 else SeveralRewards(rewards)
 
 
-def trained_reward(reward, trl: Mapping):
+def trained_reward(reward: RewardFunc | Sequence[RewardFunc], trl: Mapping) -> RewardFunc:
     """What a run of TRL maximised, of its reward functions and what config.json notes of its arguments: Σ w_k r_k.
 
     One function in the place of several that were weighted is somebody's own measure and stays as it is.
@@ -94,7 +102,7 @@ def trained_reward(reward, trl: Mapping):
     return reward
 
 
-def rollout_rewards(rewards: Sequence, rollout: Rollout, tokenizer) -> Tensor:
+def rollout_rewards(rewards: Sequence[RewardFunc], rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The reward (E, B) of each completion, float64; no gradient passes through it.
 
     `rewards` holds the reward of each of the E policies; one that several share is called once. A completion
@@ -153,7 +161,7 @@ def _same_tokens(first, second) -> bool:
     return first is second or first.get_vocab() == second.get_vocab()
 
 
-def reward_values(returned, count: int) -> list[float | None]:
+def reward_values(returned: object, count: int) -> list[float | None]:
     """What a reward function returned as `count` numbers, None where it scored nothing.
 
     Taken are lists, tuples, arrays, series and tensors of one axis, and what else gives numbers in an order.
@@ -179,8 +187,8 @@ def reward_values(returned, count: int) -> list[float | None]:
     return numbers
 
 
-def call_reward(reward, prompts: list, completions: list, columns: Mapping[str, list] | None = None,
-                whole_texts: list[str] | None = None):
+def call_reward(reward: RewardFunc | Pipeline, prompts: list, completions: list,
+                columns: Mapping[str, list] | None = None, whole_texts: list[str] | None = None) -> object:
     """Call a reward function with those arguments that it takes, all of them copies that it may change.
 
     `columns` are further keyword arguments, a value for each completion; `whole_texts` are for a function that
@@ -205,21 +213,21 @@ def call_reward(reward, prompts: list, completions: list, columns: Mapping[str, 
     return awaited(reward(**accepted(reward, {**columns, "prompts": prompts, "completions": completions})))
 
 
-def as_function(reward) -> Callable:
+def as_function(reward: RewardFunc | Pipeline) -> Callable:
     """A pipeline of the library as a function; any other reward as it is."""
     pipelines = sys.modules.get("transformers.pipelines")
     return PipelineReward(reward) if pipelines and isinstance(reward, pipelines.Pipeline) else reward
 
 
-def accepted(reward, arguments: Mapping[str, object]) -> dict:
-    """Those keyword arguments that the function takes."""
+def accepted(reward: RewardFunc, arguments: Mapping[str, object]) -> dict:
+    """Those keyword arguments that a function names; all of them where it takes any."""
     parameters = inspect.signature(reward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(arguments)
     return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
 
 
-def reads_whole_texts(reward) -> bool:
+def reads_whole_texts(reward: RewardFunc | Pipeline) -> bool:
     """Whether a reward names `whole_texts`: each prompt and its completion, decoded together."""
     try:
         return "whole_texts" in inspect.signature(as_function(reward)).parameters
@@ -227,7 +235,7 @@ def reads_whole_texts(reward) -> bool:
         return False
 
 
-def fresh(value):
+def fresh(value: Value) -> Value:
     """A copy of lists, dicts, arrays and tensors, all the way down; anything else is handed on as it is."""
     if isinstance(value, list):
         return [fresh(item) for item in value]
@@ -238,11 +246,11 @@ def fresh(value):
     return copy.deepcopy(value) if isinstance(value, (set, np.ndarray, Tensor)) else value
 
 
-def awaited(value):
+def awaited(value: object) -> object:
     """What a function returned; of an `async def` what it comes to, in one event loop for all calls.
 
     That loop has a thread of its own, since a notebook's is running already; and it stays, as TRL's does, since
-    clients of a server are bound to the loop in which they were first used.
+    clients of a server are bound to the loop in which they were first used. Raises what the function raises.
     """
     if not inspect.isawaitable(value):
         return value
@@ -260,8 +268,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def reward_name(reward) -> str:
-    """How a run folder calls a reward."""
+def reward_name(reward: RewardFunc | Sequence[RewardFunc]) -> str:
+    """How a run folder calls a reward: its qualified name, or that of its class; of a list, JSON of the names."""
     if isinstance(reward, (list, tuple)):
         return json.dumps([reward_name(r) for r in reward])
     return getattr(reward, "__qualname__", type(reward).__qualname__)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..policies.hub import local
 from ..policies.loading import from_pretrained, load_tokenizer, reading
 from ..policies.messages import content_text, render
 from ..policies.prompts import is_conversation, without_bos
+
+if TYPE_CHECKING:
+    from transformers import Pipeline
 
 
 class ClassifierReward:
@@ -17,10 +23,11 @@ class ClassifierReward:
     The classifier keeps its own tokenizer and reads each prompt with its completion as one text, in the policy's
     words; what is too long for it is cut at the beginning, since the completion is at the end. `label` is a name
     or an index. `special_tokens=False` leaves out those with which its tokenizer frames a text, as TRL does.
+    Raises ValueError in one line where it cannot be read, and for a label that it has not.
     """
 
-    def __init__(self, name_or_folder, label: int | str = -1, log_probability: bool = False, device="cpu",
-                 batch: int = 64, special_tokens: bool = True):
+    def __init__(self, name_or_folder: str | Path, label: int | str = -1, log_probability: bool = False,
+                 device: str | torch.device = "cpu", batch: int = 64, special_tokens: bool = True):
         folder = local(str(name_or_folder))
         with reading("a reward model", folder) as options:
             self.tokenizer = load_tokenizer(folder, **options)
@@ -40,10 +47,11 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, whole_texts: list[str] | None = None,
-                 **kwargs) -> list[float]:
+                 **kwargs: object) -> list[float]:
         """Rewards of prompts with their completions, in logits or nats; `whole_texts` are those decoded together.
 
         Without them texts are joined as they stand: a space that belongs between them must be in one of the two.
+        Raises ValueError for a token that the classifier has no embedding for.
         """
         texts, framed = joined_texts(prompts, completions, self.tokenizer, whole_texts)
         values = []
@@ -69,7 +77,7 @@ class PipelineReward:
     Raises ValueError for a pipeline of another task.
     """
 
-    def __init__(self, pipeline, label: int | str = -1, log_probability: bool = False):
+    def __init__(self, pipeline: Pipeline, label: int | str = -1, log_probability: bool = False):
         if pipeline.task != "text-classification":
             raise ValueError(f"a pipeline for {pipeline.task!r} gives no reward; pass one for 'text-classification'")
         config = pipeline.model.config
@@ -78,13 +86,14 @@ class PipelineReward:
         self.unit = f"{'log-probability' if log_probability else 'logit'} of {self.name}"
 
     def __call__(self, prompts: list, completions: list, whole_texts: list[str] | None = None,
-                 **kwargs) -> list[float]:
+                 **kwargs: object) -> list[float]:
         """Rewards of prompts with their completions, in logits or nats, joined as those of ClassifierReward are."""
         tokenizer = self.pipeline.tokenizer
         longest = longest_input(self.pipeline.model, tokenizer)
         texts, framed = joined_texts(prompts, completions, tokenizer, whole_texts)
         options = {"add_special_tokens": not framed}
-        options |= {"truncation": True, "max_length": longest} if longest else {}
+        if longest:
+            options |= {"truncation": True, "max_length": longest}
         side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
         try:
             scores = self.pipeline(texts, top_k=None, function_to_apply="none", **options)
@@ -99,17 +108,20 @@ class PipelineReward:
 
 
 def find_label(names: dict[int, str], label: int | str, where: str) -> int:
-    """The index of a classifier's label, given by its index, from the end where negative, or its name."""
+    """The index of a classifier's label, given by its index, from the end where negative, or its name, in any case.
+
+    Raises ValueError that lists the labels, where there is none such.
+    """
     if isinstance(label, str):
-        found = [i for i, name in names.items() if name.lower() == label.lower()]
-        if found:
-            return found[0]
+        matches = [i for i, name in names.items() if name.lower() == label.lower()]
+        if matches:
+            return matches[0]
     elif -len(names) <= label < len(names):
         return label % len(names)
     raise ValueError(f"{where} has {len(names)} labels ({', '.join(names.values())}) and no label {label!r}")
 
 
-def longest_input(model, tokenizer) -> int | None:
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens a classifier takes, by its tokenizer or its positions; None where neither sets a limit."""
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 10**9 else []  # the library's "no limit"
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -120,8 +132,8 @@ def longest_input(model, tokenizer) -> int | None:
     return min(limits, default=None)
 
 
-def check_vocabulary(tokenizer, size: int) -> None:
-    """Raise ValueError if texts, or what frames and pads them, have ids that a model of `size` embeddings lacks."""
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Raises ValueError if texts, or what frames and pads them, have ids that a model of `size` embeddings lacks."""
     roles = ("pad", "bos", "eos", "cls", "sep", "unk")
     framing = {getattr(tokenizer, f"{role}_token_id") for role in roles} - {None}
     added = set(tokenizer.get_added_vocab().values())  # some have no place in a text
@@ -132,7 +144,7 @@ def check_vocabulary(tokenizer, size: int) -> None:
                          "are both of one checkpoint?")
 
 
-def joined_texts(prompts: list, completions: list, tokenizer,
+def joined_texts(prompts: list, completions: list, tokenizer: PreTrainedTokenizerBase,
                  whole_texts: list[str] | None = None) -> tuple[list[str], bool]:
     """Each prompt with its completion as one text, and whether those have their special tokens in them.
 

@@ -6,14 +6,17 @@ import importlib
 import sys
 from pathlib import Path
 
+import torch
+
 from ..policies.hub import local
 from ..storage.files import first_line
 from .bradley_terry import BradleyTerry
+from .calling import RewardFunc
 from .classifiers import ClassifierReward
 
 
-def load_reward(spec: str, device="cpu", label: int | str | None = None, log_probability: bool = False,
-                special_tokens: bool = True):
+def load_reward(spec: str, device: str | torch.device = "cpu", label: int | str | None = None,
+                log_probability: bool = False, special_tokens: bool = True) -> RewardFunc:
     """A reward from the command line: `module:function`, a folder, or a classifier's name on the hub.
 
     `label`, a name or an index, and `log_probability` choose what of a classifier is the reward, `special_tokens`
@@ -23,7 +26,8 @@ def load_reward(spec: str, device="cpu", label: int | str | None = None, log_pro
     folder = Path(local(spec))
     is_function = ":" in spec and not folder.exists()
     is_bradley_terry = (folder / "reward_head.safetensors").is_file()
-    if (is_function or is_bradley_terry) and (label is not None or log_probability):
+    is_classifier = not (is_function or is_bradley_terry)
+    if not is_classifier and (label is not None or log_probability):
         raise ValueError(f"the reward {spec!r} is no classifier: it has no label or log-probability to choose")
     if is_bradley_terry:
         return BradleyTerry.load(folder, device)

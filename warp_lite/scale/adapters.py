@@ -32,7 +32,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank among its matrices."""
+        """The largest rank r among its matrices."""
         return max(B.shape[1] for B, _ in self.factors.values())
 
 
@@ -59,6 +59,7 @@ def merge_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | None 
 
     The same as `merge(init, dense policies, method)`, by Gram matrices of the factors; the rank is the sum of
     the ranks. Raises ValueError for fewer than two adapters, those that do not fit together and an unknown method.
+    Source: Algorithm 1, stage 2; equation 26.
     """
     function = merge_method(method)
     if len(adapters) < 2:
@@ -105,7 +106,7 @@ def fold(init: Weights, adapter: Adapter, eta: float = 1.0) -> dict[str, Tensor]
 
 
 def changed(init: Weights, adapter: Adapter, name: str, eta: float) -> Tensor:
-    """One weight after its adapter."""
+    """One weight after its adapter, W + η·ΔW, in W's shape and dtype. Raises ValueError where they do not fit."""
     if name not in init:
         raise ValueError(f"the adapter changes {name!r}, which init has not; was it trained on another policy?")
     base, delta = widen(init[name]), adapter.delta(name)
@@ -117,7 +118,10 @@ def changed(init: Weights, adapter: Adapter, name: str, eta: float) -> Tensor:
 
 def factors_merged(adapters: Sequence[Adapter]) -> Adapter:
     """The mistake to look at: the mean of the Bs times the mean of the As. Its ΔW is (1/M²) Σ_ij B_i A_j, of which
-    only the M terms with i = j were ever trained. For notebooks and tests; merge with `merge_adapters`."""
+    only the M terms with i = j were ever trained. For notebooks and tests; merge with `merge_adapters`.
+
+    Raises ValueError for adapters of different weights or shapes.
+    """
     check_same_weights(adapters)
     mean = {name: tuple(torch.stack(parts).mean(0) for parts in zip(*(a.factors[name] for a in adapters)))
             for name in adapters[0].factors}
@@ -132,7 +136,7 @@ def relative_error(adapter: Adapter, exact: Adapter) -> float:
 
 
 def check_same_weights(adapters: Sequence[Adapter]) -> None:
-    """Raise unless all adapt the same weights."""
+    """Raises ValueError unless all adapt the same weights in the same shapes; it names the first that differs."""
     first = adapters[0]
     for number, adapter in enumerate(adapters[1:], 1):
         for name in sorted(first.factors.keys() ^ adapter.factors.keys()):

@@ -9,12 +9,20 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ..config import WarpConfig
@@ -73,7 +81,7 @@ class Costs:
     samples: int
 
 
-def costs(model, config: WarpConfig, *, lora_rank: int | None = None, prompt_tokens: int = 32,
+def costs(model: PreTrainedModel, config: WarpConfig, *, lora_rank: int | None = None, prompt_tokens: int = 32,
           at_once: int | None = None, weight_bytes: int | None = None) -> Costs:
     """What `run_warp` with this config costs for a causal LM, whose weights may lie on the meta device (`on_paper`).
 
@@ -108,9 +116,12 @@ def costs(model, config: WarpConfig, *, lora_rank: int | None = None, prompt_tok
         sequential_steps=N * T, total_steps=N * M * T, samples=N * M * T * config.batch_size)
 
 
-def adapter_numbers(model, rank: int) -> tuple[int, int]:
-    """How many numbers an adapter of this rank on every linear layer but the head has, rank · (inputs + outputs)
-    for each, and the matrices that it changes."""
+def adapter_numbers(model: PreTrainedModel, rank: int) -> tuple[int, int]:
+    """How many numbers an adapter of this rank on every linear layer but the head has, rank · (inputs + outputs) for
+    each, and the matrices that it changes.
+
+    Raises ValueError for a rank below 1.
+    """
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be 1 or more, not {rank}")
     head = model.get_output_embeddings()
@@ -119,16 +130,23 @@ def adapter_numbers(model, rank: int) -> tuple[int, int]:
     return sum(rank * sum(matrix.shape) for matrix in matrices), sum(matrix.numel() for matrix in matrices)
 
 
-def on_paper(architecture):
-    """A causal LM without memory for its weights, by a size of `PAPER_POLICIES` or a config of the library's."""
+def on_paper(architecture: str | PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM without memory for its weights, by a size of `PAPER_POLICIES` or a config of the library's.
+
+    Raises KeyError for a size that is not there.
+    """
     if isinstance(architecture, str):
         architecture = PAPER_POLICIES[architecture]()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
 
 
-def tables(policies: dict[str, object], config: WarpConfig, lora_rank: int = RANK, **options) -> str:
-    """Markdown: what a run takes, what a scheme of M runs and I iterations leaves and moves, and its steps."""
+def tables(policies: dict[str, PreTrainedModel], config: WarpConfig, lora_rank: int = RANK,
+           **options: int | None) -> str:
+    """Markdown: what a run takes, what a scheme of M runs and I iterations leaves and moves, and its steps.
+
+    `policies` are models by the name that the tables give them; `options` are those of `costs`.
+    """
     variants = [(f"{name}{f', LoRA of rank {rank}' if rank else ''}", model, rank)
                 for name, model in policies.items() for rank in (None, lora_rank)]
     parts = ["## A run", markdown_table(
@@ -153,7 +171,7 @@ def tables(policies: dict[str, object], config: WarpConfig, lora_rank: int = RAN
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table of a head and rows of cells."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -164,8 +182,9 @@ def amount(count: int) -> str:
     return f"{number:.{0 if number >= 10 or power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
-def main(argv=None) -> None:
-    """Print the tables."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables for the command's arguments, or the process's. Raises SystemExit of one line for what cannot be
+    used."""
     parser = argparse.ArgumentParser(prog="python -m warp_lite.costs", description="What WARP costs, on paper.")
     parser.add_argument("--policy", metavar="NAME_OR_DIR", help="an architecture of your own (default: four sizes)")
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="change a setting")

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,6 +34,9 @@ from ..storage.run_config import read_config
 from ..storage.tensors import load_tensors, weights_hash
 from .adapters import Adapter, changed, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
 
+if TYPE_CHECKING:
+    from ..result import WarpResult
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before the names of a model's modules
 BASE = "base.json"  # where save_adapter notes the hash of the matrices that an adapter changes
@@ -43,15 +48,15 @@ HEEDED = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_
 STARTS_AT_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # of init_lora_weights: W is left as it is
 
 
-def library(name: str, extra: str):
-    """An optional library, or an ImportError of one line that says how to install it."""
+def library(name: str, extra: str) -> ModuleType:
+    """An optional library. Raises ImportError of one line that says how to install it."""
     try:
         return import_module(name)
     except ImportError as error:
         raise ImportError(f"this needs {name}, which is not installed: pip install 'warp-lite[{extra}]'") from error
 
 
-def load_adapter(folder) -> Adapter:
+def load_adapter(folder: str | Path) -> Adapter:
     """An adapter from a PEFT folder, its scaling (alpha/r, rsLoRA, patterns) taken into B.
 
     Raises ValueError for a folder that holds no LoRA, and for what is no sum W + BA of this W: whatever a setting of
@@ -86,7 +91,7 @@ def load_adapter(folder) -> Adapter:
 
 
 def check_plain(folder: Path, config: Mapping) -> None:
-    """Raise ValueError, naming field and value, unless a PEFT config is that of a sum W + BA."""
+    """Raises ValueError, naming field and value, unless a PEFT config is that of a sum W + BA."""
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DORA" if config.get("use_dora") else config.get("peft_type")
         raise ValueError(f"{folder} holds an adapter of type {kind}; only LoRA, W + BA, can be merged")
@@ -98,7 +103,8 @@ def check_plain(folder: Path, config: Mapping) -> None:
         raise ValueError(f"{folder} has lora_alpha = {config.get('lora_alpha')!r}, which is no number; save it again")
     usual = library("peft", "lora").LoraConfig().to_dict()
     for name, value in config.items():
-        if name not in HEEDED and (value or usual.get(name)) and value != usual.get(name):
+        is_set = (value or usual.get(name)) and value != usual.get(name)
+        if name not in HEEDED and is_set:
             raise ValueError(f"{folder} was trained with {name} = {str(value)[:60]}, which is more than a sum W + BA, "
                              "or not known to be one; only plain LoRA can be merged")
 
@@ -115,12 +121,12 @@ def matrices_hash(checkpoint: Checkpoint, names: Collection[str]) -> str | None:
     return json_hash(hashes)
 
 
-def is_model_folder(path) -> bool:
+def is_model_folder(path: str | Path | None) -> bool:
     """Whether a path is a folder with weights as safetensors."""
     return path is not None and any((Path(path) / name).is_file() for name in (SINGLE, INDEX))
 
 
-def check_base(folder, adapter: Adapter, init, checkpoint: Checkpoint) -> None:
+def check_base(folder: str | Path, adapter: Adapter, init: str | Path, checkpoint: Checkpoint) -> None:
     """Raise ValueError for an adapter that was trained on other weights than init's; where that cannot be known, a
     line on stderr says so.
 
@@ -143,7 +149,7 @@ def check_base(folder, adapter: Adapter, init, checkpoint: Checkpoint) -> None:
                          f"{base or 'not named'}; give that as init, or adapters of this one")
 
 
-def save_adapter(adapter: Adapter, folder, base=None) -> None:
+def save_adapter(adapter: Adapter, folder: str | Path, base: str | Path | None = None) -> None:
     """Write a PEFT folder, which `PeftModel.from_pretrained(model, folder)` loads. `base`: the name or folder of the
     policy that it changes, noted in it; of a folder also the hash of the matrices that are changed, by which a merge
     onto other weights is refused. Raises ValueError for a folder that is not empty."""
@@ -168,14 +174,15 @@ def save_adapter(adapter: Adapter, folder, base=None) -> None:
             (made / BASE).write_text(json.dumps({"sha256": noted}))
 
 
-def merge_adapter_folders(init, policies: Sequence, out, method: str = "slerp", eta: float = 1.0,
-                          rank: int | None = None) -> float:
+def merge_adapter_folders(init: str | Path, policies: Sequence[str | Path], out: str | Path, method: str = "slerp",
+                          eta: float = 1.0, rank: int | None = None) -> float:
     """Merge PEFT folders that were trained on the policy `init`, and move η of the way to the merge.
 
     A single one is its own merge. Adapters of other weights than init's are refused (see `check_base`).
     `out` becomes a Hugging Face folder, init's files with ΔW added, one file of weights at a time; with
     `rank` a PEFT folder of that rank. Returns the relative error of ΔW: 0 without a rank.
-    Raises ValueError as the functions that it is made of.
+    Raises ValueError for folders that hold no plain LoRA, adapters that do not fit init or each other, and an `out`
+    that is not empty.
     """
     eta, checkpoint = check_eta(eta), open_checkpoint(Path(init))
     adapters = [load_adapter(folder) for folder in policies]
@@ -201,12 +208,13 @@ def merge_adapter_folders(init, policies: Sequence, out, method: str = "slerp", 
     return 0.0
 
 
-def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
+def front_adapter(run_folder: str | Path, eta: float = 1.0, iteration: int = -1,
                   rank: int | None = None) -> tuple[Adapter, float]:
     """A point of a LoRA run's front as one adapter on its SFT policy, and its relative error.
 
     Exact (error 0) at rank M·r times the iteration; with `rank` the nearest of that rank. Runs that failed are in it
     as little as they are in the merges.
+    Raises ValueError for a folder that is no run of adapters, and an iteration or η that there is none of.
     """
     folder, settings = Path(run_folder), read_config(run_folder)["settings"]
     if not settings.get("lora"):
@@ -225,12 +233,13 @@ def front_adapter(run_folder, eta: float = 1.0, iteration: int = -1,
     return (whole, 0.0) if rank is None else truncate(whole, rank)
 
 
-def compare_merges(result, adapters: Sequence[Adapter], rank: int,
+def compare_merges(result: WarpResult, adapters: Sequence[Adapter], rank: int,
                    etas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[dict]:
     """Three ways to merge the adapters of a first iteration, measured on a WarpResult's held-out prompts.
 
     ΔW merged; that at a rank; and the factors merged separately, which is the mistake. A dict each: `name`,
     `error` (relative, of ΔW at η = 1) and `points` (η · ΔW on the SFT policy), which `plots.draw_merges` draws.
+    Raises ValueError for fewer than two adapters, and for those that do not fit the policy.
     """
     exact = merge_adapters(adapters)
     small, _ = truncate(exact, rank)

@@ -80,7 +80,8 @@ class RayExecutor(SerialTrainer):
             raise ValueError("executor 'ray' needs Ray; install it with: pip install 'warp-lite[ray]'") from None
         if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:
             raise ValueError(f"a run needs a whole number of CPUs, 1 or more, not {cpus!r}")
-        if not 0 <= gpus < float("inf") or gpus > 1 and gpus != int(gpus):
+        is_share = 0 <= gpus <= 1
+        if not is_share and not (1 < gpus < float("inf") and gpus == int(gpus)):
             raise ValueError(f"a run takes a whole number of GPUs or a fraction of one, not {gpus!r}")
         if retries < 0:
             raise ValueError(f"retries must be 0 or more, not {retries!r}")
@@ -256,7 +257,10 @@ def is_over(folder: RunFolder, run: Run) -> bool:
 
 
 def rewards_of_job(job: Job) -> tuple[Callable | Sequence[Callable], Callable | None]:
-    """Reward and gold reward; modules are looked for where the driver found them, too."""
+    """Reward and gold reward; modules are looked for where the driver found them, too.
+
+    Raises ValueError where they cannot be loaded on this machine.
+    """
     from ray import cloudpickle
 
     sys.path += [entry for entry in job.path if entry not in sys.path and os.path.isdir(entry)]

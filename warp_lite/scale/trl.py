@@ -38,10 +38,12 @@ import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.checkpoints import merge_checkpoints
 from ..averaging.state_dicts import freeze, frozen_names, is_finite, parameters
@@ -50,7 +52,7 @@ from ..policies.attention import positions
 from ..policies.ends import end_ids
 from ..policies.loading import from_pretrained, load_policy, quiet
 from ..policies.prompts import Prompts, encode_prompts, reading_prompts, room_for_prompts
-from ..rewards.calling import call_reward, reads_whole_texts, reward_name, trained_reward
+from ..rewards.calling import RewardFunc, call_reward, reads_whole_texts, reward_name, trained_reward
 from ..storage.prompt_sources import prompt_columns
 from ..storage.provenance import pinned_threads
 from ..storage.run_config import kept_prompts
@@ -59,6 +61,12 @@ from ..training.run import RunState
 from ..training.run_folder import RunFolder, run_settings, write_start
 from .peft_folders import library
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import RLOOConfig
+
+TrlReward = RewardFunc | str | PreTrainedModel  # a function, or a classifier by its name or as a model
 # Of TRL's arguments, those that say where and how a run is done and not what it is.
 OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps", "beta", "sync_ref_model",
        "ref_model_mixup_alpha", "ref_model_sync_steps", "disable_dropout", "save_strategy", "report_to", "disable_tqdm",
@@ -66,9 +74,11 @@ OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps"
 JSON = (bool, int, float, str, list, dict)
 
 
-def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None = None, args=None, *, out,
-                 resume: bool = False, tokenizer=None, eval_prompts=None, source: dict | None = None,
-                 callbacks: Sequence = (), reward_processing_classes=None) -> Path:
+def run_warp_trl(policy: PreTrainedModel | str | Path, reward_funcs: TrlReward | Sequence[TrlReward],
+                 train_dataset: Dataset | Sequence, config: WarpConfig | None = None, args: RLOOConfig | None = None, *,
+                 out: str | Path, resume: bool = False, tokenizer: PreTrainedTokenizerBase | None = None,
+                 eval_prompts: Sequence | None = None, source: dict | None = None, callbacks: Sequence = (),
+                 reward_processing_classes: PreTrainedTokenizerBase | Sequence | None = None) -> Path:
     """Algorithm 1 with TRL's RLOOTrainer as stage 1; returns the run folder, which `load_result` and
     `warp-lite front` read.
 
@@ -122,9 +132,13 @@ def run_warp_trl(policy, reward_funcs, train_dataset, config: WarpConfig | None 
     return folder.path
 
 
-def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer, dataset, reward_funcs, callbacks,
-          reward_processing_classes, frozen: Sequence[str] = ()) -> None:
-    """Stage 1: run m of iteration i, by TRL; its policy, its anchor and TRL's log go into the run folder."""
+def train(folder: RunFolder, config: WarpConfig, args: RLOOConfig, i: int, m: int, tokenizer: PreTrainedTokenizerBase,
+          dataset: Dataset, reward_funcs: Sequence[TrlReward], callbacks: Sequence[TrainerCallback],
+          reward_processing_classes: PreTrainedTokenizerBase | Sequence | None, frozen: Sequence[str] = ()) -> None:
+    """Stage 1: run m of iteration i, by TRL; its policy, its anchor and TRL's log go into the run folder.
+
+    `frozen` are the weights that do not train. Raises FloatingPointError where its weights are not finite at the end.
+    """
     from transformers import PrinterCallback
     from trl import RLOOTrainer
 
@@ -165,7 +179,7 @@ def train(folder: RunFolder, config: WarpConfig, args, i: int, m: int, tokenizer
         torch.cuda.empty_cache()
 
 
-def place_by_mask(model) -> None:
+def place_by_mask(model: PreTrainedModel) -> None:
     """Have a model that counts its positions from the left edge count them from the first token that is no padding.
 
     Models of relative positions are left as they are: padding does not move them.
@@ -194,19 +208,19 @@ def merge_iteration(folder: RunFolder, config: WarpConfig, i: int) -> None:
 
 
 def init_folder(folder: RunFolder, i: int) -> Path:
-    """Where iteration i starts."""
+    """The folder of the weights that iteration i starts from: those of the SFT policy, or what iteration i − 1 left."""
     return folder.path / "sft" if i == 1 else folder.iteration(i - 1) / "next-init"
 
 
-def load_model(init: Path, args):
-    """A policy to train, with the arguments that the user has for loading."""
+def load_model(init: Path, args: RLOOConfig) -> PreTrainedModel:
+    """A policy to train, with the arguments that the user has for loading. Raises ValueError where it lacks weights."""
     from transformers import AutoModelForCausalLM
 
     options = {name: value for name, value in (args.model_init_kwargs or {}).items() if name != "dtype"}
     return from_pretrained(AutoModelForCausalLM, str(init), dtype=torch.float32, **options)
 
 
-def run_arguments(args, config: WarpConfig, folder: RunFolder, i: int, m: int):
+def run_arguments(args: RLOOConfig, config: WarpConfig, folder: RunFolder, i: int, m: int) -> RLOOConfig:
     """The RLOOConfig of one run: the user's, with what is WARP's set."""
     seed = int(np.random.SeedSequence([config.seed, i, m]).generate_state(1)[0]) >> 1  # 31 bits
     beta = 0.0 if config.anchor == "none" else config.beta
@@ -219,8 +233,12 @@ def run_arguments(args, config: WarpConfig, folder: RunFolder, i: int, m: int):
     return changed
 
 
-def agree(config: WarpConfig, args):
-    """WarpConfig and RLOOConfig that say the same: what both have is taken from `args`, or `args` made of `config`."""
+def agree(config: WarpConfig, args: RLOOConfig | None) -> tuple[WarpConfig, RLOOConfig]:
+    """WarpConfig and RLOOConfig that say the same: what both have is taken from `args`, or `args` made of `config`.
+
+    Raises TypeError for `args` of another class, ValueError for those that make every run see one order of prompts, or
+    resume.
+    """
     from trl import RLOOConfig
 
     if args is None:
@@ -250,9 +268,15 @@ def agree(config: WarpConfig, args):
         **({"max_grad_norm": args.max_grad_norm / length} if args.max_grad_norm else {})), args
 
 
-def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config: WarpConfig, args, source,
-            kept: Sequence | None = None):
-    """The task and the data set to train on, or the ValueError or TypeError that says what cannot be used."""
+def checked(policy: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None,
+            reward_funcs: TrlReward | Sequence[TrlReward], train_dataset: Dataset | Sequence,
+            eval_prompts: Sequence | None, config: WarpConfig, args: RLOOConfig, source: dict | None,
+            kept: Sequence | None = None) -> tuple[Task, Dataset]:
+    """The task and the data set to train on.
+
+    Raises ValueError or TypeError that says what cannot be used: a PEFT model, weights in 16 bits or not finite, a
+    stream, conversations, too few prompts.
+    """
     from datasets import Dataset
 
     if isinstance(policy, (str, Path)):
@@ -293,20 +317,21 @@ def checked(policy, tokenizer, reward_funcs, train_dataset, eval_prompts, config
     return task, train_dataset
 
 
-def check_enough(prompts: Prompts, args) -> None:
-    """TRL drops a batch that it cannot fill, and would train on nothing."""
+def check_enough(prompts: Prompts, args: RLOOConfig) -> None:
+    """Raises ValueError for fewer prompts than a batch takes: TRL drops one that it cannot fill, and would train on
+    nothing."""
     needed = args.generation_batch_size // args.num_generations
     if len(prompts) < needed:
         raise ValueError(f"a batch takes {needed} prompts and there are {len(prompts)} to train on; give more prompts, "
                          "lower the batch size or raise num_generations")
 
 
-def listed(reward_funcs) -> list:
+def listed(reward_funcs: TrlReward | Sequence[TrlReward]) -> list:
     """TRL's reward functions, one or several, as a list."""
     return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
 
 
-def for_trl(reward, tokenizer):
+def for_trl(reward: TrlReward, tokenizer: PreTrainedTokenizerBase) -> TrlReward:
     """A reward as TRL can call it: one that reads whole texts gets them, of the policy's tokens; others stay."""
     if isinstance(reward, (str, torch.nn.Module)) or not reads_whole_texts(reward):
         return reward
@@ -321,7 +346,7 @@ def for_trl(reward, tokenizer):
     return with_whole_texts
 
 
-def find_source(reward_funcs) -> dict | None:
+def find_source(reward_funcs: TrlReward | Sequence[TrlReward]) -> dict | None:
     """Where `warp-lite front` finds the rewards again: classifiers' names, or functions that can be imported."""
     specs = []
     for reward in listed(reward_funcs):
@@ -337,7 +362,7 @@ def find_source(reward_funcs) -> dict | None:
     return {"reward": specs if isinstance(reward_funcs, (list, tuple)) else specs[0]}
 
 
-def chosen(args) -> dict:
+def chosen(args: RLOOConfig) -> dict:
     """The user's own choices among TRL's arguments, as JSON: what differs from the defaults and is not WARP's."""
     values = {"num_generations": args.num_generations}
     for field in dataclasses.fields(args):

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -94,7 +95,7 @@ def sync(files: Iterable[Path]) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Wait until one file or folder is on disk."""
+    """Wait until one file or folder is on disk; on Windows, which cannot, nothing. Raises OSError."""
     if os.name == "nt":  # folders cannot be opened there, nor files synced that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -140,19 +141,22 @@ def is_taken(folder: Path) -> bool:
 # --- JSON ---
 
 
-def write_json(path: Path, value) -> None:
-    """Write JSON so that the file is there whole or not at all. NaN has no place in it."""
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that the file is there whole or not at all.
+
+    Raises CannotWrite, ValueError for NaN and infinity, and TypeError for what JSON cannot hold.
+    """
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises CannotWrite."""
     with whole(Path(path)) as made:
         made.write_bytes(data)
 
 
-def read_json(path: Path):
-    """Read JSON; ValueError names a file that is not."""
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError that names a file that is missing or holds none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -180,13 +184,14 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises OSError where it cannot be read."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def vouch(folder: Path, files: Sequence[Path], name: str = "DONE", **facts) -> None:
-    """Write DONE (or another name) with the hashes of files of a folder."""
+def vouch(folder: Path, files: Sequence[Path], name: str = "DONE", **facts: object) -> None:
+    """Write DONE (or another name) with `facts` and the hashes of files of a folder, by their paths in it. Raises
+    CannotWrite."""
     hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
     write_json(folder / name, {**facts, "sha256": hashes})
 
@@ -215,7 +220,8 @@ def vouched(folder: Path, parts: Sequence[str], way_out: str, name: str = "DONE"
 def check_vouched(path: Path, way_out: str) -> None:
     """Check a file, or the files of a folder, against the DONE (or FAILED) beside or in it, if that vouches for them.
 
-    Raises ValueError as `vouched`. A path that nothing vouches for is left to who gave it.
+    Raises ValueError that names the file and the way out where one is missing or altered, and where DONE is none.
+    A path that nothing vouches for is left to who gave it.
     """
     path = Path(path).absolute()  # "." has no name
     for folder, part in ((path, ""), (path.parent, path.name)):

@@ -49,7 +49,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Find the folder's safetensors files and read their headers, or say what is wrong with them."""
+    """A folder's safetensors files, or a single such file, with their headers read and no tensor.
+
+    Raises ValueError that says what is wrong where there are none: no folder, pickled weights only, an adapter, or an
+    index, header or file that is damaged.
+    """
     if folder.suffix == ".safetensors" and folder.is_file():
         header, tensors = _read_header(folder)
         return Checkpoint(folder.parent, {folder.name: header}, tensors)
@@ -71,13 +75,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     headers, tensors = {}, {}
     for file in files:
-        headers[file], found = _read_header(folder / file)
+        headers[file], stored = _read_header(folder / file)
         if weight_map is not None:
             promised = {name for name, where in weight_map.items() if where == file}
-            for name in sorted(promised ^ found.keys()):
+            for name in sorted(promised ^ stored.keys()):
                 raise ValueError(f"{folder / INDEX} and {file} disagree about tensor {name!r}; "
                                  "save the model again")
-        tensors.update(found)
+        tensors.update(stored)
     return Checkpoint(folder, headers, tensors)
 
 
@@ -104,7 +108,8 @@ def is_made_anew(name: str, tensor: _Stored) -> bool:
         return False
     if name.endswith("inv_freq"):
         return len(tensor.shape) == 1
-    return tensor.shape == () or len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
+    is_mask = len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1)
+    return is_mask or tensor.shape == ()
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -146,7 +151,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, _Stored]]:
 
 
 def free_folder(out: str | Path) -> Path:
-    """The real path of a folder that is absent or empty; ValueError for any other."""
+    """The real path of a folder that is absent or empty. Raises ValueError for any other."""
     out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it")
@@ -171,6 +176,8 @@ def carry_over(init: Checkpoint, partial: Path) -> None:
     for path in sorted(init.folder.iterdir()):
         is_index = path.name.endswith(".index.json")
         wanted = path.suffix in CARRIED and path.name not in NOT_CARRIED and not is_index
+        if path.name == INDEX:
+            wanted = SINGLE not in init.headers
         if path.name.startswith("."):  # another program's
             continue
         if path.is_dir() and path.name == TEMPLATES:
@@ -179,6 +186,6 @@ def carry_over(init: Checkpoint, partial: Path) -> None:
                 (partial / TEMPLATES / template.name).write_bytes(template.read_bytes())
                 sync_path(partial / TEMPLATES / template.name)
             sync_path(partial / TEMPLATES)
-        if path.is_file() and (wanted or path.name == INDEX and SINGLE not in init.headers):
+        if path.is_file() and wanted:
             (partial / path.name).write_bytes(path.read_bytes())
             sync_path(partial / path.name)

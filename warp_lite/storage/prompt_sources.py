@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 TAKEN = ("a list of texts or of conversations, or a data set, data frame, dict of columns or list of rows with a "
          "'prompt'")
@@ -53,8 +54,8 @@ def read_prompts(path: str | Path) -> list:
     return rows if any(len(row) > 1 for row in rows) else [row["prompt"] for row in rows]
 
 
-def parsed(text: str, otherwise: str):
-    """What JSON says; ValueError with the message `otherwise` where it is none."""
+def parsed(text: str, otherwise: str) -> Any:
+    """What a JSON text says. Raises ValueError with the message `otherwise` where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -107,7 +108,7 @@ def prompt_columns(prompts: object) -> tuple[list, dict[str, list]]:
 
 
 def columns_of_rows(rows: Sequence[Mapping]) -> dict[str, list]:
-    """Rows as columns, None where one has no value. ValueError for a row without a "prompt"."""
+    """Rows as columns by name, None where a row has no value. Raises ValueError for a row without a "prompt"."""
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping) or "prompt" not in row:
             if isinstance(row, Mapping) and {"role", "content"} <= row.keys():

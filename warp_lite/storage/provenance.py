@@ -63,8 +63,8 @@ def provenance() -> dict:
             "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"}
 
 
-def json_hash(value) -> str:
-    """A hash of what JSON can hold. Raises TypeError where it cannot."""
+def json_hash(value: object) -> str:
+    """The SHA-256 of what JSON can hold, by sorted keys, in hexadecimal. Raises TypeError where it cannot hold it."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -82,7 +82,8 @@ def source_hash(*modules: str, package: Path = PACKAGE) -> str:
 def modules_used(*modules: str, package: Path = PACKAGE) -> dict[str, Path]:
     """The files of `modules` and of all of `package` that they import, directly or not, by dotted name.
 
-    A folder's `__init__` counts where something is imported from it. Raises ValueError as `source_hash`.
+    A folder's `__init__` counts where something is imported from it. Raises ValueError for a module that is not there,
+    or whose code cannot be read.
     """
     files: dict[str, Path] = {}
     waiting = list(modules)

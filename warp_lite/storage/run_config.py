@@ -15,7 +15,7 @@ from .provenance import json_hash
 HASHES = {"policy": "of another policy", "prompts.sha256": "on other prompts"}  # settings whose values say nothing
 
 
-def check_out(path, resume: bool = False, settings: dict | None = None) -> bool:
+def check_out(path: str | Path, resume: bool = False, settings: dict | None = None) -> bool:
     """Whether a folder holds a run to go on with. Writes nothing.
 
     Raises ValueError if it is in use for something else, and, where `settings` are given, if it
@@ -38,8 +38,12 @@ def check_out(path, resume: bool = False, settings: dict | None = None) -> bool:
     return True
 
 
-def read_config(path, otherwise: str = "is not a run folder") -> dict:
-    """A run folder's config.json; ValueError if there is none, or it is another program's."""
+def read_config(path: str | Path, otherwise: str = "is not a run folder") -> dict:
+    """A run folder's config.json: {"settings": …, "provenance": …}.
+
+    Raises ValueError that says `otherwise` if there is none, or it is another program's, and one if it does not say how
+    many threads the run has.
+    """
     config = Path(path) / "config.json"
     if config.is_file():
         content = read_json(config)
@@ -61,8 +65,11 @@ def _flat(settings: dict) -> dict:
     """{"config": {"lr": 1}, "reward": "r"} → {"lr": 1, "reward": "r"}: names as the user knows them."""
     flat = {}
     for name, value in settings.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {key if name == "config" else f"{name}.{key}": v for key, v in inner} or {name: value}
+        if not isinstance(value, dict) or not value:
+            flat[name] = value
+            continue
+        start = "" if name == "config" else f"{name}."
+        flat |= {f"{start}{key}": inner for key, inner in value.items()}
     return flat
 
 

@@ -15,16 +15,20 @@ from .files import first_line, whole
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all, and its folder if absent. It carries the hash of its tensors."""
+    """Write a safetensors file whole or not at all, and its folder if absent. It carries the hash of its tensors.
+
+    Raises CannotWrite.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(Path(path)) as made:
         save_file(tensors, made, metadata={"sha256": weights_hash(dict(sorted(tensors.items())))})
 
 
-def load_tensors(path: Path, device, way_out: str, ours: bool = True) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError names one that is missing or cut off, and the way out.
+def load_tensors(path: Path, device: str | torch.device, way_out: str, ours: bool = True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on a device.
 
     One of `ours`, written by `save_tensors`, must have the tensors whose hash it carries; another's has no hash.
+    Raises ValueError that names a file that is missing, cut off or altered, and the way out.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -38,7 +42,7 @@ def load_tensors(path: Path, device, way_out: str, ours: bool = True) -> dict[st
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """A hash of names and values in their order; the same for the same weights on any device."""
+    """The SHA-256 of names, dtypes, shapes and values in their order, in hexadecimal; the same on any device."""
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import matplotlib
 import numpy as np
@@ -27,18 +28,18 @@ KL_LABEL = "KL to the SFT policy (nats per sequence)"
 TITLE_WIDTH = 88  # characters that fit on a line of the title of a front
 
 
-def style():
+def style() -> AbstractContextManager[None]:
     """A context in which figures have the house's style."""
     return matplotlib.rc_context(STYLE)
 
 
 def iteration_colour(i: int) -> str:
-    """The colour of iteration i (from 1)."""
+    """The colour of iteration i (from 1), as #RRGGBB; five in turn."""
     return ITERATION_COLOURS[(i - 1) % len(ITERATION_COLOURS)]
 
 
 def column(points: Sequence[dict], name: str) -> np.ndarray:
-    """One number of every point, nan where it is missing."""
+    """One number of every point, (N,), nan where it is missing."""
     return np.array([p.get(name) if p.get(name) is not None else np.nan for p in points], dtype=float)
 
 
@@ -162,7 +163,10 @@ def _set_limits(axes, points, limit, trajectories, best_of_n, reward) -> None:
 
 def front_finding(points: Sequence[dict], limit: Sequence[dict] = (), trajectories: Sequence[dict] = (),
                   reward: str = "reward") -> str:
-    """What the front says, computed: rewards at one KL that every front reaches, each with its standard error."""
+    """What the front says, computed: rewards at one KL that every front reaches, each with its standard error.
+
+    The KL is the highest half of a nat that all reach; rewards are in the reward's units.
+    """
     fronts = {i: [p for p in rows if p.get(reward) is not None] for (i,), rows in _by(points, "iteration").items()}
     fronts = {i: rows for i, rows in fronts.items() if rows}
     limit = [p for p in limit if p.get(reward) is not None]

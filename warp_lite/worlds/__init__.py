@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..rewards.calling import RewardFunc
+    from ..task import World
 
 TINY = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3"}
 HUB = ("gpt2-imdb", "gemma-imdb")
 
 
-def load_world(name: str, progress: bool = True, device="cpu", small: bool = False):
+def load_world(name: str, progress: bool = True, device: str | torch.device = "cpu", small: bool = False) -> World:
     """The world of that name: "tiny-gpt2", "tiny-gemma", "gpt2-imdb", "gemma-imdb", or a folder that holds one.
 
     A folder has `policy/` (a causal LM with its tokenizer), `reward/` (a reward model or a sequence
@@ -52,8 +60,12 @@ def load_world(name: str, progress: bool = True, device="cpu", small: bool = Fal
     return world
 
 
-def load_rewards(name: str, device="cpu"):
-    """Reward, gold reward (None where there is none) and held-out texts of a world, without a hub's policy."""
+def load_rewards(name: str,
+                 device: str | torch.device = "cpu") -> tuple[RewardFunc, RewardFunc | None, Sequence[str] | None]:
+    """Reward, gold reward (None where there is none) and held-out texts of a world, without a hub's policy.
+
+    Raises ValueError that names what is missing.
+    """
     if name in HUB:
         from ..rewards.loading import load_reward
         from .imdb import IMDB

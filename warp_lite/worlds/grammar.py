@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..policies.prompts import Prompts, encode_prompts, ended_ids, pad_right
 
@@ -88,7 +90,7 @@ def review(rng: np.random.Generator) -> str:
 
 
 def reviews(rng: np.random.Generator, count: int) -> list[str]:
-    """That many reviews."""
+    """So many reviews, from the generator's next numbers."""
     return [review(rng) for _ in range(count)]
 
 
@@ -121,8 +123,8 @@ class GoldReward:
     A review ends at one of the ids `ends`, the tokenizer's EOS if they are left out.
     """
 
-    def __init__(self, tokenizer, mean: float = 0.0, std: float = 1.0, taste: str = "sentiment",
-                 ends: tuple[int, ...] | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mean: float = 0.0, std: float = 1.0,
+                 taste: str = "sentiment", ends: tuple[int, ...] | None = None):
         self.tokenizer, self.mean, self.std, self.taste = tokenizer, mean, std, taste
         self.ends = torch.tensor((tokenizer.eos_token_id,) if ends is None else ends)
         vocabulary = tokenizer.get_vocab()
@@ -154,8 +156,9 @@ class GoldReward:
         endless = (torch.isin(ids, self.ends) & mask.bool()).sum(-1) == 0
         return (paid - broken - endless.float() - self.mean) / self.std
 
-    def __call__(self, prompts: list[str], completions: list[str], completion_ids=None, **kwargs) -> list[float]:
-        """Gold rewards of texts; without `completion_ids` every text counts as ended."""
+    def __call__(self, prompts: list[str], completions: list[str],
+                 completion_ids: Sequence[Sequence[int]] | None = None, **kwargs: object) -> list[float]:
+        """Gold rewards of texts, one each; without `completion_ids` every text counts as ended."""
         if completion_ids is None:
             completion_ids = ended_ids(self.tokenizer, completions)
         ids, mask = pad_right(completion_ids, self.tokenizer.pad_token_id)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import parameters
 from ..policies.hub import local, reach
@@ -54,17 +55,17 @@ class ImdbSettings:
 IMDB = {"gpt2-imdb": ImdbSettings(), "gemma-imdb": ImdbSettings(policy="google/gemma-3-270m", sft_steps=300)}
 
 
-def imdb_world(settings: ImdbSettings, progress: bool = True, device="cpu") -> World:
+def imdb_world(settings: ImdbSettings, progress: bool = True, device: str | torch.device = "cpu") -> World:
     """The world with those settings. Raises ValueError in one line for what cannot be had."""
     reward = load_reward(settings.reward, device)
     model, tokenizer = load_policy(settings.policy, device=device)
     wanted = settings.train_prompts + settings.eval_prompts
     texts = read_reviews(settings.data, 2 * wanted + settings.sft_steps * settings.sft_batch, settings.seed)
-    prompts, left = openings(tokenizer, texts, wanted, settings.prompt_tokens)
+    prompts, unused = openings(tokenizer, texts, wanted, settings.prompt_tokens)
     held_out = prompts[:settings.eval_prompts * len(prompts) // wanted]
     folder = None
     if settings.sft_steps:
-        model, folder = fine_tuned(model, tokenizer, left, settings, progress)
+        model, folder = fine_tuned(model, tokenizer, unused, settings, progress)
     world = World.of(model, tokenizer, reward, prompts[len(held_out):], held_out)
     world.folder = folder
     return world
@@ -93,29 +94,34 @@ def read_reviews(name: str, count: int, seed: int = 0) -> list[str]:
     return [" ".join(text.replace("<br />", " ").split()) for text in rows.select(order)["text"]]
 
 
-def openings(tokenizer, texts: Sequence[str], count: int, tokens: int) -> tuple[list[str], list[str]]:
+def openings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int,
+             tokens: int) -> tuple[list[str], list[str]]:
     """The first `tokens` tokens of `count` texts, as texts, each once, and the texts that were not used.
 
     A text that is shorter, or whose beginning reads otherwise when it stands alone, is passed over.
     Raises ValueError for fewer than ten.
     """
-    found: dict[str, None] = {}
-    left = iter(texts)
-    for text in left:
+    beginnings: dict[str, None] = {}
+    unread = iter(texts)
+    for text in unread:
         ids = tokenizer(text[:40 * tokens], add_special_tokens=False)["input_ids"]
         opening = tokenizer.decode(ids[:tokens])
         if len(ids) > tokens and tokenizer(opening, add_special_tokens=False)["input_ids"] == ids[:tokens]:
-            found[opening] = None
-        if len(found) == count:
+            beginnings[opening] = None
+        if len(beginnings) == count:
             break
-    if len(found) < 10:
-        raise ValueError(f"only {len(found)} of {len(texts)} reviews have an opening of {tokens} tokens; "
+    if len(beginnings) < 10:
+        raise ValueError(f"only {len(beginnings)} of {len(texts)} reviews have an opening of {tokens} tokens; "
                          "ten are needed: give more or longer reviews")
-    return list(found), list(left) or list(texts)
+    return list(beginnings), list(unread) or list(texts)
 
 
-def fine_tuned(model, tokenizer, texts: Sequence[str], settings: ImdbSettings, progress: bool = True):
-    """The policy after a short SFT on the texts, and its folder: from the cache, or trained and written there."""
+def fine_tuned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: ImdbSettings,
+               progress: bool = True) -> tuple[PreTrainedModel, Path]:
+    """The policy after a short SFT on the texts, and its folder: from the cache, or trained and written there.
+
+    Raises ValueError where the cache cannot be written.
+    """
     names = [field.name for field in dataclasses.fields(settings) if field.name.startswith("sft_")]
     key = [{name: getattr(settings, name) for name in names}, settings.seed, list(texts),
            weights_hash(parameters(model))]
@@ -135,9 +141,10 @@ def is_tuned(folder: Path) -> bool:
     return (folder / "sft" / "config.json").is_file()
 
 
-def train_on_texts(model, tokenizer, texts: Sequence[str], settings: ImdbSettings,
-                   progress: bool = True) -> list[float]:
-    """Next-token cross-entropy on the first `sft_tokens` tokens of texts, in place; the loss of each step.
+def train_on_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
+                   settings: ImdbSettings, progress: bool = True) -> list[float]:
+    """Next-token cross-entropy on the first `sft_tokens` tokens of texts, in place; the loss of each step, in nats a
+    token.
 
     A text that is shorter ends with EOS. The texts are taken in turn, from the start again where they run out.
     """

@@ -16,12 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModel, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..policies.ends import end_ids
 from ..policies.loading import load_policy, save_policy
-from ..policies.prompts import encode_prompts, pad_right
+from ..policies.prompts import Prompts, encode_prompts, pad_right
 from ..policies.randomness import WORLD, generator
 from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry, train_bradley_terry
@@ -63,8 +72,14 @@ class ReviewsSettings:
             raise ValueError(f"taste must be one of {', '.join(TASTES)}, not {self.taste!r}")
 
 
-def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = True, **settings) -> World:
-    """The tiny world with those settings, from the cache or trained now (half a minute on 2 cores)."""
+def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = True,
+                  **settings: str | int | float) -> World:
+    """The tiny world with those settings, by the names of `ReviewsSettings`: from the cache, or trained now (half a
+    minute on 2 cores).
+
+    Raises TypeError for a setting that there is none of, ValueError for a value that is none of its own, and where the
+    cache cannot be written.
+    """
     settings = ReviewsSettings(architecture=architecture, seed=seed, **settings)
     folder = cache_folder() / f"reviews-{settings_hash(settings)}"
     if not is_built(folder):
@@ -81,14 +96,14 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     return world
 
 
-def settings_hash(settings) -> str:
-    """A short name for settings; the same for the same values."""
+def settings_hash(settings: ReviewsSettings) -> str:
+    """A short name for a dataclass of settings, 12 hexadecimal digits; the same for the same values."""
     text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def split_prompts(settings: ReviewsSettings) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts, disjoint."""
+    """Training and held-out prompts, disjoint, in an order by the seed."""
     texts = prompt_texts()
     order = generator(settings.seed, 0, WORLD).permutation(len(texts))
     held_out = settings.eval_prompts
@@ -98,8 +113,8 @@ def split_prompts(settings: ReviewsSettings) -> tuple[list[str], list[str]]:
 # --- training the artefacts ------------------------------------------------------------------
 
 
-def make_model(settings: ReviewsSettings, tokenizer):
-    """A random policy of the tiny world's size."""
+def make_model(settings: ReviewsSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A policy of the tiny world's size and architecture, with random weights by the seed."""
     torch.manual_seed(settings.seed)
     ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -113,8 +128,12 @@ def make_model(settings: ReviewsSettings, tokenizer):
         query_pre_attn_scalar=settings.width // settings.heads, sliding_window=32, max_position_embeddings=48, **ids))
 
 
-def train_sft(model, tokenizer, settings: ReviewsSettings, progress=None) -> float:
-    """Next-token cross-entropy on fresh reviews; returns the last steps' mean loss in nats a token."""
+def train_sft(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ReviewsSettings,
+              progress: tqdm | None = None) -> float:
+    """Next-token cross-entropy on fresh reviews, in place; returns the mean loss of the last 20 steps in nats a token.
+
+    `progress` advances by one at every step.
+    """
     rng = generator(settings.seed, 1, WORLD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.sft_lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -137,8 +156,12 @@ def train_sft(model, tokenizer, settings: ReviewsSettings, progress=None) -> flo
     return float(np.mean(losses[-20:]))
 
 
-def sft_samples(model, tokenizer, prompts: list[str], count: int, key: tuple[int, ...]):
-    """`count` completions of the SFT policy on prompts drawn at random; (Prompts, ids, mask)."""
+def sft_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], count: int,
+                key: tuple[int, ...]) -> tuple[Prompts, Tensor, Tensor]:
+    """`count` completions of the SFT policy on prompts drawn at random: (Prompts, ids, mask), both (count, T).
+
+    `key` seeds prompts and tokens.
+    """
     rng = generator(*key)
     encoded = encode_prompts(tokenizer, [prompts[i] for i in rng.integers(len(prompts), size=count)])
     policies = Policies.of(model)
@@ -159,7 +182,10 @@ def stream(settings: ReviewsSettings, use: int) -> tuple[int, ...]:
 
 
 def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> None:
-    """Train the SFT policy and the reward model and write them to `folder`, whole or not at all."""
+    """Train the SFT policy and the reward model and write them to `folder`, whole or not at all.
+
+    Raises CannotWrite or OSError where that cannot be written.
+    """
     tokenizer = make_tokenizer()
     model = make_model(settings, tokenizer)
     model.config.pad_token_id = None  # while it trains: the library would warn of padding on the right

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ..policies.loading import save_policy
 from ..policies.randomness import WORLD, generator
@@ -27,8 +34,11 @@ ARCHITECTURES = {"gpt2-imdb": "gpt2", "gemma-imdb": "gemma3"}
 REVIEWS = 3000
 
 
-def make_small_hub(folder, worlds=("gpt2-imdb",), progress: bool = True) -> Path:
-    """Write the repositories that these worlds name into a folder; what is there already stays. Returns it."""
+def make_small_hub(folder: str | Path, worlds: Sequence[str] = ("gpt2-imdb",), progress: bool = True) -> Path:
+    """Write the repositories that these worlds of the hub name into a folder; what is there already stays. Returns it.
+
+    Raises KeyError for another world, OSError where the folder cannot be written.
+    """
     folder = Path(folder)
     rng = generator(0, 6, WORLD)
     texts = [review(rng) for _ in range(REVIEWS)]
@@ -64,7 +74,8 @@ def sentiment_of(text: str) -> int:
     return int(sum(signs.get(word, 0) for word in text.split()) > 0)
 
 
-def sentiment_classifier(texts, steps: int = 60, batch: int = 64):
+def sentiment_classifier(texts: Sequence[str], steps: int = 60,
+                         batch: int = 64) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A DistilBERT of 20,000 parameters that tells good reviews from bad ones, with a tokenizer of its own."""
     words = make_tokenizer()
     words.backend_tokenizer.post_processor = None  # the classifier's texts begin with no <bos>
@@ -78,9 +89,9 @@ def sentiment_classifier(texts, steps: int = 60, batch: int = 64):
             id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(steps):
-        some = [texts[(step * batch + i) % len(texts)] for i in range(batch)]
-        inputs = tokenizer(some, padding=True, padding_side="right", return_tensors="pt")
-        loss = F.cross_entropy(model(**inputs).logits, torch.tensor([sentiment_of(text) for text in some]))
+        chosen = [texts[(step * batch + i) % len(texts)] for i in range(batch)]
+        inputs = tokenizer(chosen, padding=True, padding_side="right", return_tensors="pt")
+        loss = F.cross_entropy(model(**inputs).logits, torch.tensor([sentiment_of(text) for text in chosen]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

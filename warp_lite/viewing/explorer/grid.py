@@ -20,6 +20,7 @@ from ...averaging.state_dicts import Weights
 from ...evaluation.limit import optimal_front, reference_rewards
 from ...evaluation.metrics import sample_completions
 from ...policies.prompts import Prompts
+from ...result import WarpResult
 
 ETAS, LAMBDAS, SAMPLES = tuple(np.linspace(0, 1, 11).round(2)), (0.0, 0.25, 0.5, 0.75, 1.0), 256
 FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.5, 1.0), 64
@@ -41,7 +42,7 @@ class View:
     limit: bool = True
 
 
-def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dict] | None = None,
+def build_grid(result: WarpResult, fast: bool = False, prompts: int = 4, limit: Sequence[dict] | None = None,
                progress: bool = True) -> dict:
     """Measure every point of the grid, sample its completions, and estimate the limit if it is not given.
 
@@ -65,10 +66,10 @@ def build_grid(result, fast: bool = False, prompts: int = 4, limit: Sequence[dic
         merges = {key: merged_weights(result, *key) for key in keys}
         measured = {}
         for first in range(0, len(places), at_once):
-            some = places[first:first + at_once]
-            states = [liti(result.sft, merges[key], eta) for key, eta in some]
-            measured |= dict(zip(some, measure_points(result, states, [eta for _, eta in some], shown, per_prompt)))
-            bar.update(len(some))
+            batch = places[first:first + at_once]
+            states = [liti(result.sft, merges[key], eta) for key, eta in batch]
+            measured |= dict(zip(batch, measure_points(result, states, [eta for _, eta in batch], shown, per_prompt)))
+            bar.update(len(batch))
     lines = [{"iteration": i, "runs": m, "lam": lam,
               "points": [start, *(measured[(i, m, lam), eta] for eta in etas[1:])]} for i, m, lam in keys]
     if limit is None:
@@ -88,7 +89,7 @@ def _keys(result, lambdas) -> list[tuple[int, int, float | None]]:
             for lam in (lambdas if m == 2 else (None,))]
 
 
-def merged_weights(result, iteration: int, runs: int, lam: float | None = None) -> Weights:
+def merged_weights(result: WarpResult, iteration: int, runs: int, lam: float | None = None) -> Weights:
     """The merge of the first `runs` policies of an iteration (1 … I), by the config's method; at λ if they are two."""
     chosen = result.iterations[iteration - 1]
     policies = chosen.policies[:runs]
@@ -99,7 +100,7 @@ def merged_weights(result, iteration: int, runs: int, lam: float | None = None) 
     return merge(chosen.init, policies, result.config.merge, None if runs != 2 or lam is None else (1 - lam, lam))
 
 
-def measure_points(result, states: Sequence[Weights], etas: Sequence[float], prompts: Prompts,
+def measure_points(result: WarpResult, states: Sequence[Weights], etas: Sequence[float], prompts: Prompts,
                    samples: int) -> list[dict]:
     """Points of a grid: metrics of `samples` completions a held-out prompt, and the completions of `prompts`."""
     metrics = result.measure(states, samples=samples, texts=False)  # perplexity is not shown
@@ -109,7 +110,7 @@ def measure_points(result, states: Sequence[Weights], etas: Sequence[float], pro
     return [{"eta": float(eta), **some, "completions": said} for eta, some, said in zip(etas, numbers, texts)]
 
 
-def estimate_limit(result, fast: bool = False, progress: bool = True) -> list[dict]:
+def estimate_limit(result: WarpResult, fast: bool = False, progress: bool = True) -> list[dict]:
     """The limit on (some of) the held-out prompts, with the gold reward of the same optimum where there is one."""
     task, samples = result.task.first(LIMIT_PROMPTS), FAST_LIMIT_SAMPLES if fast else LIMIT_SAMPLES
     with tqdm(total=len(task.eval_prompts) * samples, desc="limit", unit="sample", disable=None if progress else True,
@@ -140,7 +141,10 @@ def point_at(grid: dict, view: View) -> dict:
 
 
 def line_at(grid: dict, view: View) -> list[dict]:
-    """The points of a view's front by rising η; for two runs linearly between the neighbouring λ."""
+    """The points of a view's front by rising η; for two runs linearly between the neighbouring λ.
+
+    Raises ValueError for an iteration, a number of runs or a λ that the grid has not.
+    """
     lines = {line["lam"]: line["points"] for line in grid["lines"]
              if (line["iteration"], line["runs"]) == (view.iteration, view.runs)}
     if not lines:
@@ -161,8 +165,8 @@ def line_at(grid: dict, view: View) -> list[dict]:
              for name, value in point.items()} for n, point in enumerate(nearest)]
 
 
-def is_number(value) -> bool:
-    """Whether it can be interpolated."""
+def is_number(value: object) -> bool:
+    """Whether a value of a point is a number, which can be interpolated."""
     return isinstance(value, (int, float))
 
 

@@ -12,8 +12,11 @@ from .grid import View, changed_words, shown_kl
 from .picture import ROOT_LABEL, reward_label
 
 
-def write_page(grid: dict, view: View, path) -> None:
-    """Write the page; plotly.js goes into it whole (some 5 MB). Raises ModuleNotFoundError without the extra `html`."""
+def write_page(grid: dict, view: View, path: str | Path) -> None:
+    """Write the page; plotly.js goes into it whole (some 5 MB).
+
+    Raises ModuleNotFoundError without the extra `html`, CannotWrite where the file cannot be written.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError:
@@ -24,7 +27,7 @@ def write_page(grid: dict, view: View, path) -> None:
 
 
 def page_data(grid: dict, view: View) -> dict:
-    """What the page's script reads: the grid with changed words found, the view, names and colours.
+    """What the page's script reads: the grid with changed words marked, the view, names and colours.
 
     Only what it draws; numbers that are not finite become null.
     """

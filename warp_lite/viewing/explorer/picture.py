@@ -124,7 +124,9 @@ def draw_view(axes: Axes, grid: dict, view: View, point: dict) -> list[Artist]:
     artists += axes.plot(ends, [value] * 3, color="black", lw=1.2)
     artists += axes.plot([ends[1]] * 2, [value - height, value + height], color="black", lw=1.2)
     edge = axes.get_xlim()[1]
-    marker = ">" if ends[1] > edge else "D" if "live" in point else "o"
+    marker = "D" if "live" in point else "o"
+    if ends[1] > edge:
+        marker = ">"
     artists += axes.plot(min(ends[1], edge), value, marker=marker, ms=10, mec="black", mew=1.4, clip_on=False,
                          mfc=iteration_colour(view.iteration))
     artists.append(axes.text(0, 1.03, heading(view, point), transform=axes.transAxes, fontsize=11, va="bottom"))
@@ -132,7 +134,7 @@ def draw_view(axes: Axes, grid: dict, view: View, point: dict) -> list[Artist]:
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """The same heights, in their order, moved up until they are `gap` apart."""
+    """The same heights, in pixels and in their order, moved up until they are `gap` pixels apart."""
     moved, below = list(heights), -np.inf
     for n in sorted(range(len(heights)), key=lambda n: heights[n]):
         below = moved[n] = max(heights[n], below + gap)
@@ -150,10 +152,12 @@ def heading(view: View, point: dict) -> str:
 
 
 def across(kl: np.ndarray, view: View) -> np.ndarray:
-    """KL as the axis has it: itself or its root."""
+    """KL (N,) in nats as the axis has it: itself or its root."""
     return np.sqrt(np.clip(kl, 0, None)) if view.root else kl
 
 
 def reward_label(grid: dict, reward: str) -> str:
     """What a reward is called where there is a gold one, and where there is none."""
-    return "gold reward" if reward == "gold" else "proxy reward" if grid["gold"] else "reward"
+    if reward == "gold":
+        return "gold reward"
+    return "proxy reward" if grid["gold"] else "reward"

@@ -12,10 +12,18 @@ import html
 import traceback
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from ...averaging.liti import check_eta, liti
+from ...result import WarpResult
 from .grid import View, build_grid, changed_words, line_at, measure_points, merged_weights, point_at
 from .picture import Picture, draw_picture, reward_label
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
 
 MEASURE = "Measure exactly this point"
 CLOSE = "line-height:1.4"
@@ -31,7 +39,7 @@ class ParetoExplorer:
     iterations and for a view outside the grid.
     """
 
-    def __init__(self, result, fast: bool = False, prompts: int = 4, limit: Sequence[dict] | None = None,
+    def __init__(self, result: WarpResult, fast: bool = False, prompts: int = 4, limit: Sequence[dict] | None = None,
                  progress: bool = True):
         self.result = result
         self.grid = build_grid(result, fast, prompts, limit, progress)
@@ -54,8 +62,9 @@ class ParetoExplorer:
         view = self.view
         return (view.iteration, view.runs, view.lam if view.runs == 2 else None, view.eta)
 
-    def move(self, **changes) -> None:
-        """Change the view, by the names of View's fields. Raises ValueError where there is nothing to see."""
+    def move(self, **changes: float | int | str | bool) -> None:
+        """Change the view, by the names of View's fields. Raises ValueError for a reward there is none of and outside
+        the grid."""
         view = dataclasses.replace(self.view, **changes)
         if view.reward not in self.rewards:
             raise ValueError(f"reward must be one of {', '.join(self.rewards)}, not {view.reward!r}")
@@ -73,12 +82,12 @@ class ParetoExplorer:
         self.exact[self._key()] = {**point, "live": True, "between": False, "completions_eta": view.eta}
         return self.exact[self._key()]
 
-    def figure(self):
+    def figure(self) -> Figure:
         """The picture of the view as a matplotlib figure, for a page without a kernel."""
         return draw_picture(self.grid, self.view, self.point())
 
     def png(self) -> bytes:
-        """The same picture, quickly."""
+        """The picture of the view as a PNG, drawn upon the kept ground."""
         return self.picture.png(self.view, self.point())
 
     def table(self) -> str:
@@ -111,7 +120,7 @@ class ParetoExplorer:
         return f"<div class='explorer-numbers' style='{CLOSE}'><table>{cells}</table><small>{note}</small></div>"
 
     def origin(self) -> str:
-        """Where the numbers come from."""
+        """Where the numbers come from: measured live, measured for the grid, or between points of it."""
         if "live" in self.point():
             return "measured live at exactly this point"
         return "between measured points of the grid" if self.point()["between"] else "a measured point of the grid"
@@ -129,8 +138,11 @@ class ParetoExplorer:
         return (f"<div class='explorer-completions' style='{CLOSE}'><b>Completions at η = {point['completions_eta']:g}"
                 f"</b> <small>({note})</small>{''.join(lines)}</div>")
 
-    def to_html(self, path) -> None:
-        """A page of its own whose sliders need no kernel and no network. Needs the extra `html`."""
+    def to_html(self, path: str | Path) -> None:
+        """A page of its own whose sliders need no kernel and no network.
+
+        Raises ModuleNotFoundError without the extra `html`, CannotWrite where the file cannot be written.
+        """
         from .page import write_page
 
         write_page(self.grid, self.view, path)
@@ -176,8 +188,8 @@ class ParetoExplorer:
         return outputs
 
     @cached_property
-    def widget(self):
-        """The explorer as one widget."""
+    def widget(self) -> VBox:
+        """Sliders, picture, numbers and completions as one widget."""
         import ipywidgets as w
 
         controls, out = self.controls, self.outputs
