@@ -33,7 +33,8 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
              lora: LoraSettings | None = None) -> WarpResult:
     """Algorithm 1 on any Hugging Face causal LM, whose own weights are left as they were.
 
-    Everything is computed and stored in float32 or wider; a narrower policy is widened first.
+    Everything is computed and stored in float32 or wider; a narrower policy is widened first. Weights that do not
+    require a gradient stay as they are; a PEFT model is refused (see `lora`).
     policy: a model, or a name or folder (then its tokenizer comes with it), or a Task, which brings tokenizer,
     rewards and prompts. reward: a function of TRL's signature, or a list with one for each of the M runs.
     prompts: a list of str, or a data set with a `prompt` column; without `eval_prompts` every fifth is held out
