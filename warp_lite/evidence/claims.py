@@ -25,7 +25,7 @@ from .effects import (
     best_of_n_area,
     curvature,
     ends,
-    named,
+    line_of,
     plain,
     share,
     under_the_chord,
@@ -36,7 +36,7 @@ from .tuning import tuned
 
 def lines_of(claim: Claim, rows: Rows) -> list:
     """The lines that a claim compares, for curves and figures."""
-    return [named(line, rows) for line in claim.lines if line is not None]
+    return [line_of(line, rows) for line in claim.lines if line is not None]
 
 
 def best_sft(world: str) -> str:

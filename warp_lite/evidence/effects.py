@@ -93,7 +93,7 @@ def compare(rows: Rows, a: str | dict, b: str | dict, levels: Sequence[float],
 
 def at_one_kl(a: Line, b: Line, kind: str = "reward") -> Callable[[Rows], Effect]:
     """The effect of two lines: their difference in reward (or another number) at one KL, of `KLS`, in nats."""
-    return lambda rows: compare(rows, named(a, rows), named(b, rows), KLS,
+    return lambda rows: compare(rows, line_of(a, rows), line_of(b, rows), KLS,
                                 lambda front, kl: reward_at_kl(front, kl, kind))
 
 
@@ -105,8 +105,8 @@ def at_proxy(a: str | dict, b: str | dict) -> Callable[[Rows], Effect]:
 def areas(a: Line, b: Line) -> Callable[[Rows], Effect]:
     """The effect of two lines: their difference in the area of their fronts up to 4 nats, in reward times nats."""
     def effect(rows: Rows) -> Effect:
-        return Effect({seed: float(np.mean([area(f) for f in rows.fronts(named(a, rows), seed)])
-                                   - np.mean([area(f) for f in rows.fronts(named(b, rows), seed)]))
+        return Effect({seed: float(np.mean([area(f) for f in rows.fronts(line_of(a, rows), seed)])
+                                   - np.mean([area(f) for f in rows.fronts(line_of(b, rows), seed)]))
                        for seed in rows.seeds})
     return effect
 
@@ -177,7 +177,7 @@ def limit_area(limit: Sequence[dict], start: float) -> float:
     return hypervolume([(0.0, start), *((p["kl"], p["reward"]) for p in limit)], (KL_MAX, start))
 
 
-def named(line: Line, rows: Rows) -> str | dict:
+def line_of(line: Line, rows: Rows) -> str | dict:
     """A line, or the one that a function of the world names."""
     return line(rows.world) if callable(line) else line
 

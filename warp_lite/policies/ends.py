@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def end_ids(model, tokenizer) -> tuple[int, ...]:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a completion: the tokenizer's EOS, and every one of the model's own.
 
     Chat models end their turns by ids that `generation_config.eos_token_id`, a number or a list, names beside

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from .gpt2_forward import GPT2Forward
 from .module_forward import ModuleForward
 from .trial import learned, serves, trial_of
 from .vmap_forward import VmapForward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Forward(Protocol):
@@ -61,8 +64,8 @@ class Forward(Protocol):
         """The second half: logits (E, N, V) of hidden states (E, N, C), for whom all at once are too many."""
 
 
-def make_forward(model, executor: str = "batched", dtype: torch.dtype | None = None, checkpointing: bool = False,
-                 chunked: bool = False) -> Forward:
+def make_forward(model: PreTrainedModel, executor: str = "batched", dtype: torch.dtype | None = None,
+                 checkpointing: bool = False, chunked: bool = False) -> Forward:
     """The forward for an executor: the reference for "serial", else the fastest that serves the model.
 
     Raises ValueError where it cannot do with `checkpointing`, or with logits in chunks, and for a model that is no

@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2LMHeadModel, GPT2Model
+from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
+from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 
+# Weights (E, …) by name, and the folded ones: (gain, shift, matrix, bias) of a layer norm and what follows it.
+Prepared = dict[str, Tensor | tuple[Tensor | None, ...]]
 FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are folded into matrices
 
 
 class GPT2Forward:
-    """Logits of E GPT-2 policies in one pass. The interface is that of `forward.VmapForward`."""
+    """Logits of E GPT-2 policies in one pass, by batched products of their weights (E, …); a `Forward`."""
 
     def __init__(self, model: GPT2LMHeadModel | GPT2Model, dtype: torch.dtype | None = None,
                  checkpointing: bool = False):
@@ -31,7 +34,7 @@ class GPT2Forward:
         self.eps = config.layer_norm_epsilon
 
     @staticmethod
-    def supports(model) -> bool:
+    def supports(model: PreTrainedModel) -> bool:
         """Whether this forward computes what the module does: plain GPT-2 with tied embeddings, or its trunk."""
         config = model.config
         return (
@@ -43,7 +46,7 @@ class GPT2Forward:
             and config.tie_word_embeddings
         )
 
-    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, weights: Weights) -> Prepared:
         """What is computed once for many calls with the same weights.
 
         LN(x)·g + b followed by W is LN(x)·(g∘W) + bW, which saves two passes over the activations.
@@ -85,7 +88,7 @@ class GPT2Forward:
         layers = [kv.unflatten(1, (-1, self.heads))[:, flat].flatten(1, 2) for kv in cache.layers]
         return GPT2Cache(layers, cache.length)
 
-    def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
+    def hidden(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
         """The last hidden states before the final norm, (E, B, Q, C)."""
         E, B, Q = ids.shape
         start = cache.length if cache else 0
@@ -123,11 +126,12 @@ class GPT2Forward:
         y = F.gelu(self._norm_linear(x, w[f"{h}.fc"]), approximate="tanh")          # (E, B·Q, 4C)
         return x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
 
-    def head(self, w, x: Tensor) -> Tensor:
+    def head(self, w: Prepared, x: Tensor) -> Tensor:
         """Logits (E, N, V) of last hidden states (E, N, C)."""
         return self._norm_linear(x, w["head"])
 
-    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None, keep: int = 0):
+    def __call__(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None,
+                 keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         E, B, Q, C = x.shape
@@ -157,7 +161,7 @@ class GPT2Cache:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """Softmax attention of (rows·H, Q, D) over (rows·H, K, D), with an additive bias."""
+    """Softmax attention of q (rows·H, Q, D) over k and v (rows·H, K, D), with an additive bias: (rows·H, Q, D)."""
     scale = q.shape[-1] ** -0.5
     if bias is None:
         scores = torch.bmm(q * scale, k.transpose(1, 2))
@@ -170,7 +174,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> 
 
 
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (E, …) of each policy's table (E, N, C): one flat embedding look-up."""
+    """Rows `ids` (E, …) of each policy's table (E, N, C), (E, …, C): one flat embedding look-up."""
     E, N, C = table.shape
     return F.embedding(ids + offsets(ids, N), table.reshape(E * N, C))
 

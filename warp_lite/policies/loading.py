@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -24,10 +26,15 @@ from ..storage.files import first_line
 from .ends import end_ids
 from .hub import HUB_NAME, local, reach
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
+
+def load_policy(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
+                device: str | torch.device = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from the hub or a folder: safetensors only, no remote code.
 
+    The model is in `dtype`, "auto" for that of its file, on `device`, and in the mode that evaluates.
     Raises ValueError, naming the folder, when it is missing, cannot be read or lacks weights, and when a
     name of the hub cannot be had (see `hub.reach`).
     """
@@ -46,14 +53,14 @@ def load_policy(name_or_folder, dtype=torch.float32, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
-def check_whole(model, what: str = "policy") -> None:
+def check_whole(model: torch.nn.Module, what: str = "policy") -> None:
     """Raise ValueError for a model with PEFT's layers: its weights are a base's and adapters', under PEFT's names."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError(f"the {what} is a PEFT model; to train adapters, pass its base and lora=LoraSettings(…) "
                          "(--lora-rank), else pass model.merge_and_unload()")
 
 
-def pick_device(name) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     """The device of that name; "auto" is the first GPU, or the CPU where there is none.
 
     Raises ValueError for a name that torch does not know, or a device that is not there.
@@ -68,7 +75,7 @@ def pick_device(name) -> torch.device:
 
 
 @contextmanager
-def reading(what: str, folder: str):
+def reading(what: str, folder: str) -> Iterator[dict]:
     """Read a folder of the library's quietly; whatever is raised becomes a ValueError of one line that names it.
 
     Gives the options to load it with. A name of the hub is asked for first, so that nothing waits in vain.
@@ -92,7 +99,7 @@ def reading(what: str, folder: str):
 PROBE = "It isn't  the film\u2019s plot I'd seen in 2024:\n\n\tna\u00efve, 12345 E\u0301T\u00c9! f(x):\n    return"
 
 
-def load_tokenizer(folder: str, **options):
+def load_tokenizer(folder: str, **options: object) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, which splits text as its own tokenizer.json says.
 
     The library rebuilds the tokenizers of some architectures by rules of its own whatever the file
@@ -114,8 +121,12 @@ def load_tokenizer(folder: str, **options):
     return as_saved
 
 
-def from_pretrained(auto, folder: str, **options):
-    """The library's loading, safetensors only, refusing a file that lacks weights: it would make them up."""
+def from_pretrained(auto: type, folder: str, **options: object) -> PreTrainedModel:
+    """The library's loading, safetensors only, refusing a file that lacks weights: it would make them up.
+
+    `auto` is a class of the library's such as AutoModelForCausalLM. Raises ValueError for weights that are missing or
+    of other shapes, and whatever the library raises.
+    """
     model, info = auto.from_pretrained(
         folder, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
         output_loading_info=True, **options)
@@ -127,8 +138,9 @@ def from_pretrained(auto, folder: str, **options):
     return model
 
 
-def save_policy(model, tokenizer, folder) -> None:
-    """A Hugging Face folder: safetensors weights, config, generation config, tokenizer."""
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a Hugging Face folder: safetensors weights, config, generation config, tokenizer. Raises what the library
+    does."""
     folder, generation = Path(folder), getattr(model, "generation_config", None)
     with quiet():
         if generation is not None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def content_text(message: dict) -> str:
@@ -21,7 +25,7 @@ def content_text(message: dict) -> str:
     return "".join(part["text"] for part in content)
 
 
-def render(tokenizer, messages: Sequence[dict], **options) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], **options: object) -> str:
     """A conversation as the tokenizer's chat template writes it; `options` are those of `apply_chat_template`.
 
     Where a content has parts, the template is given them, and if it is one for texts, which fails on parts or

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..averaging.state_dicts import Weights
 from .attention import positions
 from .trial import cached, learned, left_in_modules, padded, trial_of
 
@@ -21,12 +23,12 @@ from .trial import cached, learned, left_in_modules, padded, trial_of
 class LinearHead:
     """Where a module's logits come from: W·x + b of its last hidden states, capped where its config says so."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         layer, names = model.get_output_embeddings(), {id(p): name for name, p in model.named_parameters()}
         self.weight, self.bias = names[id(layer.weight)], names.get(id(layer.bias))
         self.cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def __call__(self, w, x: Tensor) -> Tensor:
+    def __call__(self, w: Weights, x: Tensor) -> Tensor:
         """Logits (E, N, V) of hidden states (E, N, C)."""
         matrix = w[self.weight].transpose(1, 2)
         x = x.to(matrix.dtype)
@@ -37,30 +39,30 @@ class LinearHead:
 class HalvedForward:
     """What `ModuleForward` and `VmapForward` share: a library's module, its trunk and its head."""
 
-    def __init__(self, model, dtype: torch.dtype | None = None):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         self.model, self.dtype = model.eval(), dtype  # dropout would make the scored policy another than the sampled
 
-    def prepare(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, weights: Weights) -> Weights:
         """The layers' matrices in the dtype that they are multiplied in, once for many calls."""
         if self.dtype is None:
             return weights
         return {name: tensor.to(self.dtype) if name in self.matrices else tensor for name, tensor in weights.items()}
 
-    def __call__(self, w, ids: Tensor, mask: Tensor | None = None, cache=None, keep: int = 0) -> Tensor:
-        """Logits (E, B, Q − keep, V)."""
+    def __call__(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: Any = None, keep: int = 0) -> Tensor:
+        """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
         again = isinstance(cache, Recomputed)  # then the logits of all tokens so far would be computed at each
         if (self.dtype is None and not again) or self.linear_head is None:
             return self.run(self.model, w, ids, mask, cache, "logits", keep)
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         return self.head(w, x.flatten(1, 2)).view(*x.shape[:3], -1)
 
-    def hidden(self, w, ids: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
+    def hidden(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
         """The last hidden states, (E, B, Q, C)."""
         prefix = f"{self.model.base_model_prefix}."
         inner = {name.removeprefix(prefix): tensor for name, tensor in w.items() if name.startswith(prefix)}
         return self.run(self.model.base_model, inner, ids, mask, cache, "last_hidden_state")
 
-    def head(self, w, x: Tensor) -> Tensor:
+    def head(self, w: Weights, x: Tensor) -> Tensor:
         """Logits (E, N, V) of last hidden states (E, N, C), where there is a `linear_head`."""
         return self.linear_head(w, x)
 
@@ -98,9 +100,10 @@ class ModuleForward(HalvedForward):
 
     A module that takes no heed of padding is given sequences of one length at a time. One whose cache does not
     give its own logits (Mamba's and RWKV's go by other names than the library's caches) goes without.
+    Raises ValueError where nothing can be checkpointed.
     """
 
-    def __init__(self, model, dtype: torch.dtype | None = None, checkpointing: bool = False):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None, checkpointing: bool = False):
         super().__init__(model, dtype)
         self.layers = []  # those that are computed again
         if checkpointing:
@@ -151,12 +154,14 @@ class ModuleForward(HalvedForward):
         if isinstance(cache, Recomputed):
             cache.ids = cache.ids.gather(1, rows.unsqueeze(-1).expand(-1, -1, cache.ids.shape[-1]))
             return cache
-        for own, some in zip(cache, rows):
-            own.reorder_cache(some)  # which the states of linear attention heed; `batch_select_indices` does not
+        for own, places in zip(cache, rows):
+            own.reorder_cache(places)  # which the states of linear attention heed; `batch_select_indices` does not
         return cache
 
-    def run(self, module, w, ids: Tensor, mask: Tensor | None, cache, field: str, keep: int = 0) -> Tensor:
-        """A field of the module's output from position `keep` on, for each policy."""
+    def run(self, module: torch.nn.Module, w: Weights, ids: Tensor, mask: Tensor | None,
+            cache: list[DynamicCache] | Recomputed | None, field: str, keep: int = 0) -> Tensor:
+        """A field of the module's output for ids (E, B, Q), from position `keep` on, a policy at a time: (E, B, Q −
+        keep, …)."""
         if isinstance(cache, Recomputed):
             cache.ids = ids if cache.ids is None else torch.cat([cache.ids, ids], -1)
             start = cache.ids.shape[-1] - ids.shape[-1]

@@ -20,19 +20,21 @@ import torch
 BF16_FROM = (8, 0)  # compute capability; `torch.cuda.is_bf16_supported` counts emulation in software
 
 
-def compute_dtype(precision: str, device) -> torch.dtype | None:
+def compute_dtype(precision: str, device: str | torch.device) -> torch.dtype | None:
     """The dtype of the transformer's matrix products on a device; None for that of the weights.
 
     Raises ValueError for "bf16" on a CUDA device that lacks it.
     """
     device = torch.device(device)
-    if precision == "fp32" or precision == "auto" and device.type != "cuda":
+    if precision == "fp32":
         return None
-    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < BF16_FROM:
+    if precision == "auto" and device.type != "cuda":
+        return None
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < BF16_FROM:
         if precision == "auto":
             return None
         raise ValueError(f"precision='bf16' needs a GPU of compute capability {_dots(BF16_FROM)}, and "
-                         f"{torch.cuda.get_device_name(device)} has {_dots(found)}; take 'auto' or 'fp32'")
+                         f"{torch.cuda.get_device_name(device)} has {_dots(capability)}; take 'auto' or 'fp32'")
     return torch.bfloat16
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from .attention import position_limit
 from .ends import end_ids
 from .messages import render
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def encode_texts(tokenizer, texts: Sequence[str], room: int | None = None,
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], room: int | None = None,
                  end: int | None = None) -> tuple[Tensor, Tensor]:
     """Texts and the one `end` of each (default: the tokenizer's EOS) as ids (N, S), padded on the right, and their
     mask.
@@ -67,7 +71,7 @@ class Prompts:
         return Prompts(texts, self.ids[rows][..., -width:], mask[..., -width:], columns, given)
 
     def rows(self, start: int, end: int) -> Prompts:
-        """Prompts start … end − 1 of each of E policies."""
+        """Prompts start … end − 1 of each of E policies, from ids (E, B, P)."""
         B = self.ids.shape[1]
         chosen = [e * B + b for e in range(len(self.ids)) for b in range(start, min(end, B))]
         columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
@@ -82,23 +86,24 @@ class Prompts:
                 for prompt, *values in zip(self.given, *self.columns.values())]
 
     def repeat(self, policies: int) -> Prompts:
-        """The same prompts for each of E policies."""
+        """The same prompts, ids (B, P), for each of E policies, (E, B, P)."""
         columns = {name: values * policies for name, values in self.columns.items()}
         ids, mask = (part.expand(policies, -1, -1) for part in (self.ids, self.mask))
         return Prompts(self.texts * policies, ids, mask, columns, self.given * policies)
 
-    def to(self, device) -> Prompts:
-        """The same prompts on a device."""
+    def to(self, device: str | torch.device) -> Prompts:
+        """The same prompts, ids and mask on a device."""
         return Prompts(self.texts, self.ids.to(device), self.mask.to(device), self.columns, self.given)
 
 
-def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: object, room: int | None = None) -> Prompts:
     """Tokenise and left-pad prompts (see `prompt_columns` for what may hold them).
 
     A prompt may be a conversation as in TRL, a list of {"role", "content"}; the tokenizer's chat
     template turns it into text. `room` is the number of tokens that prompt and completion may take
     together, less the completion. Raises ValueError for no prompts, one that is empty or no sound
-    text, or one that leaves no room for a completion, and for conversations without a template.
+    text, or one that leaves no room for a completion, and for conversations without a template;
+    TypeError for a prompt that is neither text nor conversation.
     """
     given, columns = prompt_columns(prompts)
     if not given:
@@ -133,7 +138,7 @@ def encode_prompts(tokenizer, prompts, room: int | None = None) -> Prompts:
     return Prompts(texts, ids, mask, columns, given)
 
 
-def opening_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+def opening_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The ids of texts that something follows: with the one BOS of a tokenizer that adds it, and without EOS.
 
     A text that begins with BOS, as one that a chat template rendered, gets no second. An EOS that the tokenizer
@@ -146,7 +151,7 @@ def opening_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return [row[:-1] for row in rows] if adds_eos else rows
 
 
-def added_tokens(tokenizer) -> tuple[bool, bool]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether a tokenizer puts BOS in front of what it reads, and EOS behind it."""
     with_them, without = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -155,12 +160,12 @@ def added_tokens(tokenizer) -> tuple[bool, bool]:
     return adds_bos, adds_eos
 
 
-def without_bos(tokenizer, texts: list[str]) -> list[str]:
+def without_bos(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
     """Texts as a tokenizer that adds BOS wants them: without one of their own in front."""
     return [text.removeprefix(tokenizer.bos_token) for text in texts] if added_tokens(tokenizer)[0] else texts
 
 
-def reading_prompts(tokenizer):
+def reading_prompts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer that reads prompts as `opening_ids` does, for a library that calls it with nothing but texts.
 
     It is a copy; where nothing is read otherwise, the tokenizer itself.
@@ -179,12 +184,12 @@ def reading_prompts(tokenizer):
     return reader
 
 
-def is_conversation(prompt) -> bool:
+def is_conversation(prompt: object) -> bool:
     """Whether a prompt is a list of messages and not a text."""
     return isinstance(prompt, list)
 
 
-def conversation_texts(tokenizer, conversations: Sequence[list[dict]],
+def conversation_texts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]],
                        columns: Mapping[str, list] | None = None) -> list[str]:
     """Conversations as the texts that the chat template makes of them, up to where the assistant begins.
 
@@ -213,7 +218,7 @@ def conversation_texts(tokenizer, conversations: Sequence[list[dict]],
     return texts
 
 
-def check_ids(model, tokenizer, prompts: Prompts) -> None:
+def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
     """Raise ValueError if a prompt, or what pads and ends, has an id that the model has no embedding for, and where
     nothing ends a completion."""
     size = model.get_input_embeddings().num_embeddings
@@ -230,14 +235,14 @@ def check_ids(model, tokenizer, prompts: Prompts) -> None:
                          f"and the policy has {size} embeddings; {way_out}")
 
 
-def pad_id(tokenizer) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills a batch: the pad token, or EOS, or 0 where there is none (all are masked by position)."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
-def room_for_prompts(model, max_new_tokens: int) -> int | None:
+def room_for_prompts(model: PreTrainedModel, max_new_tokens: int) -> int | None:
     """How many tokens a prompt may have; None where the architecture sets no limit.
 
     Raises ValueError where not even one fits.
@@ -249,14 +254,14 @@ def room_for_prompts(model, max_new_tokens: int) -> int | None:
     return None if limit is None else limit - max_new_tokens
 
 
-def ended_ids(tokenizer, completions: Sequence[str]) -> list[list[int]]:
+def ended_ids(tokenizer: PreTrainedTokenizerBase, completions: Sequence[str]) -> list[list[int]]:
     """Completions as ids, each with the EOS that ends it."""
     return [[*row, tokenizer.eos_token_id] for row in
             tokenizer(list(completions), add_special_tokens=False)["input_ids"]]
 
 
 def pad_right(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Lists of ids as a tensor (N, S) and its mask."""
+    """Lists of ids as a tensor (N, S), filled up with `fill`, and its mask (N, S), 1 for tokens."""
     width = max(1, max(map(len, rows)))
     ids = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

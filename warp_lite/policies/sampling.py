@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..averaging.state_dicts import Weights, parameters, stack
 from .ends import end_ids
 from .forward import Forward, make_forward
 from .prompts import Prompts, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DROP_AT, DROP_FROM = 0.75, 64  # completions that ended are dropped from this share on, in batches of at least so many
 
@@ -33,7 +37,7 @@ class Rollout:
     ends: tuple[int, ...] = ()
 
     def select(self, members: list[int]) -> Rollout:
-        """The completions of some of the policies."""
+        """The completions of some of the policies, by their places in E."""
         B, index = self.ids.shape[1], torch.tensor(members)
         rows = [e * B + b for e in members for b in range(B)]
         texts, given = ([values[i] for i in rows] for values in (self.prompts.texts, self.prompts.given))
@@ -62,7 +66,7 @@ class Policies:
         self.prepared = forward.prepare(weights)
 
     @classmethod
-    def of(cls, model, states: Sequence[Weights] | None = None) -> Policies:
+    def of(cls, model: PreTrainedModel, states: Sequence[Weights] | None = None) -> Policies:
         """Policies of a causal LM's architecture with the weights of `states`, or its own, on its device."""
         return cls(make_forward(model), stack([parameters(model)] if states is None else states, model.device))
 
@@ -71,7 +75,7 @@ class Policies:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that the weights are on."""
         return self._like.device
 
     @property
@@ -79,7 +83,7 @@ class Policies:
         """How many tokens the logits are of: often more, and sometimes fewer, than the tokenizer has."""
         return self.forward.model.get_input_embeddings().num_embeddings
 
-    def ends(self, tokenizer) -> tuple[int, ...]:
+    def ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """The ids that end a completion (see `ends.end_ids`)."""
         return end_ids(self.forward.model, tokenizer)
 
@@ -99,7 +103,7 @@ class Policies:
         return self.forward.hidden(self.prepared, ids, mask)
 
     @torch.no_grad()
-    def sample(self, prompts: Prompts, uniforms: Tensor, tokenizer, temperature: float = 1.0,
+    def sample(self, prompts: Prompts, uniforms: Tensor, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0,
                at_once: int = 0) -> Rollout:
         """Sample one completion a prompt from softmax(logits / temperature), nothing truncated.
 
@@ -137,11 +141,11 @@ class Policies:
             ids[..., t].scatter_(1, rows, tokens[..., 0])
             chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
             alive &= ~torch.isin(tokens[..., 0], last)
-            left = int(alive.sum(1).max())
-            if left == 0:
+            unfinished = int(alive.sum(1).max())  # of the policy that has most
+            if unfinished == 0:
                 break
-            if E * alive.shape[1] >= DROP_FROM and left <= DROP_AT * alive.shape[1]:
-                kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :left]
+            if E * alive.shape[1] >= DROP_FROM and unfinished <= DROP_AT * alive.shape[1]:
+                kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :unfinished]
                 alive, rows, tokens = alive.gather(1, kept), rows.gather(1, kept), tokens.gather(1, kept.unsqueeze(-1))
                 mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
                 cache = self.forward.cache_of(cache, kept)
@@ -202,12 +206,12 @@ def chosen_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities at a temperature, in float32 at least."""
+    """Log-probabilities (…, V) of logits (…, V) at a temperature, in nats, in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
-def completions_text(tokenizer, rollout: Rollout) -> list[str]:
+def completions_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
     """Completions as texts, in row-major order, without special tokens and without the token that ended them."""
     return tokenizer.batch_decode(without_end(rollout), skip_special_tokens=True)
 

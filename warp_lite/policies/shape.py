@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes by which memory and time are estimated: `inner` is the feed-forward's width, `vocabulary` that of the
-    logits. A model without attention has 0 `heads`."""
+    """Sizes by which memory and time are estimated, in numbers: `inner` is the feed-forward's width, `vocabulary` that
+    of the logits. A model without attention has 0 `heads`."""
 
     width: int
     layers: int
@@ -19,7 +23,7 @@ class Shape:
     vocabulary: int
 
 
-def shape_of(model) -> Shape:
+def shape_of(model: PreTrainedModel) -> Shape:
     """The sizes of a causal LM, of the text's part where it reads pictures, too; the largest where layers differ."""
     config = model.config.get_text_config()
     width = _size(config, "hidden_size") or model.get_input_embeddings().embedding_dim

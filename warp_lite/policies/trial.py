@@ -7,7 +7,9 @@ some modules take no heed of a cache or of padding that is passed in, without a 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +19,12 @@ from torch.nn.functional import pad
 from ..storage.files import first_line
 from .attention import position_limit
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .forward import Forward
+
+Verdict = TypeVar("Verdict")
 LENGTHS, KEPT, PROMPT = (9, 6, 7), (2, 0), 5  # of three sequences; the two whose cache is kept, and from where on
 _VERDICTS = WeakKeyDictionary()  # of each model: what was learned, by the name of what was tried
 
@@ -43,7 +51,7 @@ def at(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def trial_of(model) -> Trial:
+def trial_of(model: PreTrainedModel) -> Trial:
     """The library's own logits of a few sequences, each alone.
 
     Raises ValueError for a model whose logits look at later tokens or whose weights change as it runs.
@@ -75,7 +83,7 @@ def trial_of(model) -> Trial:
     return trial
 
 
-def own_logits(model, ids: Tensor) -> Tensor:
+def own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The library's logits (B, Q, V) of ids (B, Q) without padding."""
     options = {"use_cache": False}
     if "attention_mask" in inspect.signature(model.forward).parameters:  # else the library warns of padding
@@ -83,22 +91,25 @@ def own_logits(model, ids: Tensor) -> Tensor:
     return model(ids, **options).logits
 
 
-def left_in_modules(model) -> list[tuple[torch.nn.Module, str]]:
+def left_in_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     """Where modules keep tensors that are neither weights nor buffers: the state of the last sequences."""
     return [(module, name) for module in model.modules() for name, value in vars(module).items()
             if isinstance(value, Tensor)]
 
 
-def learned(model, what: str, find):
-    """What `find()` says of a model, asked once in its life."""
+def learned(model: PreTrainedModel, what: str, find: Callable[[], Verdict]) -> Verdict:
+    """What `find()` says of a model, asked once in its life, under the name `what`. Raises what that raises."""
     verdicts = _VERDICTS.setdefault(model, {})
     if what not in verdicts:
         verdicts[what] = find()
     return verdicts[what]
 
 
-def serves(forward, model) -> bool:
-    """Whether a forward computes what the module does, padded and cached."""
+def serves(forward: Forward, model: PreTrainedModel) -> bool:
+    """Whether a forward computes what the module does, padded and cached.
+
+    Raises ValueError for a model that is no causal LM.
+    """
     def find():
         trial = trial_of(model)
         return padded(forward, trial) and cached(forward, trial)
@@ -107,7 +118,7 @@ def serves(forward, model) -> bool:
 
 
 @torch.no_grad()
-def padded(forward, trial: Trial) -> bool:
+def padded(forward: Forward, trial: Trial) -> bool:
     """Whether sequences have the logits with padding that they have alone."""
     try:
         return trial.agrees(forward(_prepared(forward), trial.ids, trial.mask))
@@ -116,7 +127,7 @@ def padded(forward, trial: Trial) -> bool:
 
 
 @torch.no_grad()
-def cached(forward, trial: Trial) -> bool:
+def cached(forward: Forward, trial: Trial) -> bool:
     """Whether sequences have the logits token by token, with a cache some of whose rows are dropped."""
     ids, mask, pieces = trial.ids, trial.mask, []
     try:

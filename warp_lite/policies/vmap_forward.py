@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 from .module_forward import HalvedForward
 from .shape import shape_of
@@ -21,7 +23,7 @@ from .shape import shape_of
 class VmapForward(HalvedForward):
     """The library's module mapped over policies, its causal masks and positions passed in."""
 
-    def __init__(self, model, dtype: torch.dtype | None = None):
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         super().__init__(model, dtype)
         config = model.config.get_text_config()
         shape = shape_of(model)
@@ -33,7 +35,7 @@ class VmapForward(HalvedForward):
             self.kinds = {"sliding_attention" if self.window else "full_attention"}
 
     @staticmethod
-    def supports(model) -> bool:
+    def supports(model: PreTrainedModel) -> bool:
         """Whether a trial is worth it: attention of known kinds alone."""
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         return shape_of(model).heads > 0 and {"full_attention", "sliding_attention"}.issuperset(kinds)
@@ -48,9 +50,10 @@ class VmapForward(HalvedForward):
         policies = torch.arange(len(rows), device=rows.device).unsqueeze(1)
         return StackedCache([buffer[policies, rows] for buffer in cache.buffers], cache.length)
 
-    def run(self, module, w, ids: Tensor, mask: Tensor | None, cache: StackedCache | None, field: str,
-            keep: int = 0) -> Tensor:
-        """A field of the module's output from position `keep` on, for all policies."""
+    def run(self, module: torch.nn.Module, w: Weights, ids: Tensor, mask: Tensor | None, cache: StackedCache | None,
+            field: str, keep: int = 0) -> Tensor:
+        """A field of the module's output for ids (E, B, Q), from position `keep` on, all policies at once: (E, B, Q −
+        keep, …)."""
         E, B, Q = ids.shape
         start = cache.length if cache else 0
         if mask is None:

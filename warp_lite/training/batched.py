@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..policies.prompts import Prompts
 from ..policies.sampling import Policies
 from .reinforce import check_step, checked_rewards, differentiate, draw, forward_for, score, step_metrics, warmup
 from .run import OnStep, Run, RunState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Settings that runs of one batch must share.
 SHARED = ("steps", "batch_size", "max_new_tokens", "temperature", "warmup_steps", "adam_beta1", "adam_beta2",
@@ -29,8 +33,9 @@ class Ensemble:
     grads and the optimiser stay on the CPU, and `trained` are views of a copy, `live`, on the device that trains.
     """
 
-    def __init__(self, states: Sequence[Weights], lrs: Sequence[float], betas, eps: float, max_norm: Sequence[float],
-                 device="cpu", offload: bool = False, frozen: Sequence[str] = ()):
+    def __init__(self, states: Sequence[Weights], lrs: Sequence[float], betas: tuple[float, float], eps: float,
+                 max_norm: Sequence[float], device: str | torch.device = "cpu", offload: bool = False,
+                 frozen: Sequence[str] = ()):
         self.frozen = {name: together([state[name] for state in states], device) for name in frozen}
         states = [{name: tensor for name, tensor in state.items() if name not in self.frozen} for state in states]
         self.flat = self.flatten(states, "cpu" if offload else device)
@@ -50,7 +55,7 @@ class Ensemble:
         self.optimizer = torch.optim.Adam(groups, betas=betas, eps=eps, fused=True)
 
     @staticmethod
-    def flatten(states: Sequence[Weights], device="cpu") -> Tensor:
+    def flatten(states: Sequence[Weights], device: str | torch.device = "cpu") -> Tensor:
         """State dicts as the rows of one tensor (E, P), copied to a device."""
         return torch.stack([
             torch.cat([tensor.detach().reshape(-1).to(device) for tensor in state.values()]) for state in states])
@@ -136,7 +141,7 @@ class FlatAnchor:
 
     @property
     def weights(self) -> Weights:
-        """The weights (E, …) to score with."""
+        """The anchors' weights (E, …) by name, to score with."""
         return {**self.ensemble.views(self.flat.to(self.ensemble.live.device)), **self.frozen}
 
     def update(self) -> None:
@@ -144,15 +149,18 @@ class FlatAnchor:
         self.flat.lerp_(self.ensemble.flat, self.mu)
 
     def state(self, e: int) -> Weights:
-        """The anchor of run e, copied."""
+        """The anchor of run e, a state dict of copies on the CPU."""
         return {**self.ensemble.state(e, self.flat), **copy_weights({n: t[e] for n, t in self.frozen.items()})}
 
 
-def train_batched(model, tokenizer, prompts: Prompts, runs: Sequence[Run], on_step: OnStep | None = None,
-                  anchor_of: Callable = FlatAnchor) -> list[RunState]:
+def train_batched(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, runs: Sequence[Run],
+                  on_step: OnStep | None = None, anchor_of: Callable = FlatAnchor) -> list[RunState]:
     """Train all runs as one program. They share the settings named in `SHARED`; lr, β, μ, anchor,
-    clipping, seed, reward and init may differ. What is frozen stays, and errors are those of `train_serial`.
+    clipping, seed, reward and init may differ. What is frozen stays.
     `anchor_of` makes the runs' moving average where it is not one of what is trained (scale/lora.py).
+    Returns the state of each run at its last step. Raises ValueError for runs that do not share these settings or
+    the step they start at; RunFailed, naming run, step and prompt, when a reward, loss or gradient is not finite.
+    Source: Algorithm 1, stage 1.
     """
     config, model = runs[0].config, full_precision(model)
     for name in SHARED:

@@ -47,7 +47,7 @@ class Trainer(Protocol):
         """A trainer of the same task that takes the runs one after the other."""
 
     def close(self) -> None:
-        """Let go of what `start` took."""
+        """Let go of what `start` took: processes, temporary folders."""
 
 
 class LocalTrainer:
@@ -56,25 +56,25 @@ class LocalTrainer:
     name, at_once, adapter = "serial", 1, None
 
     def start(self, task: Task, config: WarpConfig, out: str | Path | None) -> str | Path | None:
-        """Take a task; returns `out`."""
+        """Take a task. Returns the run folder `out` as it is."""
         self.task = task
         return out
 
     def ahead(self, runs: Sequence[Run], folder: RunFolder, progress: bool, stop: Callable[[], bool] | None,
               on_failure: str) -> None:
-        """Nothing: the runs train here."""
+        """Leaves nothing in the folder ahead of `train`: the runs train here."""
 
     def keep(self, folder: RunFolder, run: Run, state: RunState) -> None:
-        """Nothing more than policy and anchor."""
+        """Writes nothing beside policy and anchor."""
 
     def one_by_one(self) -> Trainer:
-        """The serial trainer of the same task."""
+        """The serial trainer of the same task, for runs that do not fit together."""
         trainer = SerialTrainer()
         trainer.task = self.task
         return trainer
 
     def close(self) -> None:
-        """Nothing was taken."""
+        """Lets go of nothing: `start` took nothing that outlives it."""
 
 
 class SerialTrainer(LocalTrainer):

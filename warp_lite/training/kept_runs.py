@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..averaging.state_dicts import Weights
 from ..policies.prompts import Prompts
-from ..rewards.calling import reward_name
+from ..rewards.calling import RewardFunc, reward_name
 from ..rewards.classifiers import ClassifierReward
 from ..storage.files import read_json, write_json
 from ..storage.provenance import json_hash, package_versions, provenance
@@ -29,7 +29,8 @@ class KeptRuns:
     and the weights that it starts from. Weights and reward models are hashed once each, however many runs share them.
     """
 
-    def __init__(self, folder: str | Path, policy, prompts: Prompts, held_out: Prompts, samples: int, code: str):
+    def __init__(self, folder: str | Path, policy: nn.Module, prompts: Prompts, held_out: Prompts, samples: int,
+                 code: str):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.names = [name for name, _ in policy.named_parameters()]
@@ -73,7 +74,7 @@ class KeptRuns:
                      self.path(run))
 
 
-def reward_key(reward) -> str:
+def reward_key(reward: RewardFunc) -> str:
     """A hash of a reward: its name, its own source, its plain settings, and the weights of models that it holds.
 
     Of what a function calls or reads from elsewhere nothing is seen: after a change there, take another folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,6 +17,9 @@ from ..policies.shape import shape_of
 from ..task import Task
 from .executors import Trainer
 from .reinforce import check_trains, forward_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
 WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
@@ -55,7 +59,7 @@ class MemoryEstimate:
         return f"about {self.total / 2**30:.2f} GiB for {many}: {', '.join(largest)}"
 
 
-def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int,
+def training_memory(model: PreTrainedModel, policies: int, batch: int, prompt_tokens: int, new_tokens: int,
                     settings: WarpConfig | None = None, together: bool = True,
                     adapter: tuple[int, int] | None = None) -> MemoryEstimate:
     """Estimate the memory of training `policies` copies of a causal LM at once.
@@ -109,8 +113,8 @@ def training_memory(model, policies: int, batch: int, prompt_tokens: int, new_to
         copies=2 * (numbers + trained) * size if device.type == "cpu" else 0)
 
 
-def settings_that_fit(model, policies: int, batch: int, prompt_tokens: int, new_tokens: int, settings: WarpConfig,
-                      limit: float, together: bool = True,
+def settings_that_fit(model: PreTrainedModel, policies: int, batch: int, prompt_tokens: int, new_tokens: int,
+                      settings: WarpConfig, limit: float, together: bool = True,
                       adapter: tuple[int, int] | None = None) -> tuple[list[str], MemoryEstimate]:
     """The settings, as NAME=VALUE, by which training would fit into `limit` bytes, and what it would then take.
 
@@ -136,8 +140,8 @@ def settings_that_fit(model, policies: int, batch: int, prompt_tokens: int, new_
     return [f"{name}={str(value).lower()}" for name, value in changes.items()], present
 
 
-def free_memory(device="cpu") -> int:
-    """Bytes that are free on a device now."""
+def free_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that are free on a device now; on a GPU with what torch holds without using it."""
     device = torch.device(device)
     if device.type == "cuda":  # and what torch holds without using it
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
@@ -175,6 +179,8 @@ def fitting_trainer(trainer: Trainer, task: Task, config: WarpConfig, progress: 
         changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, False, adapter)
         advice = f"set {' '.join(changes)}: {then}" if changes else "take a smaller policy or batch"
         line = f"warp-lite: {apart}a run would take {needed}, and {there}; {advice}"
-    if line or progress and needed.total > WORTH_SAYING:
-        print(line or f"warp-lite: training takes {needed}; {there}", file=sys.stderr)
+    if not line and progress and needed.total > WORTH_SAYING:
+        line = f"warp-lite: training takes {needed}; {there}"
+    if line:
+        print(line, file=sys.stderr)
     return trainer

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..averaging.state_dicts import Weights
 from ..config import WarpConfig
-from ..policies.forward import make_forward
+from ..policies.forward import Forward, make_forward
 from ..policies.precision import compute_dtype
 from ..policies.prompts import Prompts
 from ..policies.randomness import prompt_indices, token_uniforms
@@ -28,12 +30,16 @@ from ..policies.sampling import Policies, Rollout
 from ..rewards.calling import NotFinite, rollout_rewards
 from .run import Run, RunFailed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def advantages(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
     """Each reward less the mean of the others in its batch, (…, B) → (…, B). Needs B ≥ 2.
 
     Completions that are not `scored` (…, B) are in no mean and have the advantage 0, as TRL's; so has one that is
     scored alone, which has nothing to be compared with. A batch without any reward has no gradient.
+    Source: the leave-one-out baseline of Kool et al. 2019 and Ahmadian et al. 2024 (arXiv 2402.14740).
     """
     if scored is None or bool(scored.all()):
         B = rewards.shape[-1]
@@ -50,26 +56,33 @@ def scored_mean(values: Tensor, scored: Tensor) -> Tensor:
     return values.masked_fill(~scored, 0).sum(-1) / scored.sum(-1)
 
 
-def regularised_rewards(rewards: Tensor, logp: Tensor, anchor_logp: Tensor, beta) -> Tensor:
-    """r_β = r − β · (log π − log π_anchor), per sequence, detached. All (…, B); beta a number or (…, 1)."""
+def regularised_rewards(rewards: Tensor, logp: Tensor, anchor_logp: Tensor, beta: float | Tensor) -> Tensor:
+    """r_β = r − β · (log π − log π_anchor), per sequence, detached. All (…, B); beta a number or (…, 1).
+
+    In reward units, the logarithms in nats. Source: Algorithm 1, stage 1.
+    """
     return rewards - beta * (logp - anchor_logp).detach().to(rewards)
 
 
 def reinforce_loss(logp: Tensor, advantage: Tensor, length: int) -> Tensor:
-    """−mean over the batch of advantage · log π(y|x), divided by `length`; (…, B) → (…)."""
+    """−mean over the batch of advantage · log π(y|x), divided by `length`; (…, B) → (…).
+
+    Source: Algorithm 1, stage 1.
+    """
     return -(advantage.detach().to(logp) * logp).mean(-1) / length
 
 
 @torch.no_grad()
-def score(forward, weights, rollout: Rollout, config: WarpConfig) -> Tensor:
-    """log π of each completion, (E, B), without a gradient."""
+def score(forward: Forward, weights: Weights, rollout: Rollout, config: WarpConfig) -> Tensor:
+    """log π of each completion, (E, B), in nats, without a gradient."""
     policies = Policies(forward, weights)
     return torch.cat([policies.logprobs(part, config.temperature, config.logit_chunk).sum(-1)
                       for part in rollout.split(config.micro_batch)], -1)
 
 
-def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_logp: Tensor | None, beta,
-                  config: WarpConfig, backward: Callable[[Tensor, bool], None]) -> tuple[Tensor, Tensor, Tensor]:
+def differentiate(forward: Forward, weights: Weights, rollout: Rollout, rewards: Tensor, anchor_logp: Tensor | None,
+                  beta: float | Tensor, config: WarpConfig,
+                  backward: Callable[[Tensor, bool], None]) -> tuple[Tensor, Tensor, Tensor]:
     """Hand the loss of a step, summed over policies, to `backward(loss, add)`, in parts of `micro_batch` completions.
 
     Returns log π and r_β, (E, B), and the loss, (E,), detached. The reward of each completion is weighed
@@ -97,7 +110,7 @@ def differentiate(forward, weights, rollout: Rollout, rewards: Tensor, anchor_lo
     return logp, r_beta, total
 
 
-def forward_for(model, executor: str, config: WarpConfig):
+def forward_for(model: PreTrainedModel, executor: str, config: WarpConfig) -> Forward:
     """The forward that an executor trains with. Raises ValueError for settings that it cannot do with, and for a
     policy none of whose weights train."""
     check_trains(model)
@@ -120,7 +133,7 @@ def draw(runs: Sequence[Run], step: int, prompts: Prompts) -> tuple[Prompts, Ten
     return prompts.batch(index), torch.stack(uniforms).to(prompts.ids.device)
 
 
-def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer) -> Tensor:
+def checked_rewards(runs: Sequence[Run], step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Rewards (E, B) in float64, every one finite, or NaN where a function returned None; runs may have rewards of
     their own. Raises RunFailed for one that is not finite."""
     try:
@@ -162,7 +175,8 @@ def warmup(config: WarpConfig, step: int) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
-def step_metrics(runs, step, rollout, rewards, r_beta, logp, anchor_logp, loss, norms) -> list[dict]:
+def step_metrics(runs: Sequence[Run], step: int, rollout: Rollout, rewards: Tensor, r_beta: Tensor, logp: Tensor,
+                 anchor_logp: Tensor, loss: Tensor, norms: Tensor) -> list[dict]:
     """What `metrics.jsonl` says of a step, a dict a run. KL in nats per sequence, to the anchor; rewards are those of
     the completions that were scored, None where there are none."""
     scored = ~rewards.isnan()

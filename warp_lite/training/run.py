@@ -49,7 +49,7 @@ class Run:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """What its random numbers are seeded by."""
+        """What seeds its random numbers: (seed, iteration, run)."""
         return (self.config.seed, self.iteration, self.number)
 
     def start(self) -> RunState:

@@ -51,7 +51,8 @@ MERGED = ("merged", "next-init")
 class RunFolder:
     """A run folder opened for writing: new, or the unfinished or finished one of the same settings."""
 
-    def __init__(self, path, settings: dict, like: Weights, resume: bool = False, executor: str | None = None):
+    def __init__(self, path: str | Path, settings: dict, like: Weights, resume: bool = False,
+                 executor: str | None = None):
         """`settings` is what must be equal for a run to go on; weights are read to the device of `like`
         and in its order; `executor` is noted. Raises ValueError, the folder untouched, as `check_out` does."""
         self.path, self.like = Path(path), like
@@ -71,7 +72,7 @@ class RunFolder:
                 remove(path)
 
     def iteration(self, i: int) -> Path:
-        """The folder of iteration i (from 1)."""
+        """The path of the folder of iteration i (from 1)."""
         return self.path / f"iteration-{i}"
 
     def run(self, i: int, m: int) -> Path:
@@ -79,7 +80,7 @@ class RunFolder:
         return self.iteration(i) / f"run-{m}"
 
     def write_start(self, prompts: dict, write_sft: Callable[[Path], None]) -> None:
-        """θ_sft and the prompts; where they are there already, they are checked."""
+        """θ_sft and the prompts. Raises ValueError where others stand there already."""
         sft = self.path / "sft"
         if sft.is_dir():
             vouched(sft, ["."], COPY)
@@ -143,7 +144,7 @@ class RunFolder:
     # --- logs: lines of JSON with a "step" ---
 
     def append(self, i: int, m: int, name: str, rows: list[dict]) -> None:
-        """Append rows to a log of run m of iteration i."""
+        """Append rows to a log of run m of iteration i. Raises CannotWrite."""
         path = self.run(i, m) / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,10 @@ class RunFolder:
         return self._weights(i, m) if self._vouched_run(i, m, "DONE") else None
 
     def failed_run(self, i: int, m: int) -> tuple[int, str, Weights, Weights] | None:
-        """Last good step, reason, policy and anchor of a run that was left out, checked against FAILED; or None."""
+        """Last good step, reason, policy and anchor of a run that was left out, checked against FAILED; or None.
+
+        Raises ValueError where FAILED, or what it vouches for, was altered.
+        """
         failed = self._vouched_run(i, m, "FAILED")
         if failed is None:
             return None
@@ -246,14 +250,14 @@ class SaveClock:
         self.cost, self.last = size / 200e6, now()
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step` steps."""
+        """Whether it is time to save, after `step` steps."""
         if self.every:
             return step % self.every == 0
         return self.now() - self.last >= 100 * self.cost
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Time a save."""
+        """Time the save that is made inside, in seconds: how often the next are due follows from it."""
         begin = self.now()
         yield
         self.last = self.now()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,13 +24,17 @@ from .reinforce import (
 )
 from .run import OnStep, Run, RunState
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def train_serial(model, tokenizer, prompts: Prompts, runs: Sequence[Run],
+
+def train_serial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, runs: Sequence[Run],
                  on_step: OnStep | None = None) -> list[RunState]:
     """Train the runs one after the other with the library's module, Adam and clipping.
 
     Weights that are frozen, `requires_grad=False`, stay as a run's start has them, and so do the anchor's.
-    Raises RunFailed, naming run, step and prompt, when a reward, a loss or a gradient is not finite.
+    Returns the state of each run at its last step. Raises RunFailed, naming run, step and prompt, when a reward, a
+    loss or a gradient is not finite. Source: Algorithm 1, stage 1.
     """
     return [_train_one(model, tokenizer, prompts, run, on_step) for run in runs]
 
