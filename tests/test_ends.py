@@ -9,11 +9,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from warp_lite import WarpConfig, evaluate, load_policy, load_result, merge_checkpoints, run_warp, save_policy
 from warp_lite.averaging.state_dicts import parameters, stack
-from warp_lite.evaluation.limit import reference_rewards
+from warp_lite.evaluation.limit import optimal_front, reference_rewards
 from warp_lite.evaluation.metrics import perplexity
 from warp_lite.policies import Policies, completion_ids, completions_text, encode_prompts, encode_texts, end_ids
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.randomness import token_uniforms
+from warp_lite.task import Task
 from warp_lite.training.executors import EXECUTORS
 from warp_lite.worlds.grammar import GoldReward
 from warp_lite.worlds.grammar import make_tokenizer as review_tokenizer
@@ -95,7 +96,7 @@ def test_rewards_metrics_and_the_limit_see_what_ends_at_any_eos_id():
 
     found = evaluate(model, model, reward, PROMPTS, tokenizer, samples=16, max_new_tokens=LENGTH)
     assert found.length == found.reward == sum(len(ids) for _, ids in seen) / len(seen) < LENGTH
-    reference_rewards(model, tokenizer, [reward], PROMPTS, 16, max_new_tokens=LENGTH)
+    reference_rewards(Task.of(model, tokenizer, reward, PROMPTS, PROMPTS, max_new_tokens=LENGTH), 16)
     assert len(seen) == 2 * 16 * len(PROMPTS)
     for text, ids in seen:
         assert not {EOS, DOT, GREAT} & set(ids[:-1])
@@ -170,7 +171,7 @@ def test_without_an_eos_id_anywhere_a_run_is_refused_in_one_line(executor, tmp_p
     tokenizer.pad_token = None
     tries = [lambda: run_warp(model, tokenizer, len, PROMPTS, CONFIG, tmp_path / "out", executor=executor),
              lambda: evaluate(model, model, len, PROMPTS, tokenizer),
-             lambda: reference_rewards(model, tokenizer, [len], PROMPTS, 2)]
+             lambda: optimal_front(model, len, PROMPTS, samples=2, tokenizer=tokenizer)]
     for attempt in tries:
         with pytest.raises(ValueError, match="neither the policy nor its tokenizer has an EOS token.*; set") as caught:
             attempt()

@@ -134,7 +134,7 @@ def test_held_out_conversations_keep_their_template_options(policy_of):
     rows = [{"prompt": [{"role": "user", "content": text}], "chat_template_kwargs": {"loud": True}} for text in PROMPTS]
     result = short_run(policy, tokenizer, lambda prompts, completions: [1.0] * len(prompts), rows, iterations=1)
     assert all(text.endswith(" it great") for text in result.task.eval_prompts.texts)
-    assert result.completions(result.eval_rows(2)) and len(result.eval_rows(2)["prompt"]) == 2
+    assert len(result.completions(result.task.first(2).eval_prompts)) == 2
 
 
 # --- what may hold prompts ---
@@ -318,9 +318,9 @@ def test_a_world_reads_its_files_as_the_command_line_does_and_holds_out_as_run_w
     assert world.prompts.given == train.texts and world.eval_prompts.given == held_out.texts
     assert not {*train.texts} & {*held_out.texts} and {*train.texts, *held_out.texts} == {*texts}
     (world_folder / "prompts.jsonl").write_text('{"prompt": "this", "n": 1}\n{"prompt": "that", "n": 2}\n')
-    assert load_world(str(world_folder)).train_prompts == [{"prompt": "that", "n": 2}]
+    assert load_world(str(world_folder)).prompts.rows_given() == [{"prompt": "that", "n": 2}]
     (world_folder / "eval_prompts.jsonl").write_text(lines(["i loved it"]))
-    assert load_world(str(world_folder)).eval_prompts == ["i loved it"]
+    assert load_world(str(world_folder)).eval_prompts.given == ["i loved it"]
 
 
 class Numbers:

@@ -130,7 +130,7 @@ for folder in sys.argv[1:]:
         folders += [finished(architecture) / "iteration-1" / "merged", tmp_path / architecture]
         result.save_policy(folders[-1], eta=0.3)
         for eta in (1.0, 0.3):
-            ids = result.tokenizer("this film wasn't", return_tensors="pt")
+            ids = result.task.tokenizer("this film wasn't", return_tensors="pt")
             with torch.no_grad():
                 logits = result.policy(eta)(**ids).logits.double()
             own = TOKENIZERS[architecture]()

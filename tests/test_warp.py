@@ -304,7 +304,7 @@ assert "warp_lite" not in sys.modules
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *(str(tmp_path / name) for name in names)],
                           capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    ids = result.tokenizer(["this film was"], return_tensors="pt")
+    ids = result.task.tokenizer(["this film was"], return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     for line, weights in zip(done.stdout.split(), expected, strict=True):
         with torch.no_grad():
@@ -496,7 +496,7 @@ def test_where_the_cache_cannot_be_written_the_limit_is_drawn_all_the_same(
     monkeypatch.setenv("WARP_LITE_CACHE", str(tmp_path / "file" / "cache"))
     result = run_warp(world.policy, world.tokenizer, world.reward, world.prompts.given, CONFIG.replace(steps=1),
                       eval_prompts=world.eval_prompts.given[:3], progress=False)
-    rewards, _ = limit_rewards(result)
+    rewards, _ = limit_rewards(result.task)
     assert len(rewards) == 3 and rewards.isfinite().all()
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warp-lite")]
     assert "drawn again next time" in line and "limit-" in line

@@ -111,18 +111,19 @@ def rollout_rewards(rewards: Sequence[RewardFunc], rollout: Rollout, tokenizer: 
     and NotFinite when one of those is NaN or infinite.
     """
     E, B, _ = rollout.ids.shape
-    result = torch.empty(E, B, dtype=torch.float64, device=rollout.ids.device)
+    result = torch.empty(E, B, dtype=torch.float64)
     places: dict[int, tuple[int, float]] = {}
     for reward in {id(reward): reward for reward in rewards}.values():
         members = [e for e in range(E) if rewards[e] is reward]
         part = rollout if len(members) == E else rollout.select(members)
-        result[members], bad = _one_reward(reward, part, tokenizer)
+        values, bad = _one_reward(reward, part, tokenizer)
+        result[members] = values.cpu()
         for row, column in bad.nonzero().tolist():
             places.setdefault(members[row], (column, result[members[row], column].item()))
     if places:
         e, (b, _) = min(places.items())
         raise NotFinite(dict(sorted(places.items())), rollout.prompts.texts[e * B + b])
-    return result
+    return result.to(rollout.ids.device)
 
 
 def _one_reward(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:

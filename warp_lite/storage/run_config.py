@@ -30,7 +30,7 @@ def check_out(path: str | Path, resume: bool = False, settings: dict | None = No
     before = with_defaults(_flat(settings_before))
     if not resume:
         raise ValueError(f"{path} holds a run already; continue it with --resume or choose another folder")
-    wanted = before if settings is None else _flat(settings)
+    wanted = before if settings is None else with_defaults(_flat(settings))
     for name in sorted({*before, *wanted}):
         if before.get(name) != wanted.get(name):
             what = HASHES.get(name) or f"with {name} = {before.get(name)!r}, not {wanted.get(name)!r}"

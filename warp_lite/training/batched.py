@@ -121,7 +121,7 @@ class Ensemble:
             start = end
 
 
-def together(tensors: Sequence[Tensor], device) -> Tensor:
+def together(tensors: Sequence[Tensor], device: str | torch.device) -> Tensor:
     """The same weight of E policies as (E, …): one tensor seen E times where they share it, else a copy of all."""
     if all(tensor is tensors[0] for tensor in tensors):
         return tensors[0].detach().to(device).expand(len(tensors), *tensors[0].shape)

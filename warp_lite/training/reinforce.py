@@ -118,7 +118,7 @@ def forward_for(model: PreTrainedModel, executor: str, config: WarpConfig) -> Fo
     return make_forward(model, executor, dtype, config.checkpointing, config.logit_chunk > 0)
 
 
-def check_trains(model) -> None:
+def check_trains(model: PreTrainedModel) -> None:
     """Raise ValueError if all weights of a model are frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("every weight of the policy is frozen (requires_grad=False), so nothing would train; call "
