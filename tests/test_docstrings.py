@@ -28,10 +28,18 @@ def public(node: ast.AST, above: str = "", prefix: str = ""):
             yield from public(child, above, prefix)
 
 
-DEFINITIONS = [pytest.param(node, doc, id=f"{path.relative_to(PACKAGE)}:{name}")
-               for path in sorted(PACKAGE.rglob("*.py"))
-               for name, node, doc in public(ast.parse(path.read_text(encoding="utf-8")))]
-FUNCTIONS = [case for case in DEFINITIONS if isinstance(case.values[0], ast.FunctionDef)]
+MODULES = {path.relative_to(PACKAGE).as_posix(): list(public(ast.parse(path.read_text(encoding="utf-8"))))
+           for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def offenders(definitions, offends) -> list[str]:
+    """The names of those definitions that `offends(node, docstring)` is true of."""
+    return [name for name, node, doc in definitions if offends(node, doc)]
+
+
+def of_functions(offends):
+    """The same rule, asked of functions alone."""
+    return lambda node, doc: isinstance(node, ast.FunctionDef) and offends(node, doc)
 
 
 def own_nodes(function: ast.FunctionDef):
@@ -51,45 +59,50 @@ def raised(function: ast.FunctionDef) -> set[str]:
     return {name.split(".")[-1] for name in names if name.split(".")[-1][0].isupper()}
 
 
+def lacks_annotations(node, doc) -> bool:
+    """Whether a parameter has none."""
+    named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    rest = [parameter for parameter in (node.args.vararg, node.args.kwarg) if parameter]
+    return any(p.annotation is None and p.arg not in ("self", "cls") for p in named + rest)
+
+
+def returns_unannotated(node, doc) -> bool:
+    """Whether something is returned that no annotation names."""
+    returns = [n for n in own_nodes(node) if isinstance(n, ast.Yield) or isinstance(n, ast.Return) and n.value]
+    return node.returns is None and bool(returns)
+
+
+def says_nothing_itself(node, doc) -> bool:
+    """Whether there is no docstring, or one that only refers elsewhere."""
+    own = doc if node.name in CALLED_BY_CLASS else ast.get_docstring(node) or ""
+    sentences = [sentence.strip() for sentence in re.split(r"[.;]\s|[.;]$", own) if sentence.strip()]
+    return all(ELSEWHERE.fullmatch(sentence) for sentence in sentences)
+
+
+def leaves_out_an_exception(node, doc) -> bool:
+    """Whether the function's own body raises a class that its docstring does not name."""
+    return any(name not in doc for name in raised(node))
+
+
 def test_a_walk_over_the_package_finds_what_is_public():
-    names = {case.id for case in DEFINITIONS}
-    assert len(DEFINITIONS) > 400
+    names = {f"{module}:{name}" for module, definitions in MODULES.items() for name, _, _ in definitions}
+    assert len(names) > 400
     assert {"averaging/slerp.py:slerp", "averaging/ema.py:EMAAnchor.update", "scale/ray.py:RayExecutor"} <= names
     assert not any("._" in name for name in names if not name.endswith(("__init__", "__call__")))
 
 
-@pytest.mark.parametrize("node, doc", FUNCTIONS)
-def test_every_parameter_is_annotated(node, doc):
-    named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    rest = [parameter for parameter in (node.args.vararg, node.args.kwarg) if parameter]
-    assert not [p.arg for p in named + rest if p.annotation is None and p.arg not in ("self", "cls")]
+@pytest.mark.parametrize("module", MODULES)
+def test_parameters_and_returns_are_annotated_and_docstrings_say_what_is_raised(module):
+    for offends in (of_functions(lacks_annotations), of_functions(returns_unannotated), says_nothing_itself,
+                    of_functions(leaves_out_an_exception)):
+        assert not offenders(MODULES[module], offends)
 
 
-@pytest.mark.parametrize("node, doc", FUNCTIONS)
-def test_what_is_returned_is_annotated(node, doc):
-    returns = [n for n in own_nodes(node) if isinstance(n, ast.Yield) or isinstance(n, ast.Return) and n.value]
-    assert node.returns is not None or not returns
-
-
-@pytest.mark.parametrize("node, doc", DEFINITIONS)
-def test_every_docstring_says_something_itself(node, doc):
-    own = doc if node.name in CALLED_BY_CLASS else ast.get_docstring(node) or ""
-    sentences = [sentence.strip() for sentence in re.split(r"[.;]\s|[.;]$", own) if sentence.strip()]
-    assert [sentence for sentence in sentences if not ELSEWHERE.fullmatch(sentence)]
-
-
-@pytest.mark.parametrize("node, doc", FUNCTIONS)
-def test_every_exception_raised_here_is_named_in_the_docstring(node, doc):
-    assert not {name for name in raised(node) if name not in doc}
-
-
-@pytest.mark.parametrize("sentence", ["As `train_serial`.", "See `hub.reach`.", "Errors as `sample`; see `train`."])
-def test_a_docstring_that_only_refers_elsewhere_is_told(sentence):
-    function = ast.parse(f'def f():\n    """{sentence}"""').body[0]
-    with pytest.raises(AssertionError):
-        test_every_docstring_says_something_itself(function, sentence)
-
-
-def test_an_exception_that_the_docstring_leaves_out_is_told():
-    function = ast.parse('def f():\n    """Nothing."""\n    if True:\n        raise errors.Bad("no")').body[0]
-    assert raised(function) == {"Bad"}
+@pytest.mark.parametrize("text, rule", [
+    ("def f(x):\n    'A line.'", lacks_annotations), ("def f():\n    'A line.'\n    return 1", returns_unannotated),
+    ("def f():\n    pass", says_nothing_itself), ("def f():\n    'As `train_serial`.'", says_nothing_itself),
+    ("def f():\n    'Errors as `sample`; see `train`.'", says_nothing_itself),
+    ("def f():\n    'Nothing.'\n    if True:\n        raise errors.Bad('no')", leaves_out_an_exception)])
+def test_each_rule_tells_what_breaks_it(text, rule):
+    function = ast.parse(text).body[0]
+    assert rule(function, ast.get_docstring(function) or "")
