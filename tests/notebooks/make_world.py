@@ -25,6 +25,6 @@ def make_world(tiny, folder: Path) -> Path:
             pad_token_id=tokenizer.pad_token_id))
         classifier.save_pretrained(folder / "reward")
         tokenizer.save_pretrained(folder / "reward")
-    lines = [json.dumps({"prompt": prompt}) for prompt in tiny.train_prompts[:40]]
+    lines = [json.dumps({"prompt": prompt}) for prompt in tiny.prompts.given[:40]]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
