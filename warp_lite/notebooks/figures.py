@@ -58,11 +58,14 @@ def rows_from_start(experiment: Experiment) -> list[dict]:
 
 
 def sweep(experiment: Experiment, results: Sequence[WarpResult],
-          make: Callable[[WarpResult, float], Weights], values: Sequence[float]) -> list[dict]:
-    """The metrics of the weights `make(result, value)`, on the held-out prompts: a row a seed and value."""
+          make: Callable[[WarpResult, float], Weights], values: Sequence[float], texts: bool = False) -> list[dict]:
+    """The metrics of the weights `make(result, value)`, on the held-out prompts: a row a seed and value.
+
+    `texts`: with the perplexity of held-out texts, where there are any.
+    """
     rows = []
     for result in results:
-        measured = experiment.measure(make(result, value) for value in values)
+        measured = experiment.measure((make(result, value) for value in values), texts=texts)
         rows += [{"seed": result.config.seed, "value": value, **metrics.as_dict()}
                  for value, metrics in zip(values, measured)]
     return rows
