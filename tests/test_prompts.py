@@ -318,7 +318,8 @@ def test_a_world_reads_its_files_as_the_command_line_does_and_holds_out_as_run_w
     assert world.prompts.given == train.texts and world.eval_prompts.given == held_out.texts
     assert not {*train.texts} & {*held_out.texts} and {*train.texts, *held_out.texts} == {*texts}
     (world_folder / "prompts.jsonl").write_text('{"prompt": "this", "n": 1}\n{"prompt": "that", "n": 2}\n')
-    assert load_world(str(world_folder)).prompts.rows_given() == [{"prompt": "that", "n": 2}]
+    prompts = load_world(str(world_folder)).prompts
+    assert prompts.given == ["that"] and prompts.columns == {"n": [2]}
     (world_folder / "eval_prompts.jsonl").write_text(lines(["i loved it"]))
     assert load_world(str(world_folder)).eval_prompts.given == ["i loved it"]
 

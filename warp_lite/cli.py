@@ -241,8 +241,8 @@ def prompts_of(arguments: argparse.Namespace) -> tuple[list, list | None]:
 
     prompts = read_prompts(arguments.prompts)
     held_out = read_prompts(arguments.eval_prompts) if arguments.eval_prompts else None
-    begun = kept_prompts(arguments.out, arguments.resume)
-    if begun and not begun.get("eval_columns") and isinstance((held_out or prompts)[0], dict):
+    of_folder = kept_prompts(arguments.out, arguments.resume)
+    if of_folder and not of_folder.get("eval_columns") and isinstance((held_out or prompts)[0], dict):
         print(f"warp-lite: {arguments.out} was begun without the further fields of the prompts, and goes on without "
               "them", file=sys.stderr)
         prompts, held_out = (rows and [row["prompt"] if isinstance(row, dict) else row for row in rows]
@@ -306,12 +306,13 @@ def front_command(arguments: argparse.Namespace) -> int:
     from .result import ETAS
     from .viewing.front_report import complete_front
 
-    usual = PRESETS[source["preset"]].device if source.get("preset") in PRESETS else "auto"
-    result = load_result(arguments.folder, device=pick_device(arguments.device or usual))
+    default = PRESETS[source["preset"]].device if source.get("preset") in PRESETS else "auto"
+    result = load_result(arguments.folder, device=pick_device(arguments.device or default))
     if arguments.prompts is not None:
-        there = len(result.task.eval_prompts)
-        if not 2 <= arguments.prompts <= there:
-            raise ValueError(f"--prompts must lie between 2 and the {there} held-out prompts, not {arguments.prompts}")
+        held_out = len(result.task.eval_prompts)
+        if not 2 <= arguments.prompts <= held_out:
+            raise ValueError(f"--prompts must lie between 2 and the {held_out} held-out prompts, not "
+                             f"{arguments.prompts}")
         result.task = result.task.first(arguments.prompts)
     complete_front(result, Path(arguments.folder), etas or ETAS)
     return 0

@@ -6,6 +6,7 @@ several settings cost little more than one run. Evaluation is batched in the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .rewards.calling import RewardFunc
 from .storage.provenance import source_hash
 from .task import Task
 from .training.batched import SHARED, train_batched
+from .training.iteration import measured_steps
 from .training.kept_runs import NOT_OF_A_RUN, KeptRuns
 from .training.memory import MEMORY_SHARE, free_memory, training_memory
 from .training.run import OnStep, Run
@@ -78,7 +80,7 @@ class _Job:
 
 
 @dataclass
-class _Shared:
+class _SharedRun:
     """A run, and the jobs that have it in common."""
 
     run: Run
@@ -110,13 +112,13 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
         raise ValueError("run_experiment needs at least one setting and one seed")
     jobs = {name: _jobs(task, name, config, seeds, (rewards or {}).get(name, task.reward))
             for name, config in configs.items()}
-    flat = [job for of_config in jobs.values() for job in of_config]
+    all_jobs = [job for of_config in jobs.values() for job in of_config]
     kept = None
     if out is not None:
         kept = KeptRuns(out, task.policy, task.prompts, task.eval_prompts, trajectory_samples, source_hash(__name__))
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
-        for i in range(1, max(job.config.iterations for job in flat) + 1):
-            active = [job for job in flat if i <= job.config.iterations]
+        for i in range(1, max(job.config.iterations for job in all_jobs) + 1):
+            active = [job for job in all_jobs if i <= job.config.iterations]
             trained = _train(task, _shared_runs(active, i), kept, trajectory_samples, checkpoints, bar, i)
             for job in active:
                 policies, anchors = map(list, zip(*(trained[id(job), m] for m in range(1, job.config.runs + 1))))
@@ -127,7 +129,7 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
                 if job.name in (starts or {}):
                     job.inits = [starts[job.name](job.result, m) for m in range(1, job.config.runs + 1)]
                     job.result.iterations[-1].next_init = _mean(job.inits)
-    for job in flat:
+    for job in all_jobs:
         job.result.trajectories.sort(key=lambda row: (row["iteration"], row["run"], row["step"]))
     return Experiment({name: [job.result for job in of_config] for name, of_config in jobs.items()}, seeds)
 
@@ -135,98 +137,99 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
 def _jobs(task: Task, name: str, config: WarpConfig, seeds: Sequence[int],
           reward: RewardFunc | Sequence[RewardFunc]) -> list[_Job]:
     """A setting with each seed, ready to start."""
-    own = list(reward) if isinstance(reward, (list, tuple)) else [reward] * config.runs
-    if len(own) != config.runs:
-        raise ValueError(f"there are {len(own)} rewards for the {config.runs} runs of {name!r}")
+    rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward] * config.runs
+    if len(rewards) != config.runs:
+        raise ValueError(f"there are {len(rewards)} rewards for the {config.runs} runs of {name!r}")
     task = task.as_in(config)
-    return [_Job(name, config.replace(seed=seed), own, WarpResult(task, config.replace(seed=seed)),
+    return [_Job(name, config.replace(seed=seed), rewards, WarpResult(task, config.replace(seed=seed)),
                  [task.sft] * config.runs) for seed in seeds]
 
 
-def _shared_runs(jobs: list[_Job], i: int) -> list[_Shared]:
+def _shared_runs(jobs: list[_Job], i: int) -> list[_SharedRun]:
     """The runs of iteration i; one that several jobs have in common is there once."""
-    shared: dict[tuple, _Shared] = {}
+    shared: dict[tuple, _SharedRun] = {}
     for job in jobs:
         for m, (init, reward) in enumerate(zip(job.inits, job.rewards), 1):
             key = (job.config.replace(**NOT_OF_A_RUN), m, id(init), id(reward))
             run = Run(job.config, i, m, init, job.result.sft, reward)
-            shared.setdefault(key, _Shared(run, [])).jobs.append(job)
+            shared.setdefault(key, _SharedRun(run, [])).jobs.append(job)
     return list(shared.values())
 
 
-def _train(task: Task, shared: list[_Shared], kept: KeptRuns | None, trajectory_samples: int,
+def _train(task: Task, shared: list[_SharedRun], kept: KeptRuns | None, trajectory_samples: int,
            checkpoints: Callable | None, bar: tqdm, i: int) -> dict[tuple[int, int], tuple[Weights, Weights]]:
     """Policy and anchor of every run of iteration i, by its job and number: those that are kept, and the others
     trained in groups."""
     trained = {}
     bar.set_description(f"training, iteration {i}")
-    bar.reset(total=sum(one.run.config.steps for one in shared))
+    bar.reset(total=sum(member.run.config.steps for member in shared))
     waiting = []
-    for one in shared:
-        ended = None if kept is None else kept.load(one.run, one.jobs)
-        if ended is None:
-            waiting.append(one)
+    for member in shared:
+        weights = None if kept is None else kept.load(member.run, member.jobs)
+        if weights is None:
+            waiting.append(member)
         else:
-            trained |= {(id(job), one.run.number): ended for job in one.jobs}
-            bar.update(one.run.config.steps)
+            trained |= {(id(job), member.run.number): weights for job in member.jobs}
+            bar.update(member.run.config.steps)
     for group in _groups(waiting, task):
         on_step = _measure_trajectories(group, trajectory_samples, checkpoints, bar)
-        states = train_batched(task.policy, task.tokenizer, task.prompts, [one.run for one in group], on_step)
-        for one, state in zip(group, states):
-            ended = (state.policy, state.anchor)  # Adam's moments are of no more use
+        states = train_batched(task.policy, task.tokenizer, task.prompts, [member.run for member in group], on_step)
+        for member, state in zip(group, states):
+            weights = (state.policy, state.anchor)  # Adam's moments are of no more use
             if kept is not None:
-                kept.save(one.run, one.jobs, *ended)
-                ended = kept.load(one.run, [])
-            trained |= {(id(job), one.run.number): ended for job in one.jobs}
+                kept.save(member.run, member.jobs, *weights)
+                weights = kept.load(member.run, [])  # read from disk as they are needed, so not all are in memory
+            trained |= {(id(job), member.run.number): weights for job in member.jobs}
         del states
     return trained
 
 
-def _groups(shared: list[_Shared], task: Task) -> list[list[_Shared]]:
+def _groups(shared: list[_SharedRun], task: Task) -> list[list[_SharedRun]]:
     """Runs in groups that can share a program and fit in memory; equal learning rates side by side."""
-    by_shape: dict[tuple, list[_Shared]] = {}
-    for one in shared:
-        by_shape.setdefault(tuple(getattr(one.run.config, name) for name in SHARED), []).append(one)
+    by_shape: dict[tuple, list[_SharedRun]] = {}
+    for member in shared:
+        by_shape.setdefault(tuple(getattr(member.run.config, name) for name in SHARED), []).append(member)
     groups = []
-    for alike in by_shape.values():
-        alike.sort(key=lambda one: one.run.config.lr)
-        parts = -(-len(alike) // policies_that_fit(task, alike[0].run.config))
-        groups += [list(part) for part in _split(alike, parts)]
+    for members in by_shape.values():
+        members.sort(key=lambda member: member.run.config.lr)
+        groups += _split(members, math.ceil(len(members) / policies_that_fit(task, members[0].run.config)))
     return groups
 
 
 def policies_that_fit(task: Task, config: WarpConfig) -> int:
     """How many runs train as one program, by the memory that is free on the policy's device; one at least."""
-    one = training_memory(task.policy, 1, config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens).total
-    return max(1, min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(task.policy.device) / one)))
+    of_one = training_memory(task.policy, 1, config.batch_size, task.prompts.ids.shape[-1],
+                             config.max_new_tokens).total
+    return max(1, min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(task.policy.device) / of_one)))
 
 
 def _mean(inits: list[Weights]) -> Weights:
+    """The mean of where runs start; exactly that start where they share it."""
     return inits[0] if all(init is inits[0] for init in inits) else lerp(inits[0], inits)
 
 
-def _split(items: list, parts: int) -> list[list]:
-    edges = np.linspace(0, len(items), parts + 1).round().astype(int)
+def _split(items: list, count: int) -> list[list]:
+    """A list as so many lists, as equal in length as can be."""
+    edges = np.linspace(0, len(items), count + 1).round().astype(int)
     return [items[a:b] for a, b in zip(edges, edges[1:])]
 
 
-def _measure_trajectories(group: list[_Shared], samples: int, checkpoints: Callable | None, bar: tqdm) -> OnStep:
+def _measure_trajectories(group: list[_SharedRun], samples: int, checkpoints: Callable | None, bar: tqdm) -> OnStep:
     """The callback that measures a group's policies as they train, those whose turn it is."""
 
     def on_step(runs, step, states, metrics):
         bar.update(len(runs))
-        due = [e for e, run in enumerate(runs)
-               if run.config.eval_every and (step % run.config.eval_every == 0 or step == run.config.steps)]
+        due = [e for e, run in enumerate(runs) if step in measured_steps(run.config)]
         if not due:
             return
-        task, now = group[0].jobs[0].result.task, states()
-        measured = evaluate_many(task, stack([now[e].policy for e in due]), samples=samples, texts=False)
+        task, current = group[0].jobs[0].result.task, states()
+        measured = evaluate_many(task, stack([current[e].policy for e in due]), samples=samples, texts=False)
         for e, point in zip(due, measured):
             run = group[e].run
             row = {"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()}
             for job in group[e].jobs:
                 job.result.trajectories.append(row)
                 if checkpoints is not None:
-                    checkpoints(job.name, job.config.seed, run.iteration, run.number, step, now[e].policy)
+                    checkpoints(job.name, job.config.seed, run.iteration, run.number, step, current[e].policy)
 
     return on_step

@@ -72,7 +72,7 @@ class Task:
         needed = {"tokenizer": tokenizer, "reward": reward, "prompts": prompts}
         missing = [name for name, value in needed.items() if value is None]
         if missing:
-            raise TypeError(f"run_warp needs {' and '.join(missing)}")
+            raise TypeError(f"a task needs {' and '.join(missing)}")
         check_rewards(reward, gold)
         for name, tensor in parameters(policy).items():
             if not is_finite(tensor):
@@ -83,8 +83,8 @@ class Task:
             encoded, held_out = hold_out(encoded, kept=kept)
         else:
             held_out = encode_prompts(tokenizer, eval_prompts, room)
-        for some_prompts in (encoded, held_out):
-            check_ids(policy, tokenizer, some_prompts)
+        for encoded_prompts in (encoded, held_out):
+            check_ids(policy, tokenizer, encoded_prompts)
         if texts is not None:
             encode_texts(tokenizer, texts, room_for_prompts(policy, 0), end_ids(policy, tokenizer)[0])
         return cls(full_precision(policy), tokenizer, reward, encoded.to(policy.device), held_out.to(policy.device),
@@ -128,13 +128,13 @@ class Task:
     def to(self, device: str | torch.device) -> Task:
         """The same task with policy, prompts and reward model on a device; θ_sft stays where it is."""
         self.policy.to(device)
-        for reward in {id(reward): reward for reward in self.rewards_there()}.values():
+        for reward in {id(reward): reward for reward in self.reward_functions()}.values():
             if hasattr(reward, "to"):
                 reward.to(device)
         self.prompts, self.eval_prompts = self.prompts.to(device), self.eval_prompts.to(device)
         return self
 
-    def rewards_there(self) -> list[RewardFunc]:
+    def reward_functions(self) -> list[RewardFunc]:
         """The reward functions there are, in a list: the only one, or one for each run."""
         return list(self.reward) if isinstance(self.reward, (list, tuple)) else [self.reward]
 
@@ -169,18 +169,18 @@ def hold_out(prompts: Prompts, held_out: int = 512, kept: Sequence | None = None
     """
     if held_out < 1:
         raise ValueError(f"held_out must be 1 or more, not {held_out}")
-    first = {}  # where each distinct prompt stands for the first time
+    first_row = {}  # where each distinct prompt stands for the first time
     for i, text in enumerate(prompts.texts):
-        first.setdefault(text, i)
-    distinct = list(first)
+        first_row.setdefault(text, i)
+    distinct = list(first_row)
     if len(distinct) < 2:
         raise ValueError("there is only one distinct prompt and none can be held out; give more, or eval_prompts")
     chosen = set(distinct[::max(5, math.ceil(len(distinct) / held_out))])
     if kept is not None:
-        given = {json_hash(prompts.given[i]): text for text, i in first.items()}
-        again = {given.get(json_hash(prompt)) for prompt in kept}
-        if None not in again and 0 < len(again) < len(distinct):  # else they are other prompts, which is refused later
-            chosen = again
-    apart = np.array([i for text, i in first.items() if text in chosen])
-    rest = np.array([i for i, text in enumerate(prompts.texts) if text not in chosen])
-    return prompts.batch(rest), prompts.batch(apart)
+        text_of = {json_hash(prompts.given[i]): text for text, i in first_row.items()}
+        chosen_before = {text_of.get(json_hash(prompt)) for prompt in kept}
+        if None not in chosen_before and 0 < len(chosen_before) < len(distinct):
+            chosen = chosen_before  # else they are other prompts, which is refused later
+    held_out_rows = np.array([i for text, i in first_row.items() if text in chosen])
+    training_rows = np.array([i for i, text in enumerate(prompts.texts) if text not in chosen])
+    return prompts.batch(training_rows), prompts.batch(held_out_rows)

@@ -35,7 +35,8 @@ from .metrics import rows_at_once
 BETAS = tuple(np.geomspace(20, 0.1, 28).round(4).tolist())  # in standard deviations of the reward
 LIMIT_PROMPTS = 64
 LIMIT_SAMPLES = 1024  # completions a prompt
-LARGE, LIMIT_SAMPLES_LARGE = 5_000_000, 128  # a larger policy: the limit must not cost more than the runs
+# Of a policy with so many parameters or more, so many samples: the limit must not cost more than the runs.
+LARGE, LIMIT_SAMPLES_LARGE = 5_000_000, 128
 
 
 @torch.no_grad()
@@ -46,22 +47,24 @@ def reference_rewards(task: Task, samples: int, *, seed: int = 0,
     `samples` completions of each held-out prompt of the task, of its length and at its temperature. A completion whose
     reward is None has NaN.
     """
-    prompts, judges = task.eval_prompts, [task.judge, *([] if task.gold is None else [task.gold])]
+    prompts, judges = task.eval_prompts, [task.judge]
+    if task.gold is not None:
+        judges.append(task.gold)
     policies = Policies.of(task.policy, [task.sft])
     rows = np.repeat(np.arange(len(prompts)), samples)
     values: list[list[Tensor]] = [[] for _ in judges]
-    together = rows_at_once(1, policies.vocabulary)
-    for i, start in enumerate(range(0, len(rows), together)):
-        part = rows[start:start + together]
-        uniforms = generator(seed, i, 1, EVALUATION).random((1, len(part), task.max_new_tokens))
+    at_once = rows_at_once(1, policies.vocabulary)
+    for i, start in enumerate(range(0, len(rows), at_once)):
+        batch = rows[start:start + at_once]
+        uniforms = generator(seed, i, 1, EVALUATION).random((1, len(batch), task.max_new_tokens))
         uniforms = torch.from_numpy(uniforms).to(prompts.ids.device)
-        rollout = policies.sample(prompts.batch(part[None]), uniforms, task.tokenizer, task.temperature)
-        for judge, into in zip(judges, values):
-            into.append(rollout_rewards([judge], rollout, task.tokenizer)[0].cpu())
+        rollout = policies.sample(prompts.batch(batch[None]), uniforms, task.tokenizer, task.temperature)
+        for judge, of_judge in zip(judges, values):
+            of_judge.append(rollout_rewards([judge], rollout, task.tokenizer)[0].cpu())
         if progress is not None:
-            progress.update(len(part))
-    whole = [torch.cat(v).view(len(prompts), samples) for v in values]
-    return whole[0], None if task.gold is None else whole[1]
+            progress.update(len(batch))
+    rewards, *gold = [torch.cat(of_judge).view(len(prompts), samples) for of_judge in values]
+    return rewards, gold[0] if gold else None
 
 
 def optimal_front(reference: Task | PreTrainedModel | None = None, reward: RewardFunc | None = None,
@@ -89,9 +92,9 @@ def optimal_front(reference: Task | PreTrainedModel | None = None, reward: Rewar
             raise ValueError(f"every beta must be above 0 and finite, not {beta}")
     if rewards is None:
         rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)
-    rewards = _checked(rewards)
+    rewards = _checked_samples(rewards)
     if gold is not None:
-        gold = _checked(gold)
+        gold = _checked_samples(gold)
         if gold.shape != rewards.shape:
             raise ValueError(f"gold is {tuple(gold.shape)} and rewards {tuple(rewards.shape)}; "
                              "give both of the same samples")
@@ -137,7 +140,7 @@ def best_of_n_front(reference: Task | PreTrainedModel | None = None, reward: Rew
     """
     if rewards is None:
         rewards = sampled_rewards(reference, reward, prompts, samples, tokenizer, max_new_tokens, temperature, seed)
-    rewards = _checked(rewards)
+    rewards = _checked_samples(rewards)
     rewards = rewards[~rewards.isnan().all(1)]
     counts = (~rewards.isnan()).sum(1)
     N, share = int(counts.min()), (counts.double() / rewards.shape[1]).mean().item()
@@ -188,19 +191,21 @@ def sampled_rewards(reference: Task | PreTrainedModel | None, reward: RewardFunc
     return reference_rewards(reference, samples, seed=seed)[0]
 
 
-def _checked(rewards) -> Tensor:
+def _checked_samples(rewards) -> Tensor:
+    """Rewards as (prompts, samples), float64, NaN for None. Raises ValueError for what is infinite, or none at all."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     if rewards.dim() != 2 or not rewards.numel():
         raise ValueError(f"rewards must be (prompts, samples), not {tuple(rewards.shape)}")
     if rewards.isinf().any():
-        prompt, sample_ = rewards.isinf().nonzero()[0].tolist()
-        raise ValueError(f"the reward of sample {sample_} of prompt {prompt} is not finite")
+        prompt, number = rewards.isinf().nonzero()[0].tolist()
+        raise ValueError(f"the reward of sample {number} of prompt {prompt} is not finite")
     if rewards.isnan().all():
         raise ValueError("the reward is None for every sample; return a number for some of them")
     return rewards
 
 
 def _se(values: Tensor) -> float | None:
+    """The standard error of the mean of values (N,), as JSON has it: None for a single one."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import Weights, check_same_tensors, parameters, stack
@@ -91,11 +92,11 @@ def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int =
     forward, prompts, device = make_forward(task.policy), task.eval_prompts, task.policy.device
     E = len(next(iter(weights.values())))
     uniforms = evaluation_uniforms(seed, len(prompts), samples, task.max_new_tokens, prompts.ids.device)   # (N·k, T)
-    fixed = Policies(forward, {name: tensor.unsqueeze(0).to(device) for name, tensor in task.sft.items()})
-    together, results = policies_at_once(len(prompts) * samples), []
-    for e in range(0, E, together):
-        part = {name: tensor[e:e + together].to(device) for name, tensor in weights.items()}
-        results += _evaluate_together(task, Policies(forward, part), fixed, uniforms, samples, texts)
+    reference = Policies(forward, {name: tensor.unsqueeze(0).to(device) for name, tensor in task.sft.items()})
+    at_once, results = policies_at_once(len(prompts) * samples), []
+    for e in range(0, E, at_once):
+        moved = {name: tensor[e:e + at_once].to(device) for name, tensor in weights.items()}
+        results += _evaluate_together(task, Policies(forward, moved), reference, uniforms, samples, texts)
     return results
 
 
@@ -109,39 +110,50 @@ def rows_at_once(policies: int, vocabulary: int) -> int:
     return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (16 * vocabulary)) // policies)
 
 
-def _evaluate_together(task: Task, policies: Policies, fixed: Policies, uniforms: Tensor, samples: int,
+def _evaluate_together(task: Task, policies: Policies, reference: Policies, uniforms: Tensor, samples: int,
                        texts: bool) -> list[PolicyMetrics]:
-    prompts, tokenizer, temperature = task.eval_prompts, task.tokenizer, task.temperature
-    E, vocabulary, repeated = len(policies), policies.vocabulary, np.repeat(np.arange(len(prompts)), samples)
-    together = rows_at_once(E, vocabulary)
-    parts: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
-    ids, masks = [], []
-    for start in range(0, len(repeated), together):
-        rows = repeated[start:start + together]
-        batch = prompts.batch(np.tile(rows, (E, 1)))
-        u = uniforms[start:start + together].expand(E, -1, -1)
-        rollout = policies.sample(batch, u, tokenizer, temperature)
-        scored = max(1, LOGITS_AT_ONCE // (4 * vocabulary * E * rollout.ids.shape[-1]))
-        parts["kl"] += [sequence_kl(policies, fixed, part, temperature) for part in rollout.split(scored)]
-        parts["reward"].append(rollout_rewards([task.judge] * E, rollout, tokenizer))
-        if task.gold is not None:
-            parts["gold"].append(rollout_rewards([task.gold] * E, rollout, tokenizer))
-        parts["length"].append(rollout.mask.sum(-1).double())
-        width = uniforms.shape[-1] - rollout.ids.shape[-1]
-        ids.append(torch.nn.functional.pad(rollout.ids, (0, width)))
-        masks.append(torch.nn.functional.pad(rollout.mask, (0, width)))
-    means = {name: prompt_means(torch.cat(values, 1), samples) for name, values in parts.items() if values}
-    rows = {name: [scored_only(row, name) if name in ("reward", "gold") else row for row in value]
-            for name, value in means.items()}
-    ids, masks = torch.cat(ids, 1), torch.cat(masks, 1)
+    """Measure E policies whose weights are on the device at once."""
+    E = len(policies)
+    values, ids, masks = _measure_completions(task, policies, reference, uniforms, samples)
+    means = {}  # of each prompt: for each policy (prompts,), without those that have no reward
+    for name, of_completions in values.items():
+        of_prompts = prompt_means(of_completions, samples)
+        means[name] = [scored_only(row, name) for row in of_prompts] if name in ("reward", "gold") else of_prompts
     perplexities = [None] * E
     if texts and task.texts is not None:
-        perplexities = perplexity(policies, tokenizer, task.texts)
+        perplexities = perplexity(policies, task.tokenizer, task.texts)
     return [PolicyMetrics(
-        **{name: values[e].mean().item() for name, values in rows.items()},
-        **{f"{name}_se": standard_error(values[e]) for name, values in rows.items()},
+        **{name: rows[e].mean().item() for name, rows in means.items()},
+        **{f"{name}_se": standard_error(rows[e]) for name, rows in means.items()},
         distinct=distinct_pairs(ids[e], masks[e]), repeated=repeated_pairs(ids[e], masks[e]),
         samples=ids.shape[1], perplexity=perplexities[e]) for e in range(E)]
+
+
+def _measure_completions(task: Task, policies: Policies, reference: Policies, uniforms: Tensor,
+                         samples: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Sample `samples` completions of each held-out prompt: their KL, reward, gold reward where there is one and
+    length, (E, N) each by name, and their ids and mask, (E, N, T). N = prompts · samples."""
+    prompts, tokenizer, temperature = task.eval_prompts, task.tokenizer, task.temperature
+    E, vocabulary = len(policies), policies.vocabulary
+    prompt_of = np.repeat(np.arange(len(prompts)), samples)                              # (N,)
+    sampled_at_once = rows_at_once(E, vocabulary)
+    values: dict[str, list[Tensor]] = {"kl": [], "reward": [], "gold": [], "length": []}
+    ids, masks = [], []
+    for start in range(0, len(prompt_of), sampled_at_once):
+        chosen = slice(start, start + sampled_at_once)
+        rollout = policies.sample(prompts.batch(np.tile(prompt_of[chosen], (E, 1))), uniforms[chosen].expand(E, -1, -1),
+                                  tokenizer, temperature)
+        scored_at_once = max(1, LOGITS_AT_ONCE // (4 * vocabulary * E * rollout.ids.shape[-1]))
+        values["kl"] += [sequence_kl(policies, reference, part, temperature) for part in rollout.split(scored_at_once)]
+        values["reward"].append(rollout_rewards([task.judge] * E, rollout, tokenizer))
+        if task.gold is not None:
+            values["gold"].append(rollout_rewards([task.gold] * E, rollout, tokenizer))
+        values["length"].append(rollout.mask.sum(-1).double())
+        missing = uniforms.shape[-1] - rollout.ids.shape[-1]
+        ids.append(pad(rollout.ids, (0, missing)))
+        masks.append(pad(rollout.mask, (0, missing)))
+    return ({name: torch.cat(pieces, 1) for name, pieces in values.items() if pieces},
+            torch.cat(ids, 1), torch.cat(masks, 1))
 
 
 @torch.no_grad()

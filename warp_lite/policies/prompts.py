@@ -78,13 +78,6 @@ class Prompts:
         texts, given = ([values[i] for i in chosen] for values in (self.texts, self.given))
         return Prompts(texts, self.ids[:, start:end], self.mask[:, start:end], columns, given)
 
-    def rows_given(self) -> list:
-        """What was given, as `encode_prompts` takes it: the prompts, or rows where columns stand beside them."""
-        if not self.columns:
-            return list(self.given)
-        return [{"prompt": prompt, **dict(zip(self.columns, values))}
-                for prompt, *values in zip(self.given, *self.columns.values())]
-
     def repeat(self, policies: int) -> Prompts:
         """The same prompts, ids (B, P), for each of E policies, (E, B, P)."""
         columns = {name: values * policies for name, values in self.columns.items()}

@@ -116,7 +116,8 @@ def rollout_rewards(rewards: Sequence[RewardFunc], rollout: Rollout, tokenizer: 
     for reward in {id(reward): reward for reward in rewards}.values():
         members = [e for e in range(E) if rewards[e] is reward]
         part = rollout if len(members) == E else rollout.select(members)
-        values, bad = _one_reward(reward, part, tokenizer)
+        values_of = _from_ids if hasattr(reward, "from_ids") else _from_texts
+        values, bad = values_of(reward, part, tokenizer)
         result[members] = values.cpu()
         for row, column in bad.nonzero().tolist():
             places.setdefault(members[row], (column, result[members[row], column].item()))
@@ -126,32 +127,36 @@ def rollout_rewards(rewards: Sequence[RewardFunc], rollout: Rollout, tokenizer: 
     return result.to(rollout.ids.device)
 
 
-def _one_reward(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:
-    """One reward's values (E, B), NaN for None, and which of them are numbers that are not finite."""
+def _from_ids(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:
+    """The values (E, B) of a model that reads token ids, and which of them are not finite; it is handed copies, which
+    it may change."""
+    if not _same_tokens(getattr(reward, "tokenizer", tokenizer), tokenizer):
+        raise ValueError(f"the {type(reward).__name__} reads token ids, but those of another tokenizer than the "
+                         "policy's; take a reward model of the policy's tokenizer, or one that reads texts")
+    prompts = rollout.prompts
+    prompts = dataclasses.replace(prompts, texts=list(prompts.texts), ids=prompts.ids.clone(),
+                                  mask=prompts.mask.clone(), columns=fresh(prompts.columns),
+                                  given=fresh(prompts.given))
+    values = reward.from_ids(prompts, rollout.ids.clone(), rollout.mask.clone())
+    values = values.detach().to(rollout.ids.device).double().view(rollout.ids.shape[:-1])
+    return values, ~torch.isfinite(values)
+
+
+def _from_texts(reward, rollout: Rollout, tokenizer) -> tuple[Tensor, Tensor]:
+    """The values (E, B) of a function of TRL's signature, NaN for None, and which of them are numbers that are not
+    finite; it is handed texts or conversations."""
     E, B, _ = rollout.ids.shape
-    if hasattr(reward, "from_ids"):
-        if not _same_tokens(getattr(reward, "tokenizer", tokenizer), tokenizer):
-            raise ValueError(f"the {type(reward).__name__} reads token ids, but those of another tokenizer than the "
-                             "policy's; take a reward model of the policy's tokenizer, or one that reads texts")
-        prompts = rollout.prompts
-        prompts = dataclasses.replace(prompts, texts=list(prompts.texts), ids=prompts.ids.clone(),
-                                      mask=prompts.mask.clone(), columns=fresh(prompts.columns),
-                                      given=fresh(prompts.given))
-        values = reward.from_ids(prompts, rollout.ids.clone(), rollout.mask.clone())
-        values = values.detach().to(rollout.ids.device).double().view(E, B)
-        return values, ~torch.isfinite(values)
-    ids = completion_ids(rollout.ids, rollout.mask)
-    given, whole_texts = rollout.prompts.given, None
+    prompts, whole_texts = rollout.prompts.given, None
     completions = completions_text(tokenizer, rollout)
-    if is_conversation(given[0]):
+    if is_conversation(prompts[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     elif reads_whole_texts(reward):
-        before = completion_ids(rollout.prompts.ids.flip(-1), rollout.prompts.mask)  # padded on the left
-        whole_texts = tokenizer.batch_decode([prompt[::-1] + row for prompt, row in zip(before, without_end(rollout))],
-                                             skip_special_tokens=True)
+        backwards = completion_ids(rollout.prompts.ids.flip(-1), rollout.prompts.mask)  # padded on the left
+        rows = [prompt[::-1] + row for prompt, row in zip(backwards, without_end(rollout))]
+        whole_texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     columns = {name: values for name, values in rollout.prompts.columns.items() if name not in LEFT_OUT}
-    columns["completion_ids"] = ids
-    values = reward_values(call_reward(reward, given, completions, columns, whole_texts), E * B)
+    columns["completion_ids"] = completion_ids(rollout.ids, rollout.mask)
+    values = reward_values(call_reward(reward, prompts, completions, columns, whole_texts), E * B)
     bad = [value is not None and not math.isfinite(value) for value in values]
     values = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
     return values.to(rollout.ids.device).view(E, B), torch.tensor(bad, device=rollout.ids.device).view(E, B)
@@ -204,13 +209,14 @@ def call_reward(reward: RewardFunc | Pipeline, prompts: list, completions: list,
     except (TypeError, ValueError):  # some builtins have no signature
         return awaited(reward(prompts, completions))
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+    by_position = [p.name for p in parameters
+                   if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
     if whole_texts is not None and "whole_texts" in named:
         columns["whole_texts"] = list(whole_texts)
-    if places and not named & {"completions", "completion_ids"}:
-        taken = {*places[:2], "prompts", "completions"}
-        rest = {name: value for name, value in accepted(reward, columns).items() if name not in taken}
-        return awaited(reward(prompts, completions, **rest))
+    if by_position and not named & {"completions", "completion_ids"}:
+        first_two = {*by_position[:2], "prompts", "completions"}
+        further = {name: value for name, value in accepted(reward, columns).items() if name not in first_two}
+        return awaited(reward(prompts, completions, **further))
     return awaited(reward(**accepted(reward, {**columns, "prompts": prompts, "completions": completions})))
 
 

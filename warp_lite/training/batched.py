@@ -36,7 +36,7 @@ class Ensemble:
     def __init__(self, states: Sequence[Weights], lrs: Sequence[float], betas: tuple[float, float], eps: float,
                  max_norm: Sequence[float], device: str | torch.device = "cpu", offload: bool = False,
                  frozen: Sequence[str] = ()):
-        self.frozen = {name: together([state[name] for state in states], device) for name in frozen}
+        self.frozen = {name: stack_or_share([state[name] for state in states], device) for name in frozen}
         states = [{name: tensor for name, tensor in state.items() if name not in self.frozen} for state in states]
         self.flat = self.flatten(states, "cpu" if offload else device)
         self.live = self.flat.to(device, copy=True) if offload else self.flat
@@ -72,11 +72,11 @@ class Ensemble:
     def backward(self, loss: Tensor, add: bool = False) -> None:
         """Differentiate the sum of the policies' losses; with `add`, on top of what was differentiated before."""
         gradients = torch.autograd.grad(loss, list(self.trained.values()), materialize_grads=True)  # 0 where unused
-        into = list(self.views(self.grads).values())
+        grads = list(self.views(self.grads).values())
         if add:
-            torch._foreach_add_(into, [gradient.to(self.grads.device) for gradient in gradients])
+            torch._foreach_add_(grads, [gradient.to(self.grads.device) for gradient in gradients])
         else:
-            torch._foreach_copy_(into, list(gradients))
+            torch._foreach_copy_(grads, list(gradients))
 
     def step(self, lr_factor: float, check: Callable[[Tensor], None] = lambda norms: None) -> Tensor:
         """Clip each policy's gradient and update.
@@ -121,7 +121,7 @@ class Ensemble:
             start = end
 
 
-def together(tensors: Sequence[Tensor], device: str | torch.device) -> Tensor:
+def stack_or_share(tensors: Sequence[Tensor], device: str | torch.device) -> Tensor:
     """The same weight of E policies as (E, …): one tensor seen E times where they share it, else a copy of all."""
     if all(tensor is tensors[0] for tensor in tensors):
         return tensors[0].detach().to(device).expand(len(tensors), *tensors[0].shape)
@@ -133,7 +133,7 @@ class FlatAnchor:
 
     def __init__(self, ensemble: Ensemble, states: Sequence[Weights], rates: Sequence[float]):
         self.ensemble = ensemble
-        self.frozen = {name: together([state[name] for state in states], ensemble.live.device)
+        self.frozen = {name: stack_or_share([state[name] for state in states], ensemble.live.device)
                        for name in ensemble.frozen}
         states = [{name: state[name] for name in ensemble.shapes} for state in states]
         self.flat = Ensemble.flatten(states, ensemble.flat.device)                       # (E, P)
@@ -185,18 +185,18 @@ def train_batched(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     names = list(starts[0].policy)
     del starts  # the moments of a fresh start are zeros that need not stay
 
-    def whole(state, frozen):
-        """A state of what trains, and beside it `frozen(tensor)` of what does not, in the order of the policy."""
-        return {name: state[name] if name in state else frozen(ensemble.frozen[name]) for name in names}
+    def with_frozen(state, of_frozen):
+        """A state of what trains, and beside it `of_frozen(tensor)` of what does not, in the order of the policy."""
+        return {name: state[name] if name in state else of_frozen(ensemble.frozen[name]) for name in names}
 
     def states(step):
         def zeros(tensor):
             return torch.zeros(tensor.shape[1:], dtype=tensor.dtype)
 
         def state(e, first, second):
-            policy = whole(ensemble.state(e, ensemble.flat), lambda tensor: tensor[e].to("cpu", copy=True))
-            return RunState(step, policy, anchor.state(e), *(whole(ensemble.state(e, moment), zeros)
-                                                             for moment in (first, second)))
+            policy = with_frozen(ensemble.state(e, ensemble.flat), lambda tensor: tensor[e].to("cpu", copy=True))
+            exp_avg, exp_avg_sq = (with_frozen(ensemble.state(e, moment), zeros) for moment in (first, second))
+            return RunState(step, policy, anchor.state(e), exp_avg, exp_avg_sq)
 
         moments = ensemble.moments()
         return [state(e, *moments) for e in range(len(runs))]
@@ -208,7 +208,7 @@ def train_batched(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
                                                                  config.sample_batch)
         anchor_logp = None
         if anchored:
-            anchor_logp = score(forward, anchor.weights, rollout, config)   # (E, B)
+            anchor_logp = score(forward, anchor.weights, rollout, config)                # (E, B)
         rewards = checked_rewards(runs, step, rollout, tokenizer)                        # (E, B)
         logp, r_beta, loss = differentiate(forward, ensemble.weights, rollout, rewards, anchor_logp, beta, config,
                                            ensemble.backward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +51,6 @@ class Stage1:
     progress: bool = True
     stop: Callable[[], bool] | None = None
     on_failure: str = "stop"
-    unscored: set[tuple[int, int]] = field(default_factory=set)  # runs of which it was said that a batch has no reward
 
     def train(self, runs: list[Run]) -> Trained:
         """Take the runs of an iteration to their ends, or as far as they come.
@@ -59,60 +58,21 @@ class Stage1:
         Raises RunFailed, ValueError where all of them failed, KeyboardInterrupt when it was told to stop.
         """
         config, folder, iteration = self.config, self.folder, runs[0].iteration
+        ended, failures, trajectory = {}, [], []
         if folder is not None:
             self.trainer.ahead(runs, folder, self.progress, self.stop, self.on_failure)
-        ended, failures, trajectory = self._take_up(runs) if folder is not None else ({}, [], [])
-        waiting = [run for run in runs if run.number not in {*ended, *(failure.run for failure in failures)}]
-        taken = sum(run.state.step for run in waiting if run.state)
+            ended, failures, trajectory = self._take_up(runs)
+        waiting = _not_over(runs, ended, failures)
         at_once = max(1, min(self.trainer.at_once, len(waiting)))
-        clock = SaveClock(config.save_every, at_once * 4 * sum(tensor.nbytes for tensor in self.task.sft.values()))
-        standing = None  # gives the states after the last step that was taken
-
-        def on_step(members: Sequence[Run], step: int, states: Callable[[], list[RunState]],
-                    metrics: list[dict]) -> None:
-            nonlocal standing
-            standing = states
-            bar.update(len(members))
-            scored = [metric["reward"] for metric in metrics if metric["reward"] is not None]
-            bar.set_postfix_str(f"reward {np.mean(scored):.2f}" if scored else "reward None", refresh=False)
-            self._say_unscored(members, step, metrics)
-            points, failed = [], {}
-            if step in measured_steps(config):
-                points, failed = self._measure(members, step, states())
-                trajectory.extend(points)
-            if folder is not None:
-                for run, metric in zip(members, metrics):
-                    folder.append(iteration, run.number, "metrics.jsonl", [metric])
-                for point in points:
-                    folder.append(iteration, point["run"], "trajectory.jsonl", [point])
-            if failed:
-                raise RunFailed(failed)
-            stopping = self.stop is not None and self.stop()
-            if folder is not None and (stopping or clock.due(step) or step == config.steps):
-                with clock.timed():
-                    folder.save_states(iteration, [run.number for run in members], states())
-            if stopping:
-                where = f"is saved in {folder.path}" if folder else "was the last; there is no folder to save it in"
-                raise KeyboardInterrupt(f"step {step} of iteration {iteration} {where}")
-
-        with tqdm(total=len(waiting) * config.steps, initial=taken, desc=f"iteration {iteration}", unit="step",
+        steps_taken = sum(run.state.step for run in waiting if run.state)
+        with tqdm(total=len(waiting) * config.steps, initial=steps_taken, desc=f"iteration {iteration}", unit="step",
                   disable=None if self.progress and waiting else True, leave=False) as bar:
-            for group in [waiting[n:n + at_once] for n in range(0, len(waiting), at_once)]:
-                while group:
-                    standing = None
-                    try:
-                        states = self.trainer.train(group, on_step)
-                    except RunFailed as error:
-                        states = standing() if standing else [run.start() for run in group]
-                        failures += self._leave_out(error, group, states)
-                        group = [run for e, run in enumerate(group) if e not in error.reasons]
-                        continue
-                    for run, state in zip(group, states):
-                        ended[run.number] = state
-                        if folder is not None:
-                            self.trainer.keep(folder, run, state)
-                            folder.finish_run(iteration, run.number, state)
-                    break
+            clock = SaveClock(config.save_every, at_once * 4 * sum(tensor.nbytes for tensor in self.task.sft.values()))
+            watch = _Watch(self, bar, clock, trajectory)
+            for start in range(0, len(waiting), at_once):
+                states, failed = self._train_group(waiting[start:start + at_once], watch)
+                ended |= states
+                failures += failed
         if not ended:
             way_out = f"; to train them again, remove {folder.iteration(iteration)} and resume" if folder else ""
             raise ValueError(f"all {len(runs)} runs of iteration {iteration} failed, the first because "
@@ -122,13 +82,25 @@ class Stage1:
                        sorted(failures, key=lambda failure: failure.run),
                        sorted(trajectory, key=lambda row: (row["run"], row["step"])))
 
-    def _say_unscored(self, members: Sequence[Run], step: int, metrics: list[dict]) -> None:
-        """Say once of each run that a batch of it has no reward."""
-        for run, metric in zip(members, metrics):
-            if metric["reward"] is None and (run.iteration, run.number) not in self.unscored:
-                self.unscored.add((run.iteration, run.number))
-                print(f"warp-lite: every reward is None in iteration {run.iteration}, run {run.number}, step {step}: "
-                      "such a batch has no gradient; return a number for some of its completions", file=sys.stderr)
+    def _train_group(self, group: list[Run], watch: _Watch) -> tuple[dict[int, RunState], list[Failure]]:
+        """Train runs that share a program: the states of those that ended, by number, and those that failed on the
+        way, without which the others went on."""
+        failures = []
+        while group:
+            watch.states = None
+            try:
+                states = self.trainer.train(group, watch.on_step)
+            except RunFailed as error:
+                last_good = watch.states() if watch.states else [run.start() for run in group]
+                failures += self._leave_out(error, group, last_good)
+                group = [run for e, run in enumerate(group) if e not in error.reasons]
+                continue
+            if self.folder is not None:
+                for run, state in zip(group, states):
+                    self.trainer.keep(self.folder, run, state)
+                    self.folder.finish_run(run.iteration, run.number, state)
+            return {run.number: state for run, state in zip(group, states)}, failures
+        return {}, failures
 
     def _take_up(self, runs: list[Run]) -> tuple[dict[int, RunState], list[Failure], list[dict]]:
         """What the folder has of an iteration's runs: those that are finished, by number, those that failed, and what
@@ -145,7 +117,7 @@ class Stage1:
             raise ValueError(f"run {first.run} of iteration {iteration} in {folder.path} was left out "
                              f"({first.reason}); resume with --on-failure=continue, or remove "
                              f"{folder.run(iteration, first.run)} to train it again")
-        waiting = [run for run in runs if run.number not in {*ended, *(failure.run for failure in failures)}]
+        waiting = _not_over(runs, ended, failures)
         for group in [[run] for run in waiting] if self.trainer.at_once == 1 else [waiting]:
             for run, state in zip(group, folder.load_states(iteration, [run.number for run in group])):
                 run.state = state
@@ -175,23 +147,78 @@ class Stage1:
                     folder.finish_run(iteration, run.number, state, error.reasons[e])
         return failures
 
+
+@dataclass
+class _Watch:
+    """What is done after every step of an iteration's runs: the bar moves on, runs are measured into `trajectory`, and
+    the folder is written to."""
+
+    stage: Stage1
+    bar: tqdm
+    clock: SaveClock
+    trajectory: list[dict]
+    states: Callable[[], list[RunState]] | None = None  # gives those after the last step that a group took
+    unscored: set[int] = field(default_factory=set)  # runs of which it was said that a batch has no reward
+
+    def on_step(self, members: Sequence[Run], step: int, states: Callable[[], list[RunState]],
+                metrics: list[dict]) -> None:
+        """Raises RunFailed where a run cannot be measured, KeyboardInterrupt where the stage was told to stop."""
+        stage, folder, iteration = self.stage, self.stage.folder, members[0].iteration
+        self.states = states
+        self._say(members, step, metrics)
+        points, failed = [], {}
+        if step in measured_steps(stage.config):
+            points, failed = self._measure(members, step, states())
+            self.trajectory.extend(points)
+        if folder is not None:
+            for run, metric in zip(members, metrics):
+                folder.append(iteration, run.number, "metrics.jsonl", [metric])
+            for point in points:
+                folder.append(iteration, point["run"], "trajectory.jsonl", [point])
+        if failed:
+            raise RunFailed(failed)
+        stopping = stage.stop is not None and stage.stop()
+        if folder is not None and (stopping or self.clock.due(step) or step == stage.config.steps):
+            with self.clock.timed():
+                folder.save_states(iteration, [run.number for run in members], states())
+        if stopping:
+            where = f"is saved in {folder.path}" if folder else "was the last; there is no folder to save it in"
+            raise KeyboardInterrupt(f"step {step} of iteration {iteration} {where}")
+
     def _measure(self, members: Sequence[Run], step: int,
                  states: list[RunState]) -> tuple[list[dict], dict[int, str]]:
         """The trajectory's points of runs after a step, and why some have none: a reward on the held-out prompts that
         is not finite stops its run as one in training does."""
         try:
-            return trajectory_points(self.task, members, step, states), {}
+            return trajectory_points(self.stage.task, members, step, states), {}
         except ValueError:
-            if self.on_failure == "stop":
+            if self.stage.on_failure == "stop":
                 raise
         points, reasons = [], {}
         for e, (run, state) in enumerate(zip(members, states)):
             try:
-                points += trajectory_points(self.task, [run], step, [state])
+                points += trajectory_points(self.stage.task, [run], step, [state])
             except ValueError as error:
                 reasons[e] = (f"{error}, when run {run.number} of iteration {run.iteration} was measured after "
                               f"step {step}")
         return points, reasons
+
+    def _say(self, members: Sequence[Run], step: int, metrics: list[dict]) -> None:
+        """Move the bar on, and say once of each run that a batch of it has no reward."""
+        self.bar.update(len(members))
+        scored = [metric["reward"] for metric in metrics if metric["reward"] is not None]
+        self.bar.set_postfix_str(f"reward {np.mean(scored):.2f}" if scored else "reward None", refresh=False)
+        for run, metric in zip(members, metrics):
+            if metric["reward"] is None and run.number not in self.unscored:
+                self.unscored.add(run.number)
+                print(f"warp-lite: every reward is None in iteration {run.iteration}, run {run.number}, step {step}: "
+                      "such a batch has no gradient; return a number for some of its completions", file=sys.stderr)
+
+
+def _not_over(runs: Sequence[Run], ended: Collection[int], failures: Sequence[Failure]) -> list[Run]:
+    """The runs that are neither among those `ended`, by number, nor among the failures."""
+    over = {*ended, *(failure.run for failure in failures)}
+    return [run for run in runs if run.number not in over]
 
 
 def measured_steps(config: WarpConfig) -> list[int]:

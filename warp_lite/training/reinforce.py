@@ -5,9 +5,10 @@
     θ ← Adam(θ, (r_β − baseline) · ∇ log π_θ(y|x))
     θ_anchor ← (1 − μ) θ_anchor + μ θ
 
-`train_serial` is the readable reference: the library's module, optimiser and clipping, one
-run after the other. `train_batched` trains all runs as one program. Both use the same
-random numbers and give the same policies (tests/test_executors.py).
+Here are the equations and the parts of a step. The loop over steps stands twice: `train_serial` (serial.py) is the
+readable reference, the library's module, optimiser and clipping, one run after the other; `train_batched`
+(batched.py) trains all runs as one program. Both use the same random numbers and give the same policies
+(tests/test_executors.py).
 """
 
 from __future__ import annotations
@@ -96,15 +97,15 @@ def differentiate(forward: Forward, weights: Weights, rollout: Rollout, rewards:
     scored = ~rewards.isnan()
     for part in parts:
         rows = slice(start, start + part.ids.shape[1])
-        some = Policies(forward, weights).logprobs(part, config.temperature, config.logit_chunk).sum(-1)
+        part_logp = Policies(forward, weights).logprobs(part, config.temperature, config.logit_chunk).sum(-1)
         if start == 0:
-            logp = some.detach() if logp is None else logp
+            logp = part_logp.detach() if logp is None else logp
             r_beta = regularised_rewards(rewards, logp, logp if anchor_logp is None else anchor_logp, beta)
             advantage = advantages(r_beta, scored)
             r_beta = torch.where(scored, r_beta, scored_mean(r_beta, scored).unsqueeze(-1))
-        loss = reinforce_loss(some, advantage[..., rows], config.max_new_tokens)         # (E,)
+        loss = reinforce_loss(part_logp, advantage[..., rows], config.max_new_tokens)    # (E,)
         if len(parts) > 1:
-            loss = loss * (some.shape[-1] / B)
+            loss = loss * (part_logp.shape[-1] / B)
         backward(loss.sum(), start > 0)
         total, start = total + loss.detach(), rows.stop
     return logp, r_beta, total
@@ -154,9 +155,9 @@ def check_step(runs: Sequence[Run], step: int, rollout: Rollout, r_beta: Tensor,
     if not finite.all():
         reasons = {}
         for e in (~finite).nonzero()[:, 0].tolist():
-            run, away = runs[e], (r_beta[e] - r_beta[e].mean()).abs()
-            away[~torch.isfinite(r_beta[e])] = torch.inf
-            b = int(away.nan_to_num(0).argmax())
+            run, distance = runs[e], (r_beta[e] - r_beta[e].mean()).abs()
+            distance[~torch.isfinite(r_beta[e])] = torch.inf
+            b = int(distance.nan_to_num(0).argmax())
             what = "gradient is not finite" if torch.isfinite(loss[e]) else f"loss is {loss[e].item()}"
             reasons[e] = (f"the {what} {where(run, step, rollout, e, b)}; lower lr (now {run.config.lr:g}) or raise "
                           f"beta (now {run.config.beta:g})")
@@ -182,8 +183,8 @@ def step_metrics(runs: Sequence[Run], step: int, rollout: Rollout, rewards: Tens
     scored = ~rewards.isnan()
     spread = rewards.std(-1)
     if not scored.all():
-        spread = torch.stack([row[kept].std() if kept.sum() > 1 else row.new_tensor(math.nan)
-                              for row, kept in zip(rewards, scored)])
+        spread = torch.stack([row[has_one].std() if has_one.sum() > 1 else row.new_tensor(math.nan)
+                              for row, has_one in zip(rewards, scored)])
     columns = {
         "reward": scored_mean(rewards, scored), "reward_std": spread, "regularised_reward": scored_mean(r_beta, scored),
         "kl_to_anchor": (logp - anchor_logp).mean(-1), "length": rollout.mask.sum(-1).double().mean(-1),

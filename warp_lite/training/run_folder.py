@@ -112,10 +112,11 @@ class RunFolder:
 
     def load_states(self, i: int, numbers: Sequence[int]) -> list[RunState | None]:
         """Runs of iteration i at the last step that all of them have saved; None for each if there is none."""
-        names = [[path.stem.removeprefix("state-") for path in self.run(i, m).glob("state-*.safetensors")]
-                 for m in numbers]
-        saved = [{int(name) for name in some if name.isdecimal()} for some in names]
-        common = set.intersection(*saved) if saved else set()
+        steps = []  # of each run, those that it has saved
+        for m in numbers:
+            names = [path.stem.removeprefix("state-") for path in self.run(i, m).glob("state-*.safetensors")]
+            steps.append({int(name) for name in names if name.isdecimal()})
+        common = set.intersection(*steps) if steps else set()
         return [self._load_state(i, m, max(common)) if common else None for m in numbers]
 
     def _load_state(self, i: int, m: int, step: int) -> RunState:

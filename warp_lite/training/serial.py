@@ -40,23 +40,25 @@ def train_serial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 
 
 def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | None) -> RunState:
+    """A run from where it starts or stands to its last step. `trained` are the module's weights that train, `updated`
+    what the optimiser steps: the same, or with `offload` copies on the CPU."""
     config, start, model = run.config, run.start(), full_precision(model)
     load_weights(model, start.policy)
     forward = forward_for(model, "serial", config)
     theta = dict(model.named_parameters())
     policy = {name: parameter.unsqueeze(0) for name, parameter in theta.items()}         # (1, …)
-    kept = trained = {name: parameter for name, parameter in theta.items() if parameter.requires_grad}
-    if config.offload and model.device.type != "cpu":  # what the optimiser updates is a copy on the CPU
-        kept = {name: torch.nn.Parameter(start.policy[name].to("cpu", copy=True)) for name in trained}
-    where = next(iter(kept.values())).device
-    anchor = EMAAnchor({name: start.anchor[name].to(where) for name in trained}, run.mu)
-    optimizer = torch.optim.Adam(kept.values(), lr=config.lr, eps=config.adam_eps,
+    updated = trained = {name: parameter for name, parameter in theta.items() if parameter.requires_grad}
+    if config.offload and model.device.type != "cpu":
+        updated = {name: torch.nn.Parameter(start.policy[name].to("cpu", copy=True)) for name in trained}
+    device = next(iter(updated.values())).device
+    anchor = EMAAnchor({name: start.anchor[name].to(device) for name in trained}, run.mu)
+    optimizer = torch.optim.Adam(updated.values(), lr=config.lr, eps=config.adam_eps,
                                  betas=(config.adam_beta1, config.adam_beta2))
-    for name, parameter in kept.items():
+    for name, parameter in updated.items():
         if start.step:
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(start.step)), "exp_avg": start.exp_avg[name].to(where, copy=True),
-                "exp_avg_sq": start.exp_avg_sq[name].to(where, copy=True)}
+                "step": torch.tensor(float(start.step)), "exp_avg": start.exp_avg[name].to(device, copy=True),
+                "exp_avg_sq": start.exp_avg_sq[name].to(device, copy=True)}
 
     def copies(tensors, otherwise):
         """Of what trains the present tensors, of what is frozen those that were there before, copied."""
@@ -64,8 +66,8 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
         return {name: present[name].detach().to("cpu", copy=True) for name in theta}
 
     def state(step):
-        moments = [optimizer.state[parameter] for parameter in kept.values()]
-        return RunState(step, copies(kept.values(), start.policy), copies(anchor.average.values(), start.anchor),
+        moments = [optimizer.state[parameter] for parameter in updated.values()]
+        return RunState(step, copies(updated.values(), start.policy), copies(anchor.average.values(), start.anchor),
                         copies((m["exp_avg"] for m in moments), start.exp_avg),
                         copies((m["exp_avg_sq"] for m in moments), start.exp_avg_sq))
 
@@ -74,28 +76,28 @@ def _train_one(model, tokenizer, prompts: Prompts, run: Run, on_step: OnStep | N
         with torch.no_grad():
             rollout = Policies(forward, policy).sample(batch, uniforms, tokenizer, config.temperature,
                                                        config.sample_batch)
-        fixed = {name: tensor.to(model.device).unsqueeze(0)
-                 for name, tensor in {**start.anchor, **anchor.average}.items()}
-        anchor_logp = score(forward, fixed, rollout, config)                             # (1, B)
-        del fixed
+        anchor_weights = {name: tensor.to(model.device).unsqueeze(0)
+                          for name, tensor in {**start.anchor, **anchor.average}.items()}
+        anchor_logp = score(forward, anchor_weights, rollout, config)                    # (1, B)
+        del anchor_weights
         rewards = checked_rewards([run], step, rollout, tokenizer)                       # (1, B)
         optimizer.zero_grad()
         logp, r_beta, loss = differentiate(forward, policy, rollout, rewards, anchor_logp, run.beta, config,
                                            lambda loss, add: loss.backward())
-        for parameter in trained.values():  # of what no token passed through (experts, the eyes of a model): 0
+        for parameter in trained.values():  # what no token passed through (an expert, an image encoder) has 0
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         check_step([run], step, rollout, r_beta, loss, norm.view(1))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup(config, step)
-        if kept is not trained:
+        if updated is not trained:
             for name, parameter in trained.items():
-                kept[name].grad, parameter.grad = parameter.grad.to(where), None
+                updated[name].grad, parameter.grad = parameter.grad.to(device), None
         optimizer.step()
-        if kept is not trained:
-            load_weights(model, {**theta, **kept})
-        anchor.update({name: parameter.detach() for name, parameter in kept.items()})
+        if updated is not trained:
+            load_weights(model, {**theta, **updated})
+        anchor.update({name: parameter.detach() for name, parameter in updated.items()})
         if on_step is not None:
             metrics = step_metrics([run], step, rollout, rewards, r_beta, logp, anchor_logp, loss, norm.view(1))
             on_step([run], step + 1, lambda step=step: [state(step + 1)], metrics)
