@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from short_run import CONFIG, PROMPTS, assert_same_weights, score, short_run
 
-from warp_lite import MERGES, ParetoExplorer, Task, WarpConfig, load_result, run_warp
+from warp_lite import MERGES, ParetoExplorer, Task, WarpConfig, load_result, merge_checkpoints, run_warp
 from warp_lite.averaging.merging import merge
 from warp_lite.averaging.slerp import combine
 from warp_lite.cli import main
@@ -101,6 +102,18 @@ def test_warp_is_algorithm_1_and_nothing_else():
 
 
 @pytest.fixture
+def folders_of(tmp_path):
+    """Saves an init and policies; returns their folders."""
+    def save(init, policies):
+        folders = [tmp_path / name for name in ("init", *(f"policy-{m}" for m in range(len(policies))))]
+        for folder, state in zip(folders, [init, *policies]):
+            folder.mkdir()
+            save_file(state, folder / "model.safetensors")
+        return folders[0], folders[1:]
+    return save
+
+
+@pytest.fixture
 def first_only(monkeypatch):
     """A merge method that a user might add: half of the first policy's task vector, a tenth of the last's."""
     def half_of_the_first(gram, weights):
@@ -148,12 +161,46 @@ def test_a_new_merge_method_merges_adapters_as_their_dense_matrices(first_only):
     torch.testing.assert_close(merged, expected)
 
 
-@pytest.mark.parametrize("returned", [[1.0], [float("nan"), 0.0], [0.1, 0.2, 0.3]])
+@pytest.mark.parametrize("returned", [
+    [1.0], [float("nan"), 0.0], [0.1, 0.2, 0.3], None, 0.5, "ab", ["a", "b"], [1j, 1j], {0: 0.5, 1: 0.5}, {0.3, 0.7},
+    torch.ones(2, 2), np.ones((1, 2))], ids=str)
 def test_a_merge_method_that_does_not_give_a_number_for_each_policy_is_named(returned, monkeypatch):
     monkeypatch.setitem(MERGES, "broken", lambda gram, weights: returned)
     init = {"w": torch.zeros(3)}
     with pytest.raises(ValueError, match="the merge method '<lambda>' returned .* for 2 policies"):
         merge(init, [{"w": torch.ones(3)}, {"w": -torch.ones(3)}], "broken")
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, iter, lambda c: torch.tensor(c, requires_grad=True)])
+def test_a_merge_method_may_return_numbers_of_any_kind_in_an_order(kind, monkeypatch):
+    monkeypatch.setitem(MERGES, "any", lambda gram, weights: kind([2.0, -1.0]))
+    init = {"w": torch.zeros(3)}
+    assert merge(init, [{"w": torch.ones(3)}, {"w": torch.full((3,), 4.0)}], "any")["w"].tolist() == [-2.0] * 3
+
+
+def test_a_merge_method_that_fails_is_named_and_leaves_no_file(folders_of, monkeypatch, tmp_path):
+    def careless(gram, weights):
+        return {}["a key\nof two lines"]
+
+    monkeypatch.setitem(MERGES, "careless", careless)
+    init, policies = folders_of({"w": torch.zeros(3)}, [{"w": torch.ones(3)}, {"w": -torch.ones(3)}])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="the merge method 'careless' failed with KeyError: .*") as error:
+        merge_checkpoints(init, policies, tmp_path / "out", "careless")
+    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_merge_method_that_changes_the_weights_it_is_given_changes_no_other_tensor(folders_of, monkeypatch, tmp_path):
+    def consuming(gram, weights):
+        return [weights.pop() for _ in range(len(weights))]
+
+    monkeypatch.setitem(MERGES, "consuming", consuming)
+    init = {name: torch.zeros(2) for name in "abc"}
+    policies = [{name: torch.ones(2) for name in "abc"}, {name: torch.full((2,), 5.0) for name in "abc"}]
+    merged = merge(init, policies, "consuming", [0.25, 0.75])
+    merge_checkpoints(*folders_of(init, policies), tmp_path / "out", "consuming", weights=[0.25, 0.75])
+    on_disk = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tuple(state[name].tolist()) for state in (merged, on_disk) for name in "abc"} == {(2.0, 2.0)}
 
 
 def test_an_unknown_merge_method_is_named_with_those_there_are():

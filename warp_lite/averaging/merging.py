@@ -7,7 +7,7 @@ its entry in `MERGES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -42,12 +42,24 @@ def needs_products(method: MergeMethod) -> bool:
 def coefficients_of(method: MergeMethod, products: Tensor | None, weights: Sequence[float]) -> list[float]:
     """What a method makes of `products` (M, M) and `weights` (M,), checked.
 
-    Raises ValueError where it does not return one finite number for each policy.
+    Raises ValueError where it raises anything, and where it does not return one finite number for each policy.
     """
-    coefficients = [float(c) for c in method(products, weights)]
-    if len(coefficients) != len(weights) or not all(abs(c) < float("inf") for c in coefficients):  # nor nan
-        raise ValueError(f"the merge method {getattr(method, '__name__', method)!r} returned {coefficients} for "
-                         f"{len(weights)} policies; it must return a finite number for each")
+    name = getattr(method, "__name__", method)
+    try:
+        returned = method(products, list(weights))  # a copy: every tensor is merged with the same weights
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"the merge method {name!r} failed with {why}") from error
+    try:
+        coefficients = None if isinstance(returned, (Mapping, Set)) else [
+            float(c.detach() if isinstance(c, Tensor) else c) for c in returned]
+    except (TypeError, ValueError):
+        coefficients = None
+    if coefficients is None or len(coefficients) != len(weights) or not all(
+            abs(c) < float("inf") for c in coefficients):  # nor nan
+        shown = returned if coefficients is None else coefficients
+        raise ValueError(f"the merge method {name!r} returned {' '.join(str(shown).split())[:120]} for {len(weights)} "
+                         "policies; it must return a finite number for each")
     return coefficients
 
 
