@@ -1,5 +1,6 @@
 """Settings of the notebooks by the size of the policy, and what a real model is said to cost."""
 
+import matplotlib
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
@@ -84,7 +85,8 @@ def test_a_parameter_of_another_type_is_named_in_one_line_before_a_world_is_load
 def test_a_notebook_begins_with_its_world_named_in_a_line(world, monkeypatch, capsys):
     monkeypatch.setenv("WARP_LITE_MODEL", "tiny-gpt2")
     monkeypatch.setenv("WARP_LITE_FAST", "1")
-    model, fast, begun = begin("absent", "false", 0, "cpu", "")
+    with matplotlib.rc_context():  # a notebook's style is for the notebook's life
+        model, fast, begun = begin("absent", "false", 0, "cpu", "")
     assert (model, fast, begun.facts) == ("tiny-gpt2", True, world.facts)
     assert capsys.readouterr().out == ("tiny-gpt2: 107,712 parameters, 320 prompts to train on and 64 held out; "
                                        "fast mode on cpu\n")

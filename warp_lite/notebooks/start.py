@@ -15,7 +15,8 @@ TEXTS = {"true": True, "false": False}  # as a shell writes them: papermill hand
 
 
 def begin(model: str, fast: bool, seed: int, device: str, out: str) -> tuple[str, bool, World]:
-    """MODEL and FAST as they are to be taken, and the world, which is named in a printed line.
+    """MODEL and FAST as they are to be taken, and the world, which is named in a printed line; figures get the house's
+    style from here on.
 
     $WARP_LITE_MODEL stands in the place of `model`, and $WARP_LITE_FAST=1 makes everything small. Raises ValueError,
     naming the parameter, for a value of another type, and what `load_world` raises.
