@@ -56,7 +56,8 @@ class Stage1:
     def train(self, runs: list[Run]) -> Trained:
         """Take the runs of an iteration to their ends, or as far as they come.
 
-        Raises RunFailed, ValueError where all of them failed, KeyboardInterrupt when it was told to stop.
+        Raises RunFailed, ValueError where all of them failed or the trainer returns too few, KeyboardInterrupt when it
+        was told to stop.
         """
         config, folder, iteration = self.config, self.folder, runs[0].iteration
         if folder is not None:
@@ -107,6 +108,9 @@ class Stage1:
                         failures += self._leave_out(error, group, states)
                         group = [run for e, run in enumerate(group) if e not in error.reasons]
                         continue
+                    if len(states) != len(group):
+                        raise ValueError(f"the trainer {self.trainer.name!r} returned {len(states)} states for the "
+                                         f"{len(group)} runs that it was given; it must return one for each")
                     for run, state in zip(group, states):
                         ended[run.number] = state
                         if folder is not None:
