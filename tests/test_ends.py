@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_policy, make_tokenizer, naive_completion
@@ -222,3 +223,32 @@ def test_a_generation_config_that_the_library_refuses_to_write_is_saved_as_it_is
     assert model.generation_config.to_dict() == before
     loaded = load_policy(tmp_path / "policy")[0].generation_config
     assert (loaded.temperature, loaded.do_sample, loaded.eos_token_id) == (0.6, False, [EOS, DOT, GREAT])
+
+
+@pytest.mark.parametrize("eos", [DOT, [DOT], (DOT,), [DOT, DOT], [-1, DOT], torch.tensor(DOT), torch.tensor([DOT]),
+                                 np.int64(DOT), np.array([DOT])], ids=repr)
+def test_ids_of_any_kind_end_completions_and_are_saved(eos, tmp_path):
+    model, tokenizer = chat_policy(lambda model, tokenizer: setattr(model.generation_config, "eos_token_id", eos))
+    assert end_ids(model, tokenizer) == (EOS, DOT) and all(type(token) is int for token in end_ids(model, tokenizer))
+    result = run_warp(model, tokenizer, lambda prompts, completions: [float(len(c)) for c in completions], PROMPTS,
+                      CONFIG.replace(steps=1), tmp_path / "run", progress=False)
+    assert end_ids(result.policy(), tokenizer) == (EOS, DOT)
+    assert end_ids(*load_policy(tmp_path / "run" / "iteration-1" / "merged")) == (EOS, DOT)
+    assert model.generation_config.eos_token_id is eos
+
+
+@pytest.mark.parametrize("eos", ["2", 2.0, True, [[2]], [2, None]], ids=repr)
+def test_what_is_no_id_is_refused_before_anything_is_written(eos, tmp_path):
+    model, tokenizer = chat_policy(lambda model, tokenizer: setattr(model.generation_config, "eos_token_id", eos))
+    with pytest.raises(ValueError, match="eos_token_id of the policy is .*; it must be an id or a list of ids"):
+        run_warp(model, tokenizer, length_reward, PROMPTS, CONFIG, tmp_path / "run", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_negative_id_ends_nothing():
+    def no_end(model, tokenizer):
+        tokenizer.eos_token = None
+        model.config.eos_token_id = model.generation_config.eos_token_id = -1
+
+    with pytest.raises(ValueError, match="neither the policy nor its tokenizer has an EOS token"):
+        end_ids(*chat_policy(no_end))

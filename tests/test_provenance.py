@@ -3,10 +3,13 @@
 import shutil
 import subprocess
 import sys
+from functools import partial, wraps
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from short_run import assert_same_weights
 
 from warp_lite.averaging.state_dicts import parameters
 from warp_lite.config import WarpConfig
@@ -14,6 +17,7 @@ from warp_lite.evaluation.limit import limit_rewards
 from warp_lite.experiment import run_experiment
 from warp_lite.policies.prompts import encode_prompts
 from warp_lite.result import WarpResult
+from warp_lite.rewards.calling import SeveralRewards, mean_reward
 from warp_lite.storage.files import read_json
 from warp_lite.storage.provenance import (
     LIBRARIES,
@@ -162,6 +166,78 @@ def test_a_reward_is_known_by_its_source_its_settings_and_the_weights_in_it(worl
         assert reward_key(world.reward) != keys[8]
     finally:
         world.reward.head.data[0] -= 1
+
+
+def scaled(prompts, completions, scale=1):
+    return [scale * len(completion) for completion in completions]
+
+
+def closed_over(scale):
+    return lambda prompts, completions: [scale * len(completion) for completion in completions]
+
+
+def with_default(scale):
+    def reward(prompts, completions, scale=scale):
+        return [scale * len(completion) for completion in completions]
+    return reward
+
+
+class Holding:
+    """A reward that holds its scale, and has a method that is one too; it also holds itself."""
+
+    def __init__(self, scale):
+        self.scale, self.itself = scale, self
+
+    def __call__(self, prompts, completions):
+        return [self.scale * len(completion) for completion in completions]
+
+    score = __call__
+
+
+class Slotted:
+    """A reward without a dict."""
+
+    __slots__ = "scale"
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, prompts, completions):
+        return [self.scale * len(completion) for completion in completions]
+
+
+LIKE_REWARDS = {
+    "partial": lambda scale: partial(scaled, scale=scale), "closure": closed_over, "default": with_default,
+    "object": Holding, "method": lambda scale: Holding(scale).score, "slots": Slotted,
+    "list": lambda scale: Holding([0, scale]), "dict": lambda scale: Holding({"a": {"b": scale}}),
+    "set": lambda scale: Holding({scale, "a", "b"}), "array": lambda scale: Holding(np.array([scale])),
+    "wrapped": lambda scale: wraps(scaled)(closed_over(scale)),
+    "mean": lambda scale: mean_reward([len, Holding(scale)]),
+    "weighted": lambda scale: SeveralRewards([len, scaled], [1.0, scale]),
+    "in one line": lambda scale: [lambda prompts: 1, lambda prompts: 2][scale - 1],
+    "module": lambda scale: torch.nn.Linear(1, 1).requires_grad_(False).apply(
+        lambda module: module.weight.fill_(scale) and module.bias.fill_(0)),
+}
+
+
+@pytest.mark.parametrize("kind", LIKE_REWARDS)
+def test_rewards_of_one_source_are_told_apart_by_what_they_hold(kind):
+    make = LIKE_REWARDS[kind]
+    assert reward_key(make(1)) == reward_key(make(1)) != reward_key(make(2))
+
+
+def test_runs_of_rewards_of_one_source_are_not_taken_for_each_other(gpt2_policy, tokenizer, tmp_path):
+    task = Task.of(gpt2_policy, tokenizer, closed_over(1), PROMPTS, PROMPTS[:2], max_new_tokens=4)
+    configs = {"a": CONFIG, "b": CONFIG}
+    rewards = {"a": partial(scaled, scale=1), "b": partial(scaled, scale=-1)}
+    whole, kept, again = (run_experiment(task, configs, [0], rewards=rewards, progress=False, out=out)
+                          for out in (None, tmp_path / "kept", tmp_path / "kept"))
+    for name in configs:
+        for result in (kept, again):
+            assert_same_weights(result.results[name][0].iterations[-1].merged,
+                                whole.results[name][0].iterations[-1].merged)
+    first, second = (kept.results[name][0].iterations[-1].merged for name in configs)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_weights_are_hashed_once_however_often_a_run_is_looked_for(kept, gpt2_policy, monkeypatch):

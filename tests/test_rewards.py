@@ -3,6 +3,8 @@
 import functools
 import math
 import sys
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -91,7 +93,9 @@ def test_a_function_of_ids_alone_and_a_callable_object_are_called_too(rollout, t
     lambda n: list(range(n)), lambda n: tuple(range(n)), lambda n: np.arange(n), lambda n: np.arange(n, dtype="f4"),
     lambda n: torch.arange(n), lambda n: torch.arange(n).float().requires_grad_(), lambda n: (i for i in range(n)),
     lambda n: [torch.tensor(float(i)) for i in range(n)], lambda n: [np.float32(i) for i in range(n)],
-    lambda n: dict(enumerate(range(n))).values(),
+    lambda n: dict(enumerate(range(n))).values(), lambda n: [Decimal(i) for i in range(n)],
+    lambda n: [Fraction(2 * i, 2) for i in range(n)], lambda n: [np.float16(i) for i in range(n)],
+    lambda n: torch.arange(n).bfloat16(), lambda n: [i if i != 1 else True for i in range(n)],
 ], ids=["list", "tuple", "ints", "floats", "tensor", "tensor with gradient", "generator", "list of tensors",
         "list of numpy numbers", "values of a dict"])
 def test_rewards_may_come_as_any_sequence_of_numbers(values, rollout, tokenizer):
@@ -107,6 +111,7 @@ def test_rewards_may_come_as_any_sequence_of_numbers(values, rollout, tokenizer)
     (dict.fromkeys(range(6), 1.0), "dict.*not a list of numbers"), (set(range(6)), "set.*not a list of numbers"),
     (frozenset(range(6)), "not a list of numbers"), ("123456", "str.*not a list of numbers"),
     (b"123456", "bytes.*not a list of numbers"), (["1.0"] * 6, "not a list of numbers"),
+    (np.ones(6, dtype=complex), "not a list of numbers"), (np.ones(6, dtype="complex64"), "not a list of numbers"),
     ([torch.ones(1)] * 6, "not a list of numbers"), ([10**400] * 6, "not a list of numbers"), ([1j] * 6, "not a list"),
 ], ids=str)
 def test_anything_else_is_refused_in_one_line(returned, words, rollout, tokenizer):

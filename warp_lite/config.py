@@ -176,15 +176,23 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-# --- stage 1 on adapters ---
-
-
 @lru_cache
 def kinds_of(config: type[WarpConfig]) -> dict[str, tuple[type, ...]]:
     """The types that each field of a config may hold, by its annotation: `int | None` gives (int, NoneType)."""
     hints = typing.get_type_hints(config)
     return {field.name: typing.get_args(hints[field.name]) or (hints[field.name],)
             for field in dataclasses.fields(config)}
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError, naming it, for a number of things that is no whole number of 1 or more."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, not {value!r}")
+
+
+def check_sampling(max_new_tokens: object, temperature: object) -> None:
+    """Raises ValueError or TypeError, naming it, for a length or temperature of completions that no config takes."""
+    WarpConfig(max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 def is_of(value: object, kinds: tuple[type, ...]) -> bool:

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from .averaging.slerp import lerp
 from .averaging.state_dicts import Weights, stack
-from .config import WarpConfig
+from .config import WarpConfig, check_count
 from .evaluation.metrics import PolicyMetrics, evaluate_many
 from .result import ETAS, Iteration, WarpResult
 from .rewards.calling import RewardFunc
 from .storage.provenance import source_hash
-from .task import Task
+from .task import Task, check_rewards
 from .training.batched import SHARED, train_batched
 from .training.iteration import measured_steps
 from .training.kept_runs import NOT_OF_A_RUN, KeptRuns
@@ -104,12 +104,25 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
     with what is measured: name, seed, iteration, run, step, weights. The policies equal those of
     `run_warp` with the same settings. `out` is a folder in which every run is kept when it ends: the same
     call goes on where it was stopped, and weights are read from there as they are needed, so that they
-    need not fit in memory. Raises ValueError without settings or seeds, for settings that cannot be used and where a
-    run fails, CannotWrite where `out` cannot be written.
+    need not fit in memory. Raises TypeError for arguments of another kind, ValueError without settings or seeds, for
+    settings that cannot be used, a name that is none of theirs, and where a run fails, CannotWrite where `out` cannot
+    be written.
     """
+    if not isinstance(task, Task):
+        raise TypeError(f"task is {type(task).__name__}; pass a Task: Task.of(policy, tokenizer, reward, prompts)")
+    if not isinstance(configs, Mapping) or not all(isinstance(config, WarpConfig) for config in configs.values()):
+        raise TypeError(f"configs is {str(configs)[:60]}; pass a dict of WarpConfigs by their names")
+    if isinstance(seeds, int):
+        raise TypeError(f"seeds is the number {seeds}; pass a list of them, or range({seeds})")
     seeds = tuple(seeds)
     if not configs or not seeds:
         raise ValueError("run_experiment needs at least one setting and one seed")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {list(seeds)}, which has one twice; runs of one seed are equal, and no error bar")
+    for what, by_name in (("rewards", rewards), ("starts", starts)):
+        for name in (by_name or {}).keys() - configs.keys():
+            raise ValueError(f"{what} has {name!r}, which is none of the settings: {', '.join(configs)}")
+    check_count("trajectory_samples", trajectory_samples)
     jobs = {name: _jobs(task, name, config, seeds, (rewards or {}).get(name, task.reward))
             for name, config in configs.items()}
     all_jobs = [job for of_config in jobs.values() for job in of_config]
@@ -137,6 +150,7 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
 def _jobs(task: Task, name: str, config: WarpConfig, seeds: Sequence[int],
           reward: RewardFunc | Sequence[RewardFunc]) -> list[_Job]:
     """A setting with each seed, ready to start."""
+    check_rewards(reward)
     rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward] * config.runs
     if len(rewards) != config.runs:
         raise ValueError(f"there are {len(rewards)} rewards for the {config.runs} runs of {name!r}")

@@ -16,7 +16,7 @@ from .rewards.calling import RewardFunc
 from .storage.files import locked
 from .storage.provenance import pinned_threads
 from .storage.run_config import check_out, kept_prompts
-from .task import Task
+from .task import Task, check_task_alone
 from .training.executors import Trainer, adapter_trainer, as_begun, trainer_for
 from .training.iteration import Stage1, try_rewards
 from .training.memory import fitting_trainer
@@ -36,7 +36,8 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
     Everything is computed and stored in float32 or wider; a narrower policy is widened first. Weights that do not
     require a gradient stay as they are; a PEFT model is refused (see `lora`).
     policy: a model, or a name or folder (then its tokenizer comes with it), or a Task, which brings tokenizer,
-    rewards and prompts. reward: a function of TRL's signature, or a list with one for each of the M runs.
+    rewards and prompts, and beside which none of them may stand. reward: a function of TRL's signature, or a list with
+    one for each of the M runs.
     prompts: a list of str, or a data set with a `prompt` column; without `eval_prompts` every fifth is held out
     (`task.hold_out`).
     executor: "batched" trains the M runs as one program where that fits in memory, "serial" one after the other,
@@ -62,6 +63,9 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
     if lora is not None:
         trainer = adapter_trainer(lora, trainer)
     if isinstance(policy, Task):
+        besides = {"tokenizer": tokenizer, "reward": reward, "prompts": prompts, "eval_prompts": eval_prompts,
+                   "gold": gold, "texts": texts, "source": source}
+        check_task_alone({name: value is not None for name, value in besides.items()})
         task = policy.as_in(config)
     else:
         task = Task.of(policy, tokenizer, reward, prompts, eval_prompts, gold=gold, texts=texts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .averaging.state_dicts import Weights, copy_weights, is_finite, load_weights, parameters
-from .config import WarpConfig
+from .config import WarpConfig, check_count, check_sampling
 from .policies.ends import end_ids
 from .policies.loading import check_whole, load_policy
 from .policies.precision import full_precision
@@ -62,8 +62,10 @@ class Task:
         widened, and left as it is. prompts, eval_prompts: a list of str or a data set with a `prompt` column; without
         `eval_prompts` some of the distinct prompts are held out (see `hold_out`, which `kept` is for).
         Raises TypeError for what is missing or of the wrong kind, ValueError for a policy that is not finite, prompts
-        that are empty or leave no room for a completion, and token ids that the policy has no embedding for.
+        that are empty or leave no room for a completion, token ids that the policy has no embedding for, and a length
+        or temperature that no config takes.
         """
+        check_sampling(max_new_tokens, temperature)
         if isinstance(policy, (str, Path)):
             policy, tokenizer = load_policy(policy)
         if not isinstance(policy, torch.nn.Module):
@@ -115,14 +117,17 @@ class Task:
         return dataclasses.replace(self, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
 
     def measured_on(self, prompts: Sequence | Prompts) -> Task:
-        """The task with other held-out prompts, encoded or as a user gives them."""
+        """The task with other held-out prompts, encoded or as a user gives them.
+
+        Raises ValueError or TypeError for prompts that cannot be used (see `prompts_for`).
+        """
         if not isinstance(prompts, Prompts):
-            room = room_for_prompts(self.policy, self.max_new_tokens)
-            prompts = encode_prompts(self.tokenizer, prompts, room).to(self.policy.device)
+            prompts = prompts_for(self.policy, self.tokenizer, prompts, self.max_new_tokens)
         return dataclasses.replace(self, eval_prompts=prompts)
 
     def first(self, count: int) -> Task:
-        """The task measured on the first `count` of its held-out prompts alone."""
+        """The task measured on the first `count` of its held-out prompts alone. Raises ValueError for less than 1."""
+        check_count("count", count)
         return self.measured_on(self.eval_prompts.batch(np.arange(min(count, len(self.eval_prompts)))))
 
     def to(self, device: str | torch.device) -> Task:
@@ -150,6 +155,25 @@ class World(Task):
 
     folder: Path | None = None
     facts: dict = field(default_factory=dict)
+
+
+def prompts_for(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence,
+                max_new_tokens: int) -> Prompts:
+    """Prompts to measure a policy on, encoded, on its device.
+
+    Raises ValueError or TypeError for those that cannot be read, leave no room for a completion, or have token ids that
+    the policy has no embedding for.
+    """
+    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens))
+    check_ids(policy, tokenizer, encoded)
+    return encoded.to(policy.device)
+
+
+def check_task_alone(besides: Mapping[str, bool]) -> None:
+    """Raises TypeError for arguments, those of `besides` that are True, which stand beside a Task that has its own."""
+    if names := [name for name, is_there in besides.items() if is_there]:
+        raise TypeError(f"the Task has its own {', '.join(names)}; leave out what stands beside it, or pass another "
+                        "Task: dataclasses.replace(task, reward=…), task.measured_on(prompts)")
 
 
 def check_rewards(reward: RewardFunc | Sequence[RewardFunc], gold: RewardFunc | None = None) -> None:

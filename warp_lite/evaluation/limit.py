@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import parameters
-from ..config import WarpConfig
-from ..policies.prompts import encode_prompts, room_for_prompts
+from ..config import WarpConfig, check_count, check_sampling
 from ..policies.randomness import EVALUATION, generator
 from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry
@@ -28,7 +27,7 @@ from ..rewards.classifiers import ClassifierReward
 from ..storage.files import CannotWrite
 from ..storage.provenance import cache_folder, json_hash, package_versions, source_hash
 from ..storage.tensors import load_tensors, save_tensors, weights_hash
-from ..task import Task
+from ..task import Task, check_rewards, check_task_alone, prompts_for
 from .front import MIN_ESS
 from .metrics import rows_at_once
 
@@ -45,8 +44,9 @@ def reference_rewards(task: Task, samples: int, *, seed: int = 0,
     """Rewards, and gold rewards where the task has any, (prompts, samples), float64, of completions of θ_sft.
 
     `samples` completions of each held-out prompt of the task, of its length and at its temperature. A completion whose
-    reward is None has NaN.
+    reward is None has NaN. Raises ValueError for less than one sample.
     """
+    check_count("samples", samples)
     prompts, judges = task.eval_prompts, [task.judge]
     if task.gold is not None:
         judges.append(task.gold)
@@ -178,14 +178,21 @@ def sampled_rewards(reference: Task | PreTrainedModel | None, reward: RewardFunc
                     seed: int) -> Tensor:
     """Rewards (prompts, samples) of a Task, or of a reference policy on prompts.
 
-    Raises TypeError where one of what is needed is missing, ValueError for prompts that cannot be used.
+    Raises TypeError where one of what is needed is missing, or stands beside a Task that has its own; ValueError for
+    prompts, samples, length or temperature that cannot be used.
     """
-    if not isinstance(reference, Task):
+    if isinstance(reference, Task):
+        check_task_alone({
+            "reward": reward is not None, "prompts": prompts is not None, "tokenizer": tokenizer is not None,
+            "max_new_tokens": max_new_tokens not in (WarpConfig.max_new_tokens, reference.max_new_tokens),
+            "temperature": temperature not in (WarpConfig.temperature, reference.temperature)})
+    else:
         needed = {"reference": reference, "tokenizer": tokenizer, "prompts": prompts, "reward": reward}
         if missing := [name for name, value in needed.items() if value is None]:
             raise TypeError(f"the limit needs samples: give `rewards` of them, or {', '.join(missing)} to draw them")
-        room = room_for_prompts(reference, max_new_tokens)
-        encoded = encode_prompts(tokenizer, prompts, room).to(reference.device)
+        check_sampling(max_new_tokens, temperature)
+        check_rewards(reward)
+        encoded = prompts_for(reference, tokenizer, prompts, max_new_tokens)
         reference = Task(reference, tokenizer, reward, encoded, encoded, None, None, max_new_tokens, temperature,
                          sft=parameters(reference))
     return reference_rewards(reference, samples, seed=seed)[0]

@@ -14,14 +14,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import Weights, check_same_tensors, parameters, stack
-from ..config import WarpConfig
+from ..config import WarpConfig, check_count, check_sampling
 from ..policies.forward import make_forward
 from ..policies.loading import check_whole
-from ..policies.prompts import Prompts, encode_prompts, encode_texts, room_for_prompts
+from ..policies.prompts import Prompts, encode_texts
 from ..policies.randomness import EVALUATION, generator
 from ..policies.sampling import Policies, Rollout, completions_text, log_softmax
 from ..rewards.calling import RewardFunc, rollout_rewards
-from ..task import Task
+from ..task import Task, check_rewards, prompts_for
 
 ROWS_AT_ONCE = 1024  # sequences in one forward: more no longer helps
 LOGITS_AT_ONCE = 2**28  # bytes of logits: with a vocabulary of 50,000 words they would fill the memory before
@@ -65,12 +65,15 @@ def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, reward: Reward
              seed: int = 0) -> PolicyMetrics:
     """Measure one policy against a reference policy, both causal LMs, on prompts.
 
-    `samples` completions a prompt. Raises ValueError on prompts that are empty or too long, on
-    policies of different architectures, and where a reward is not finite.
+    `samples` completions a prompt. Raises ValueError or TypeError on prompts, samples, length or temperature that
+    cannot be used, a reward that cannot be called, policies of different architectures, and where a reward is not
+    finite.
     """
+    check_sampling(max_new_tokens, temperature)
+    check_rewards(reward, gold)
     for what, model in (("policy", policy), ("reference", reference)):
         check_whole(model, what)
-    encoded = encode_prompts(tokenizer, prompts, room_for_prompts(policy, max_new_tokens)).to(policy.device)
+    encoded = prompts_for(policy, tokenizer, prompts, max_new_tokens)
     check_same_tensors(parameters(reference), {"policy": parameters(policy)})
     task = Task(policy, tokenizer, reward, encoded, encoded, gold, texts, max_new_tokens, temperature,
                 sft=parameters(reference))
@@ -87,8 +90,9 @@ def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int =
     sampled from the policy and the exact KL over the vocabulary is summed at every position
     up to the one that ends it. Policy and reference are taken at one temperature.
     Weights may lie on another device than the policy: they are moved to it, a few policies at a time.
-    Raises ValueError where a reward is not finite.
+    Raises ValueError where a reward is not finite, and for less than one sample.
     """
+    check_count("samples", samples)
     forward, prompts, device = make_forward(task.policy), task.eval_prompts, task.policy.device
     E = len(next(iter(weights.values())))
     uniforms = evaluation_uniforms(seed, len(prompts), samples, task.max_new_tokens, prompts.ids.device)   # (N·k, T)

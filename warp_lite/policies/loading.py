@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -151,7 +152,11 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
             if generation is not None:
                 model.generation_config = generation
         if generation is not None:
-            generation.to_json_file(folder / "generation_config.json")
+            plain = copy.copy(generation)
+            for name, value in vars(generation).items():
+                if hasattr(value, "tolist"):  # ids in an array or tensor, which JSON cannot hold
+                    setattr(plain, name, value.tolist())
+            plain.to_json_file(folder / "generation_config.json")
         tokenizer.save_pretrained(folder)
 
 

@@ -182,7 +182,7 @@ def reward_values(returned: object, count: int) -> list[float | None]:
         raise refused
     numbers: list[float | None] = []
     for value in values:
-        if isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 0) != 0:
+        if isinstance(value, (str, bytes, bytearray, complex, np.complexfloating)) or getattr(value, "ndim", 0):
             raise refused
         try:
             numbers.append(None if value is None else float(value))

@@ -110,6 +110,8 @@ def trainer_for(executor: str | Trainer) -> Trainer:
         if executor not in EXECUTORS:
             raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
         return named(EXECUTORS[executor])()
+    if isinstance(executor, type):
+        raise TypeError(f"executor is the class {executor.__name__}; pass one of its objects: {executor.__name__}()")
     if not isinstance(executor, Trainer):
         raise TypeError(f"executor is {type(executor).__name__}; pass one of {', '.join(EXECUTORS)}, or a Trainer")
     return executor
@@ -118,10 +120,14 @@ def trainer_for(executor: str | Trainer) -> Trainer:
 def adapter_trainer(lora: LoraSettings, trainer: Trainer) -> Trainer:
     """The trainer of adapters; one after the other where `trainer` does so.
 
-    Raises ValueError where the runs would train in other processes, ImportError without PEFT.
+    Raises ValueError where the runs would train in other processes or by a trainer of the user's, ImportError without
+    PEFT.
     """
     if trainer.name == "ray":
         raise ValueError("adapters (lora) train in this process alone; leave out executor='ray', or lora")
+    if type(trainer) not in (SerialTrainer, BatchedTrainer):
+        raise ValueError("adapters (lora) train by a trainer of their own, so that the executor, a "
+                         f"{type(trainer).__name__}, would never be asked; leave out executor, or lora")
     return named("warp_lite.scale.lora:AdapterTrainer")(lora, trainer.name, trainer.at_once)
 
 

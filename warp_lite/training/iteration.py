@@ -55,7 +55,8 @@ class Stage1:
     def train(self, runs: list[Run]) -> Trained:
         """Take the runs of an iteration to their ends, or as far as they come.
 
-        Raises RunFailed, ValueError where all of them failed, KeyboardInterrupt when it was told to stop.
+        Raises RunFailed, ValueError where all of them failed or the trainer returns too few, KeyboardInterrupt when it
+        was told to stop.
         """
         config, folder, iteration = self.config, self.folder, runs[0].iteration
         ended, failures, trajectory = {}, [], []
@@ -95,6 +96,9 @@ class Stage1:
                 failures += self._leave_out(error, group, last_good)
                 group = [run for e, run in enumerate(group) if e not in error.reasons]
                 continue
+            if len(states) != len(group):
+                raise ValueError(f"the trainer {self.trainer.name!r} returned {len(states)} states for the "
+                                 f"{len(group)} runs that it was given; it must return one for each")
             if self.folder is not None:
                 for run, state in zip(group, states):
                     self.trainer.keep(self.folder, run, state)

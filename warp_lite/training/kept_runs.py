@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import CellType, CodeType
 
+import numpy as np
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..averaging.state_dicts import Weights
 from ..policies.prompts import Prompts
 from ..rewards.calling import RewardFunc, reward_name
-from ..rewards.classifiers import ClassifierReward
 from ..storage.files import read_json, write_json
 from ..storage.provenance import json_hash, package_versions, provenance
 from ..storage.tensors import load_tensors, save_tensors, weights_hash
@@ -75,20 +78,72 @@ class KeptRuns:
 
 
 def reward_key(reward: RewardFunc) -> str:
-    """A hash of a reward: its name, its own source, its plain settings, and the weights of models that it holds.
+    """A hash of a reward: its name, its code, and all that it holds that can be seen (see `described`).
 
     Of what a function calls or reads from elsewhere nothing is seen: after a change there, take another folder.
     """
-    written = reward if inspect.isroutine(reward) else type(reward)
+    return json_hash([reward_name(reward), described(reward)])
+
+
+def described(value: object, above: tuple[int, ...] = ()) -> object:
+    """What a value is, as JSON can hold it, so that values that act otherwise are told apart.
+
+    Plain data, arrays, tensors and the weights of models by their contents; functions by their code, defaults and what
+    they close over; partial functions, methods and other callable objects by what they hold, all the way down. Of
+    anything else, tokenizers among them, the name of its class alone. `above` are the ids of what it is in.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if id(value) in above:
+        return "itself"
+
+    def inner(*values: object) -> list:
+        return [described(one, (*above, id(value))) for one in values]
+
+    name = type(value).__qualname__
+    if isinstance(value, Tensor):
+        return weights_hash({name: value})
+    if isinstance(value, np.ndarray):
+        return [name, str(value.dtype), *inner(value.tolist())]
+    if isinstance(value, Mapping):
+        return [name, *(inner(*pair) for pair in value.items())]
+    if isinstance(value, (list, tuple)):
+        return [name, *inner(*value)]
+    if isinstance(value, (set, frozenset)):
+        return [name, *sorted(map(json_hash, inner(*value)))]
+    if isinstance(value, CodeType):  # of lambdas in one line the source is the same
+        return [value.co_code.hex(), *value.co_names, *inner(*value.co_consts)]
+    if isinstance(value, partial):
+        return [name, *inner(value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return [name, *inner(value.__func__, value.__self__)]
+    if inspect.isfunction(value):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return [value.__qualname__, source_of(value), *inner(
+            value.__code__, value.__defaults__, value.__kwdefaults__, held, vars(value))]
+    if isinstance(value, type) or inspect.isroutine(value):
+        return [value.__qualname__, source_of(value)]
+    acts = callable(value) or hasattr(value, "from_ids")
+    if not acts or isinstance(value, PreTrainedTokenizerBase):  # which notes its own warnings
+        return name
+    own = {slot: getattr(value, slot) for slot in slots_of(type(value)) if hasattr(value, slot)}
+    own |= vars(value) if hasattr(value, "__dict__") else {}
+    if isinstance(value, nn.Module):
+        plain = {key: held for key, held in own.items() if isinstance(held, (bool, int, float, str))}
+        own = {**plain, "training": None, "weights": weights_hash(dict(value.named_parameters()))}
+    return [name, source_of(type(value)), *inner(own)]
+
+
+def slots_of(kind: type) -> list[str]:
+    """The names of the slots that objects of a class have in place of a dict."""
+    slots = [vars(above).get("__slots__", ()) for above in kind.__mro__]
+    names = [name for one in slots for name in ([one] if isinstance(one, str) else one)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def source_of(code: object) -> str | None:
+    """The source of a function or class; None where it was not kept."""
     try:
-        source = inspect.getsource(written)
+        return inspect.getsource(code)
     except (OSError, TypeError):  # a builtin, or typed where it was not kept
-        source = None
-    held = getattr(reward, "__dict__", {})
-    plain = {name: value for name, value in held.items() if isinstance(value, (bool, int, float, str))}
-    models = {name: weights_hash(dict(value.named_parameters()))
-              for name, value in held.items() if isinstance(value, nn.Module)}
-    tensors = {name: weights_hash({name: value}) for name, value in held.items() if isinstance(value, Tensor)}
-    inner = {name: reward_key(value) for name, value in held.items()
-             if hasattr(value, "from_ids") or isinstance(value, ClassifierReward)}
-    return json_hash([reward_name(reward), source, plain, models, tensors, inner])
+        return None
