@@ -286,6 +286,12 @@ def test_prompts_are_read_from(name, tmp_path):
     ("p.txt", "one\n".encode("utf-16"), "cannot read the prompts in"), ("p.txt", b"caf\xe9\n", "cannot read the prom"),
     ("p.txt", b"\n \n", "has no prompts"), ("p.jsonl", b'{"prompt": "a"}\n\n"b"', "line 3 of .* no JSON object with a"),
     ("p.jsonl", b'[{"prompt": "a"}]', "line 1 of .* is no JSON object"), ("p.json", b"[1]", "entry 1 of"),
+    ("p.json", b"[]", "p.json has no prompts; its array is empty"),
+    ("p.jsonl", b'{"prompt": "a"},\n{"prompt": "b"}', "line 1 of .* is no JSON object"),
+    ("p.json", b'{"prompt": ["a", "b"]}', r"the .prompt. in line 1 of .*p.json is neither a text .*\['a', 'b'\]"),
+    ("p.json", b'{"prompt": {"0": "a"}}', "the .prompt. in line 1 of .* is neither a text nor a list of messages"),
+    ("p.json", b'[{"prompt": "a"}, {"prompt": null}]', "the .prompt. in entry 2 of .* is neither .*None"),
+    ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": []}', "the .prompt. in line 3 of .* is neither"),
     ("p.json", b'[{"prompt": "a"}', "begins as a JSON array and is none"), ("p.jsonl", b'{"text": "a"}', "line 1 of")])
 def test_a_file_that_is_not_read_is_refused_in_one_line(name, data, words, tmp_path):
     (tmp_path / name).write_bytes(data)

@@ -97,7 +97,7 @@ def test_a_function_of_ids_alone_and_a_callable_object_are_called_too(rollout, t
     lambda n: [Fraction(2 * i, 2) for i in range(n)], lambda n: [np.float16(i) for i in range(n)],
     lambda n: torch.arange(n).bfloat16(), lambda n: [i if i != 1 else True for i in range(n)],
 ], ids=["list", "tuple", "ints", "floats", "tensor", "tensor with gradient", "generator", "list of tensors",
-        "list of numpy numbers", "values of a dict"])
+        "list of numpy numbers", "values of a dict", "decimals", "fractions", "halves", "bfloat16", "a bool"])
 def test_rewards_may_come_as_any_sequence_of_numbers(values, rollout, tokenizer):
     rewards = rollout_rewards([lambda prompts, completions: values(len(completions))] * 2, rollout, tokenizer)
     assert rewards.dtype == torch.float64 and not rewards.requires_grad

@@ -541,10 +541,35 @@ def test_a_column_that_json_cannot_hold_is_refused_with_a_folder_only(policy, to
         column_names = ["prompt", "image"]
 
     prompts = Table(prompt=PROMPTS, image=[object()] * len(PROMPTS))
-    with pytest.raises(ValueError, match="a column that a run folder cannot hold .*object.*; keep text and numbers"):
+    with pytest.raises(ValueError, match="a column 'image' that a run folder cannot hold: .*object.*; keep text"):
         short_run(policy, tokenizer, prompts=prompts, out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
     short_run(policy, tokenizer, prompts=prompts, steps=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), np.float32("nan"), {"a": [float("nan")]}, {1: "a"},
+                                   {1: "a", "b": 2}, {"a", "b"}, b"a", len], ids=str)
+def test_a_column_that_would_come_back_otherwise_is_refused_before_anything_is_written(
+        policy, tokenizer, tmp_path, value):
+    rows = [{"prompt": prompt, "note": value} for prompt in PROMPTS]
+    with pytest.raises(ValueError, match="a column 'note' that a run folder cannot hold: it has .*; keep text, finite"):
+        short_run(policy, tokenizer, prompts=rows, out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [None, True, 10**30, 0.1, "\u2028\ud800", [1, [None]], {"a": {"b": [0.5, None]}}, {},
+                                   np.int64(3), np.arange(2)], ids=repr)
+def test_a_column_comes_back_as_the_reward_had_it(policy, tokenizer, tmp_path, value):
+    had = []
+
+    def noting(prompts, completions, note):
+        had.extend(note)
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": prompt, "note": value} for prompt in PROMPTS]
+    short_run(policy, tokenizer, reward=noting, prompts=rows, out=tmp_path / "run", iterations=1, steps=1)
+    again = load_result(tmp_path / "run", noting).task.eval_prompts.columns["note"]
+    assert [*had, *again] == [again[0]] * len([*had, *again]) and type(had[0]) is type(again[0])
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

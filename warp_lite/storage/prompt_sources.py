@@ -47,9 +47,16 @@ def read_prompts(path: str | Path) -> list:
         place = "line"
         rows = [(number, parsed(line, f'line {number} of {path} is no JSON object with a "prompt"'))
                 for number, line in lines]
+    if not rows:
+        raise ValueError(f"{path} has no prompts; its array is empty")
     for number, row in rows:
         if not isinstance(row, dict) or "prompt" not in row:
             raise ValueError(f'{place} {number} of {path} is no JSON object with a "prompt"')
+        prompt = row["prompt"]
+        is_conversation = isinstance(prompt, list) and prompt and all(isinstance(part, dict) for part in prompt)
+        if not isinstance(prompt, str) and not is_conversation:
+            raise ValueError(f'the "prompt" in {place} {number} of {path} is neither a text nor a list of messages: '
+                             f"{str(prompt)[:60]!r}; write an object for each prompt")
     rows = [row for _, row in rows]
     return rows if any(len(row) > 1 for row in rows) else [row["prompt"] for row in rows]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -274,16 +275,27 @@ def run_settings(task: Task, config: WarpConfig, lora: LoraSettings | None = Non
     Raises ValueError for columns of a data set that JSON cannot hold.
     """
     prompts, held_out = task.prompts, task.eval_prompts
-    try:
-        hashed = json_hash([prompts.given, held_out.given, held_out.columns])
-    except TypeError as error:
-        raise ValueError(f"the prompts have a column that a run folder cannot hold ({error}); "
-                         "keep text and numbers, or leave out `out`") from None
+    for name, values in {"prompt": [*prompts.given, *held_out.given], **held_out.columns}.items():
+        for value in values:
+            if not survives_json(value):
+                raise ValueError(f"the prompts have a column {name!r} that a run folder cannot hold: it has "
+                                 f"{' '.join(str(value).split())[:60]} ({type(value).__name__}); keep text, finite "
+                                 "numbers, None, lists and dicts with text as keys, or leave out `out`")
+    hashed = json_hash([prompts.given, held_out.given, held_out.columns])
     narrow = next((name for name, dtype in NARROW.items() if dtype == task.dtype), None)
     return {"config": dataclasses.asdict(config), "policy": weights_hash(task.sft),
             "lora": None if lora is None else dataclasses.asdict(lora),
             "reward": reward_name(task.reward), "source": task.source, **({"dtype": narrow} if narrow else {}),
             "prompts": {"train": len(prompts), "eval": len(held_out), "sha256": hashed}}
+
+
+def survives_json(value: object) -> bool:
+    """Whether a value is the same after it was written as JSON and read again, but for tuples, which become lists."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and survives_json(inner) for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(survives_json, value))
+    return value is None or isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value)
 
 
 def write_start(folder: RunFolder, task: Task) -> None:
