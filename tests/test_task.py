@@ -36,7 +36,7 @@ def test_a_run_of_a_task_refuses_what_the_task_has(task, tmp_path, name):
 
 @pytest.mark.parametrize("front", [optimal_front, best_of_n_front])
 @pytest.mark.parametrize("beside", [{"reward": other_score}, {"prompts": PROMPTS}, {"tokenizer": object()},
-                                    {"max_new_tokens": 3}, {"temperature": 0.5}], ids=str)
+                                    {"max_new_tokens": 3}, {"temperature": 0.5}], ids=lambda beside: next(iter(beside)))
 def test_a_limit_of_a_task_refuses_what_the_task_has(task, front, beside):
     with pytest.raises(TypeError, match=f"the Task has its own {next(iter(beside))}; leave out"):
         front(task, samples=8, **beside)
