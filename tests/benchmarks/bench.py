@@ -44,18 +44,11 @@ PARTS = ("steps", "sampling", "experiment", "saving", "merge", "ray", "busy", "g
 LENGTH = 24  # tokens of every completion on the tiny model; none ends early, so that all sides do the same work
 
 
-class Endless:
-    """A tokenizer's ids for the sampler with an EOS that is never sampled."""
+class Endless(Policies):
+    """Policies whose completions never end early: -1 is never sampled."""
 
-    eos_token_id, pad_token_id = -1, 0
-
-
-def endless(model):
-    """The same model, of the same weights, without EOS ids of its own."""
-    model = copy.copy(model)
-    model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    return model
+    def ends(self, tokenizer) -> tuple[int, ...]:
+        return (-1,)
 
 
 def interleaved(rounds: int, **sides) -> dict[str, float]:
@@ -94,7 +87,7 @@ class PolicyStep:
         config = WarpConfig(batch_size=batch, max_new_tokens=LENGTH)
         self.runs = [Run(config, 1, m + 1, state, state, world.reward) for m in range(policies)]
         self.prompts = world.prompts
-        self.forward = make_forward(endless(model))
+        self.forward = make_forward(model)
         self.ensemble = Ensemble([state] * policies, [1e-6] * policies, (0.9, 0.95), 1e-8, [1.0] * policies)
         self.anchor = FlatAnchor(self.ensemble, [state] * policies, [config.mu] * policies)
         self.beta = torch.full((policies, 1), 0.3, dtype=torch.float64)
@@ -103,7 +96,7 @@ class PolicyStep:
     def __call__(self) -> None:
         batch, uniforms = draw(self.runs, self.steps, self.prompts)
         with torch.no_grad():
-            rollout = Policies(self.forward, self.ensemble.weights).sample(batch, uniforms, Endless)
+            rollout = Endless(self.forward, self.ensemble.weights).sample(batch, uniforms, self.world.tokenizer)
         anchor_logp = score(self.forward, self.anchor.weights, rollout, self.config)
         rewards = rollout_rewards([self.world.reward] * self.E, rollout, self.world.tokenizer)
         differentiate(self.forward, self.ensemble.weights, rollout, rewards, anchor_logp, self.beta, self.config,
@@ -291,7 +284,7 @@ def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
         ("16 × 32 tokens, GPT-2 of 124M", big, Prompts([""] * 16, ids[None], torch.ones_like(ids)[None]), 32, 1),
     ):
         forward, weights = (
-            make_forward(endless(model)),
+            make_forward(model),
             stack([parameters(model)])
             if model is not big
             else {n: p.unsqueeze(0) for n, p in parameters(model).items()},
@@ -300,7 +293,7 @@ def bench_sampling(world, rounds: int, scratch: Path) -> list[dict]:
 
         def ours(forward=forward, weights=weights, prompts=prompts, uniforms=uniforms):
             with torch.no_grad():
-                Policies(forward, weights).sample(prompts, uniforms, Endless)
+                Endless(forward, weights).sample(prompts, uniforms, world.tokenizer)
 
         def generate(cache=None, model=model, prompts=prompts, length=length):
             extra = {} if cache is None else {"cache_implementation": cache}
