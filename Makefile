@@ -4,8 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.setup-done
-# Threads that wait let others have the core, also in what imports torch before warp_lite (see warp_lite/__init__.py).
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait soon let others have the core, also in what imports torch before warp_lite (see its __init__.py).
+export GOMP_SPINCOUNT ?= 3000
 # Two workers of one thread each, for two cores; results round by the number of threads, and children must agree.
 # worksteal, as all notebooks are run from one module, which loadscope would leave to one worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -4,7 +4,7 @@ import os
 import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network; read when the library is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `import warp_lite` sets it; torch is imported first here
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `import warp_lite` sets it; torch is imported first here
 
 import pytest
 import torch

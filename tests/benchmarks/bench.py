@@ -412,7 +412,7 @@ def bench_busy(rounds: int, scratch: Path) -> list[dict]:
     """The command line beside two processes that never rest, and on a free machine with threads that wait as torch's
     do by default: busily."""
     command = [sys.executable, "-m", "warp_lite.cli", "run", "--preset", "tiny", "--set=iterations=1", "--out"]
-    own = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    own = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
 
     def side(**environment) -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
