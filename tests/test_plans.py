@@ -31,7 +31,7 @@ def gemma():
 
 def test_every_plan_has_a_value_for_each_size_and_a_notebook():
     stems = {path.stem for path in paths()}
-    assert plans.PLANS.keys() <= stems
+    assert plans.PLANS.keys() <= {*stems, "running_example"}
     assert all(len(row) == 4 for plan in plans.PLANS.values() for row in plan.values())
 
 
@@ -64,7 +64,8 @@ def test_runs_of_real_models_are_kept_where_out_says_or_for_the_time_being(gpt2_
 
 @pytest.mark.parametrize("fast, taken", [(True, True), (False, False), ("false", False), ("true", True), ("False", 0)])
 def test_fast_may_be_a_word_as_a_shell_writes_it(fast, taken):
-    assert checked_parameters("tiny-gpt2", fast, 0, "cpu", "") == taken
+    assert checked_parameters("tiny-gpt2", fast, 0, "cpu", "") == (taken, False)
+    assert checked_parameters("tiny-gpt2", False, 0, "cpu", "", fast) == (False, taken)
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -73,10 +74,10 @@ def test_fast_may_be_a_word_as_a_shell_writes_it(fast, taken):
     ({"fast": None}, "FAST must be"), ({"seed": "abc"}, "SEED must be a whole number, 0 or more, not 'abc'"),
     ({"seed": True}, "SEED must be"), ({"seed": -1}, "SEED must be"), ({"seed": 0.5}, "SEED must be"),
     ({"device": 0}, "DEVICE must be a text"), ({"device": ""}, "DEVICE must be"), ({"out": None}, "OUT must be"),
-    ({"out": 1}, "OUT must be the name of a folder")])
+    ({"out": 1}, "OUT must be the name of a folder"), ({"retrain": 1}, "RETRAIN must be True or False, not 1")])
 def test_a_parameter_of_another_type_is_named_in_one_line_before_a_world_is_loaded(changed, words, monkeypatch):
     monkeypatch.setattr("warp_lite.notebooks.start.load_world", lambda *a, **k: pytest.fail("it loaded a world"))
-    sound = {"model": "tiny-gpt2", "fast": True, "seed": 0, "device": "cpu", "out": ""}
+    sound = {"name": "00_kl_and_reward", "model": "tiny-gpt2", "fast": True, "seed": 0, "device": "cpu", "out": ""}
     with pytest.raises(ValueError, match=f"the parameter {words}") as caught:
         begin(**{**sound, **changed})
     assert "\n" not in str(caught.value)
@@ -86,7 +87,9 @@ def test_a_notebook_begins_with_its_world_named_in_a_line(world, monkeypatch, ca
     monkeypatch.setenv("WARP_LITE_MODEL", "tiny-gpt2")
     monkeypatch.setenv("WARP_LITE_FAST", "1")
     with matplotlib.rc_context():  # a notebook's style is for the notebook's life
-        model, fast, begun = begin("absent", "false", 0, "cpu", "")
-    assert (model, fast, begun.facts) == ("tiny-gpt2", True, world.facts)
+        lab = begin("00_kl_and_reward", "absent", "false", 0, "cpu", "")
+    assert (lab.model, lab.fast, lab.retrain, lab.world.facts) == ("tiny-gpt2", True, False, world.facts)
+    assert lab.plan == plans.plan("00_kl_and_reward", lab.world.policy, fast=True) and lab.keep is None
+    assert lab.kinds == ["reward", "gold"] and lab.reward_label("gold") == f"gold reward ({world.reward.unit})"
     assert capsys.readouterr().out == ("tiny-gpt2: 107,712 parameters, 320 prompts to train on and 64 held out; "
                                        "fast mode on cpu\n")

@@ -23,7 +23,7 @@ from .rewards.calling import RewardFunc
 from .storage.provenance import source_hash
 from .task import Task, check_rewards
 from .training.batched import SHARED, train_batched
-from .training.iteration import measured_steps
+from .training.iteration import MeasuredSteps
 from .training.kept_runs import NOT_OF_A_RUN, KeptRuns
 from .training.memory import MEMORY_SHARE, free_memory, training_memory
 from .training.run import OnStep, Run
@@ -91,7 +91,8 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
                    rewards: Mapping[str, RewardFunc | Sequence[RewardFunc]] | None = None,
                    starts: Mapping[str, Callable[[WarpResult, int], Weights]] | None = None,
                    checkpoints: Callable[[str, int, int, int, int, Weights], None] | None = None,
-                   trajectory_samples: int = 1, progress: bool = True, out: str | Path | None = None) -> Experiment:
+                   trajectory_samples: int = 1, traced: int | None = None, progress: bool = True,
+                   out: str | Path | None = None) -> Experiment:
     """Algorithm 1 for every setting and seed, whatever can share a program in one, and a run that
     several settings have in common once.
 
@@ -100,7 +101,8 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
     task's. `starts` gives some of them another outer step: where run m of the next iteration
     starts, as a function of the result so far and m, in place of LITI; runs that start apart are
     merged around the mean of their starts. Trajectories are measured every `eval_every` steps with
-    `trajectory_samples` completions a held-out prompt, and `checkpoints`, where given, is called
+    `trajectory_samples` completions a held-out prompt; with `traced`, only runs 1 … `traced` of each iteration
+    are, and closely where their KL grows fast (see `MeasuredSteps`). `checkpoints`, where there are any, is called
     with what is measured: name, seed, iteration, run, step, weights. The policies equal those of
     `run_warp` with the same settings. `out` is a folder in which every run is kept when it ends: the same
     call goes on where it was stopped, and weights are read from there as they are needed, so that they
@@ -123,16 +125,19 @@ def run_experiment(task: Task, configs: Mapping[str, WarpConfig], seeds: Sequenc
         for name in (by_name or {}).keys() - configs.keys():
             raise ValueError(f"{what} has {name!r}, which is none of the settings: {', '.join(configs)}")
     check_count("trajectory_samples", trajectory_samples)
+    if traced is not None:
+        check_count("traced", traced)
     jobs = {name: _jobs(task, name, config, seeds, (rewards or {}).get(name, task.reward))
             for name, config in configs.items()}
     all_jobs = [job for of_config in jobs.values() for job in of_config]
     kept = None
     if out is not None:
-        kept = KeptRuns(out, task.policy, task.prompts, task.eval_prompts, trajectory_samples, source_hash(__name__))
+        kept = KeptRuns(out, task.policy, task.prompts, task.eval_prompts, trajectory_samples, source_hash(__name__),
+                        traced)
     with tqdm(desc="training", unit="step", disable=None if progress else True, leave=False) as bar:
         for i in range(1, max(job.config.iterations for job in all_jobs) + 1):
             active = [job for job in all_jobs if i <= job.config.iterations]
-            trained = _train(task, _shared_runs(active, i), kept, trajectory_samples, checkpoints, bar, i)
+            trained = _train(task, _shared_runs(active, i), kept, trajectory_samples, traced, checkpoints, bar, i)
             for job in active:
                 policies, anchors = map(list, zip(*(trained[id(job), m] for m in range(1, job.config.runs + 1))))
                 init = _mean(job.inits)
@@ -170,7 +175,7 @@ def _shared_runs(jobs: list[_Job], i: int) -> list[_SharedRun]:
     return list(shared.values())
 
 
-def _train(task: Task, shared: list[_SharedRun], kept: KeptRuns | None, trajectory_samples: int,
+def _train(task: Task, shared: list[_SharedRun], kept: KeptRuns | None, trajectory_samples: int, traced: int | None,
            checkpoints: Callable | None, bar: tqdm, i: int) -> dict[tuple[int, int], tuple[Weights, Weights]]:
     """Policy and anchor of every run of iteration i, by its job and number: those that are kept, and the others
     trained in groups."""
@@ -186,7 +191,7 @@ def _train(task: Task, shared: list[_SharedRun], kept: KeptRuns | None, trajecto
             trained |= {(id(job), member.run.number): weights for job in member.jobs}
             bar.update(member.run.config.steps)
     for group in _groups(waiting, task):
-        on_step = _measure_trajectories(group, trajectory_samples, checkpoints, bar)
+        on_step = _measure_trajectories(group, trajectory_samples, traced, checkpoints, bar)
         states = train_batched(task.policy, task.tokenizer, task.prompts, [member.run for member in group], on_step)
         for member, state in zip(group, states):
             weights = (state.policy, state.anchor)  # Adam's moments are of no more use
@@ -228,17 +233,20 @@ def _split(items: list, count: int) -> list[list]:
     return [items[a:b] for a, b in zip(edges, edges[1:])]
 
 
-def _measure_trajectories(group: list[_SharedRun], samples: int, checkpoints: Callable | None, bar: tqdm) -> OnStep:
+def _measure_trajectories(group: list[_SharedRun], samples: int, traced: int | None, checkpoints: Callable | None,
+                          bar: tqdm) -> OnStep:
     """The callback that measures a group's policies as they train, those whose turn it is."""
+    turns = [MeasuredSteps(member.run, traced) for member in group]
 
     def on_step(runs, step, states, metrics):
         bar.update(len(runs))
-        due = [e for e, run in enumerate(runs) if step in measured_steps(run.config)]
+        due = [e for e, turn in enumerate(turns) if turn.is_due(step)]
         if not due:
             return
         task, current = group[0].jobs[0].result.task, states()
         measured = evaluate_many(task, stack([current[e].policy for e in due]), samples=samples, texts=False)
         for e, point in zip(due, measured):
+            turns[e].note(step, point.kl)
             run = group[e].run
             row = {"iteration": run.iteration, "run": run.number, "step": step, **point.as_dict()}
             for job in group[e].jobs:

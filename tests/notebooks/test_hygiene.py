@@ -44,9 +44,10 @@ def test_it_is_a_valid_notebook_with_the_python3_kernel(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
-def test_papermill_finds_the_five_parameters(path, notebook):
+def test_papermill_finds_the_five_parameters_and_retrain_where_the_running_example_is_used(path, notebook):
     assert len(tagged(notebook, "parameters")) == 1
-    assert list(inspect_notebook(str(path))) == ["MODEL", "FAST", "SEED", "DEVICE", "OUT"]
+    retrain = ["RETRAIN"] if path.name.startswith(notebooks.SHARING) else []
+    assert list(inspect_notebook(str(path))) == ["MODEL", "FAST", "SEED", "DEVICE", "OUT", *retrain]
 
 
 def test_the_shared_cells_come_first_and_are_what_the_command_writes(path, notebook):

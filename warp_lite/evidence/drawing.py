@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..viewing.plots import COLOURS, KL_LABEL, style
+from ..viewing.plots import COLOURS, KL_LABEL, iteration_colour, style
 from .bench import DRAWS, draw_of
 from .claims import METHODS, Claim, lines_of
 from .effects import Rows
 
-VERDICT_COLOURS = {"holds": COLOURS["liti"], "fails": COLOURS["sft"], "unclear": COLOURS["single"]}
+VERDICT_COLOURS = {verdict: COLOURS[verdict] for verdict in ("holds", "fails", "unclear")}
 LINE_COLOURS = (COLOURS["slerp"], COLOURS["lerp"])
 
 
@@ -87,7 +87,7 @@ def draw_effect(axes: Axes, found: dict) -> None:
     axes.set_title(found["verdict"], color=colour)
 
 
-SHOWN = {"best WARP, η to 2": COLOURS["slerp"], "WARP": COLOURS["liti"], "batch of 16": COLOURS["sft"],
+SHOWN = {"best WARP, η to 2": iteration_colour(2), "WARP": iteration_colour(1), "batch of 16": COLOURS["batch"],
          "one long run": COLOURS["single"]}  # the methods whose fronts stand beside the limit
 
 

@@ -39,6 +39,7 @@ SEED = 0
 DEVICE = "cpu"
 OUT = ""
 """
+RETRAIN = "RETRAIN = False\n"  # a parameter of those that share the running example
 GPU_PARAMETERS = """\
 MODEL = "gpt2-imdb"
 FAST = False
@@ -47,15 +48,21 @@ DEVICE = "auto"
 OUT = ""
 """
 FOR_GPU = ("06",)  # notebooks on real models; here they are executed in fast mode, on small ones
+SHARING = ("00", "01", "02", "03", "04")  # those that share the running example
 START = """\
-from warp_lite.notebooks import figures, plans
+from warp_lite.notebooks import figures
 from warp_lite.notebooks.start import begin
+
+lab = begin("{stem}", MODEL, FAST, SEED, DEVICE, OUT{retrain})
+"""
+LONG_START = ("00", "01", "02", "03", "04", "05", "06")  # those whose cells take what they need from names of their own
+LONG = """\
+from warp_lite.notebooks import plans
 from warp_lite.viewing import plots
 from warp_lite.worlds import TINY
 
-MODEL, FAST, world = begin(MODEL, FAST, SEED, DEVICE, OUT)
-KEEP = plans.kept_runs(OUT, world.policy)  # where the runs of a real model are kept and found again
-UNIT = getattr(world.reward, "unit", "reward units")
+MODEL, FAST, world, UNIT = lab.model, lab.fast, lab.world, lab.unit
+KEEP = plans.kept_runs(OUT, world.policy)
 CHECKED = MODEL in TINY and not FAST  # whether the cells that assert a trend do so
 
 import matplotlib.pyplot as plt
@@ -77,9 +84,12 @@ def badge(name: str, root: Path = ROOT) -> str:
 
 
 def shared_cells(name: str = "", root: Path = ROOT) -> dict[str, str]:
-    """The source of the cells that all notebooks share, by tag; those for a GPU have other parameters."""
-    parameters = GPU_PARAMETERS if name.startswith(FOR_GPU) else PARAMETERS
-    cells = {"setup": SETUP.format(address=address(root)), "parameters": parameters, "start": START}
+    """The source of the cells that all notebooks share, by tag; `name` is the notebook's, as its parameters differ."""
+    sharing = name.startswith(SHARING)
+    parameters = GPU_PARAMETERS if name.startswith(FOR_GPU) else PARAMETERS + (RETRAIN if sharing else "")
+    start = START.format(stem=Path(name).stem, retrain=", RETRAIN" if sharing else "")
+    cells = {"setup": SETUP.format(address=address(root)), "parameters": parameters,
+             "start": start + (LONG if name.startswith(LONG_START) else "")}
     return {tag: source.rstrip("\n") for tag, source in cells.items()}
 
 

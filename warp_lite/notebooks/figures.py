@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
 from ..averaging.state_dicts import Weights
 from ..evaluation.front import reward_at_kl
@@ -32,6 +35,9 @@ from ..viewing.plots import COLOURS, column
 
 if TYPE_CHECKING:
     from ipywidgets import ValueWidget, VBox
+
+LABEL = "label of a line's end"  # the gid of such a label
+FAINT = 0.3  # lines of that alpha, or less, may pass under a label
 
 
 def by_seed(rows: Sequence[dict], name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
@@ -152,31 +158,103 @@ def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name
 
 
 def label_end(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, text: str, colour: str,
-              shift: tuple[float, float] = (5, 0)) -> None:
-    """A label right of the last point of a line x, y (points,), in its colour, moved by `shift` points."""
-    axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center", fontsize=9,
-                  path_effects=[withStroke(linewidth=3, foreground="white")], zorder=10)
+              shift: tuple[float, float] = (5, 0)) -> Annotation:
+    """A label right of the last point of a line x, y (points,), in its colour, moved by `shift` points.
+
+    `label_ends`, called when all is drawn, moves it to where nothing strikes it through. Returns the label.
+    """
+    return axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center",
+                         fontsize=9, path_effects=[withStroke(linewidth=3, foreground="white")], zorder=10, gid=LABEL,
+                         arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour, "alpha": 0.0, "shrinkA": 0,
+                                     "shrinkB": 3})
 
 
-def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 12.0) -> None:
-    """Labels at the ends (x, y, colour) of several lines, moved apart to `gap` points; call it when all is drawn."""
-    figure = axes.figure
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]] | None = None) -> None:
+    """Labels at the ends (x, y, colour) of several lines, and those that `label_end` has put there, moved to where no
+    curve, bar or other label strikes them; call it when all is drawn.
+
+    A label that had to go further away has a thin line to its point. Where there is no room the axes grow to the right.
+    """
+    for name, (x, y, colour) in (ends or {}).items():
+        label_end(axes, [x], [y], name, colour)
+    labels = [text for text in axes.texts if text.get_gid() == LABEL]
+    for _ in range(8):
+        axes.figure.draw_without_rendering()
+        if all(_place(axes, label, labels) for label in sorted(labels, key=lambda label: label.xy[1])):
+            break
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high + 0.1 * (high - low) if axes.get_xscale() == "linear" else high * (high / low) ** 0.1)
+
+
+def struck_labels(figure: Figure) -> list[str]:
+    """The labels of lines' ends that a curve, a bar or another text goes through, for a test of a figure."""
     figure.draw_without_rendering()
-    scale = 72 / figure.dpi
-    order = sorted(ends, key=lambda name: ends[name][1])
-    heights = np.array([axes.transData.transform(ends[name][:2])[1] * scale for name in order])
-    placed = heights.copy()
-    for _ in range(100):
-        for i in range(1, len(placed)):
-            lack = gap - (placed[i] - placed[i - 1])
-            near = abs(axes.transData.transform(ends[order[i]][:2])[0]
-                       - axes.transData.transform(ends[order[i - 1]][:2])[0]) * scale < 60
-            if lack > 0 and near:
-                placed[i - 1] -= lack / 2
-                placed[i] += lack / 2
-    for name, before, after in zip(order, heights, placed):
-        x, y, colour = ends[name]
-        label_end(axes, [x], [y], name, colour, shift=(6, after - before))
+    struck = []
+    for axes in figure.axes:
+        segments = _segments(axes)
+        for label in (text for text in axes.texts if text.get_gid() == LABEL):
+            box = Text.get_window_extent(label)
+            others = [Text.get_window_extent(text) for text in axes.texts if text is not label and text.get_text()]
+            if _crossed(segments, box) or any(box.overlaps(other) for other in others):
+                struck.append(label.get_text())
+    return struck
+
+
+def _place(axes: Axes, label: Annotation, labels: Sequence[Annotation]) -> bool:
+    """Move a label to the nearest place that is free; whether there is one."""
+    scale = axes.figure.dpi / 72
+    anchor = axes.transData.transform(label.xy)
+    size = Text.get_window_extent(label)
+    page = axes.get_window_extent()
+    segments, boxes = _segments(axes), [Text.get_window_extent(text) for text in axes.texts if text is not label]
+    if axes.get_legend() is not None:
+        boxes.append(axes.get_legend().get_window_extent())
+    for radius in (6, 9, 13, 18, 24, 32, 42, 54, 68, 84, 102):
+        for degrees in (0, 25, -25, 50, -50, 75, -75, 90, -90, 110, -110, 140, -140, 180):
+            x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
+            across = 0.5 * (1 - math.cos(math.radians(degrees)))  # the share of the label left of its point
+            left, middle = anchor[0] + scale * x - across * size.width, anchor[1] + scale * y
+            box = Bbox.from_bounds(left, middle - size.height / 2, size.width, size.height)
+            if not (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 + 12 * scale):
+                continue
+            if _crossed(segments, box.padded(1.5)) or any(box.padded(1.0).overlaps(other) for other in boxes):
+                continue
+            label.set(ha="left")
+            label.xyann = ((left - anchor[0]) / scale, y)
+            label.arrow_patch.set_alpha(0.6 if radius > 13 else 0.0)
+            return True
+    return False
+
+
+def _segments(axes: Axes) -> np.ndarray:
+    """The lines, bars and outlines of axes that would strike a label, (N, 2, 2), in pixels; faint lines do not."""
+    pieces = [np.empty((0, 2, 2))]
+    for line in axes.lines:
+        if (line.get_alpha() or 1) > FAINT:
+            points = line.get_transform().transform(line.get_xydata())
+            drawn = line.get_linestyle() != "None" and len(points) > 1
+            pieces.append(np.stack([points[:-1], points[1:]], 1) if drawn else np.stack([points, points], 1))
+    for collection in axes.collections:
+        if isinstance(collection, LineCollection) and (collection.get_alpha() or 1) > FAINT:
+            for points in map(collection.get_transform().transform, collection.get_segments()):
+                pieces.append(np.stack([points[:-1], points[1:]], 1))
+    for patch in axes.patches:
+        points = patch.get_transform().transform_path(patch.get_path()).vertices
+        pieces.append(np.stack([points[:-1], points[1:]], 1))
+    segments = np.concatenate(pieces)
+    return segments[np.isfinite(segments).all((1, 2))]
+
+
+def _crossed(segments: np.ndarray, box: Bbox) -> bool:
+    """Whether one of the segments (N, 2, 2) runs through a box (Liang and Barsky's clipping)."""
+    start, step = segments[:, 0], segments[:, 1] - segments[:, 0]                        # (N, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        edges = np.stack([(np.array([box.x0, box.y0]) - start) / step, (np.array([box.x1, box.y1]) - start) / step])
+    inside = (start >= [box.x0, box.y0]) & (start <= [box.x1, box.y1])
+    still = step == 0
+    first = np.where(still, np.where(inside, -np.inf, np.inf), edges.min(0)).max(1)
+    last = np.where(still, np.where(inside, np.inf, -np.inf), edges.max(0)).min(1)
+    return bool((np.maximum(first, 0) <= np.minimum(last, 1)).any())
 
 
 def draw_limit(axes: Axes, limit: Sequence[dict], label: str = "limit") -> None:
@@ -195,10 +273,69 @@ def finding(claim: str, interval: Interval, rule: str, unit: str = "", null: flo
     return f"{claim}: {interval.verdict(rule, null, margin)}\n{interval}{' ' + unit if unit else ''}, {count}"
 
 
+def outcome(interval: Interval, rule: str, holds: str, fails: str, unclear: str, unit: str = "", null: float = 0.0,
+            margin: float = 0.0, apart: str = "\n") -> str:
+    """What happened, in words chosen by the verdict, and the interval that it follows from.
+
+    `holds`, `fails` and `unclear` say what is the case with each verdict of `rule`: for a title, or a sentence with
+    `apart=" "`.
+    """
+    words = {"holds": holds, "fails": fails, "unclear": unclear}[interval.verdict(rule, null, margin)]
+    count = f"{interval.count} seed{'s' if interval.count != 1 else ''}"
+    return f"{words}{apart}({interval}{' ' + unit if unit else ''}, {count})"
+
+
+def say(*sentences: str) -> None:
+    """Show sentences, which were computed, as one paragraph of text."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(" ".join(sentences)))
+
+
 def keep(folder: str | Path, name: str, **measured: object) -> None:
     """Write what a notebook measured to `folder`/`name`.json, whole or not at all. Raises CannotWrite."""
     write_bytes(Path(folder) / f"{name}.json", json.dumps(measured, indent=1).encode())  # NaN and all
     print(f"written: {name}.json")
+
+
+STAGES = {"EMA": "M runs, each held to\nits own moving average", "SLERP": "their merge\nalong the arc",
+          "LITI": "a step back\ntoward the start"}
+
+
+def stages(lit: str) -> Figure:
+    """Algorithm 1 as a picture, one stage of it lit: "EMA", "SLERP" or "LITI"; "WARP" lights all.
+
+    Raises ValueError for another word.
+    """
+    if lit not in (*STAGES, "WARP"):
+        raise ValueError(f"the stage to light is one of {', '.join(STAGES)} or WARP, not {lit!r}")
+    figure, axes = plt.subplots(figsize=(8.4, 2.3), layout="constrained")
+    axes.set(xlim=(0, 10.2), ylim=(0, 2.9))
+    axes.axis("off")
+
+    def shade(name: str) -> tuple[str, float]:
+        on = lit in (name, "WARP")
+        return (COLOURS[name.lower()], 1.0) if on else (COLOURS["single"], 0.45)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], stage: str, **style: object) -> None:
+        colour, alpha = shade(stage)
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "alpha": alpha, "lw": 1.6,
+                                                  "shrinkA": 0, "shrinkB": 0, **style})
+
+    for y in (0.75, 1.35, 1.95):
+        arrow((1.05, 1.35), (3.1, y), "EMA")
+        arrow((3.6, y), (5.5, 1.35), "SLERP")
+        axes.text(3.35, y, "θ", ha="center", va="center", color=shade("EMA")[0], alpha=shade("EMA")[1])
+    arrow((6.6, 1.35), (8.6, 1.35), "LITI")
+    arrow((9.1, 1.05), (0.6, 1.05), "LITI", connectionstyle="arc3,rad=-0.2", lw=1.0)
+    axes.text(0.55, 1.35, "θ_init", ha="center", va="center", fontweight="bold")
+    axes.text(6.05, 1.35, "θ_slerp", ha="center", va="center", fontweight="bold")
+    axes.text(9.3, 1.35, "next θ_init", ha="center", va="center", fontweight="bold")
+    for (stage, words), x in zip(STAGES.items(), (2.1, 4.7, 7.6)):
+        colour, alpha = shade(stage)
+        axes.text(x, 2.5, stage, ha="center", va="bottom", color=colour, alpha=alpha, fontweight="bold")
+        axes.text(x, 2.48, words, ha="center", va="top", fontsize=7.5, color=colour, alpha=alpha)
+    return figure
 
 
 def sliders(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:

@@ -21,6 +21,9 @@ from ..training.memory import training_memory
 SMALL, MEDIUM = 5_000_000, 200_000_000  # parameters: below, a tiny policy; then GPT-2's size; above, Gemma's
 # name of a setting: for a tiny policy, the same in fast mode, for GPT-2's size, for Gemma's
 PLANS = {
+    "running_example": {
+        "steps": (100, 40, 60, 40), "seeds": (6, 2, 1, 1), "runs": (8, 4, 4, 3), "lr": (1e-3, 1e-3, 1e-5, 1e-5),
+        "traced": (2, 2, 1, 1), "eval_every": (20, 20, 20, 20), "limit": (1024, 128, 256, 128)},
     "00_kl_and_reward": {
         "steps": (200, 60, 60, 60), "seeds": (8, 3, 2, 1), "lr": (7e-4, 7e-4, 1e-5, 1e-5),
         "completions": (512, 256, 128, 64), "limit": (1024, 128, 256, 128)},

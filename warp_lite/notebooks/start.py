@@ -3,46 +3,90 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 
 from ..task import World
 from ..viewing import plots
 from ..worlds import load_world
-from .plans import size_of
+from . import figures, plans
 
 TEXTS = {"true": True, "false": False}  # as a shell writes them: papermill hands those on as text
 
 
-def begin(model: str, fast: bool, seed: int, device: str, out: str) -> tuple[str, bool, World]:
-    """MODEL and FAST as they are to be taken, and the world, which is named in a printed line; figures get the house's
+@dataclass(frozen=True)
+class Lab:
+    """What a notebook works with: its parameters as they are to be taken, its world and its plan.
+
+    `name` is the notebook's file name without its ending. `plan` are the settings of its experiments, None where it has
+    none. `keep` is where the runs of a real model are kept and found again, None for a tiny one. `unit` is that of the
+    reward.
+    """
+
+    name: str
+    model: str
+    fast: bool
+    seed: int
+    out: str
+    retrain: bool
+    world: World
+    plan: SimpleNamespace | None
+    keep: Path | None
+    unit: str
+
+    @property
+    def kinds(self) -> list[str]:
+        """The rewards there are: "reward", the proxy, and "gold" where the world has it."""
+        return ["reward"] if self.world.gold is None else ["reward", "gold"]
+
+    def reward_label(self, kind: str = "reward") -> str:
+        """The name of an axis of rewards, with its unit; `kind` is one of `kinds`."""
+        word = "" if self.world.gold is None else "gold " if kind == "gold" else "proxy "
+        return f"{word}reward ({self.unit})"
+
+    def save(self, **measured: object) -> None:
+        """Write what the notebook measured into OUT, as its name with `.json`; nothing where OUT is empty. Raises
+        CannotWrite."""
+        if self.out:
+            figures.keep(self.out, self.name, **measured)
+
+
+def begin(name: str, model: str, fast: bool, seed: int, device: str, out: str, retrain: bool = False) -> Lab:
+    """What the notebook of that name works with; the world is named in a printed line, and figures get the house's
     style from here on.
 
     $WARP_LITE_MODEL stands in the place of `model`, and $WARP_LITE_FAST=1 makes everything small. Raises ValueError,
     naming the parameter, for a value of another type, and what `load_world` raises.
     """
-    fast = checked_parameters(model, fast, seed, device, out) or os.environ.get("WARP_LITE_FAST") == "1"
+    fast, retrain = checked_parameters(model, fast, seed, device, out, retrain)
+    fast = fast or os.environ.get("WARP_LITE_FAST") == "1"
     model = os.environ.get("WARP_LITE_MODEL") or model
     plt.rcParams.update(plots.STYLE)
     world = load_world(model, device=device, small=fast)
-    print(f"{model}: {size_of(world.policy):,} parameters, {len(world.prompts)} prompts to train on and "
+    print(f"{model}: {plans.size_of(world.policy):,} parameters, {len(world.prompts)} prompts to train on and "
           f"{len(world.eval_prompts)} held out; {'fast' if fast else 'full'} mode on {world.policy.device}")
     if world.gold is None:
         print("This world has no gold reward: the figures leave it out.")
-    return model, fast, world
+    plan = plans.plan(name, world.policy, fast) if name in plans.PLANS else None
+    return Lab(name, model, fast, seed, out, retrain, world, plan, plans.kept_runs(out, world.policy),
+               getattr(world.reward, "unit", "reward units"))
 
 
-def checked_parameters(model: str, fast: bool, seed: int, device: str, out: str) -> bool:
-    """FAST as True or False, "true" and "false" understood. Raises ValueError that names a parameter of another type.
-    """
-    if isinstance(fast, str):
-        fast = TEXTS.get(fast.lower(), fast)
+def checked_parameters(model: str, fast: bool, seed: int, device: str, out: str,
+                       retrain: bool = False) -> tuple[bool, bool]:
+    """FAST and RETRAIN as True or False, "true" and "false" understood. Raises ValueError that names a parameter of
+    another type."""
+    fast, retrain = (TEXTS.get(value.lower(), value) if isinstance(value, str) else value for value in (fast, retrain))
     checks = (("MODEL", model, isinstance(model, str) and model != "", "the name of a world, or a folder"),
               ("FAST", fast, isinstance(fast, bool), "True or False"),
               ("SEED", seed, type(seed) is int and seed >= 0, "a whole number, 0 or more"),
               ("DEVICE", device, isinstance(device, str) and device != "", "a text such as 'cpu' or 'auto'"),
-              ("OUT", out, isinstance(out, str), "the name of a folder, or '' to keep nothing"))
+              ("OUT", out, isinstance(out, str), "the name of a folder, or '' to keep nothing"),
+              ("RETRAIN", retrain, isinstance(retrain, bool), "True or False"))
     for name, value, sound, wanted in checks:
         if not sound:
             raise ValueError(f"the parameter {name} must be {wanted}, not {value!r}")
-    return fast
+    return fast, retrain

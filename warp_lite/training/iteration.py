@@ -23,6 +23,8 @@ from .run import Failure, Run, RunFailed, RunState
 from .run_folder import RunFolder, SaveClock
 
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
+# Of a run that is traced: nats up to which it is measured closely, and nats a step below which KL grows slowly
+CLOSE_UP_TO, SLOW = 5.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,31 @@ def measured_steps(config: WarpConfig) -> list[int]:
     """The steps after which a trajectory has a point."""
     every = config.eval_every
     return sorted({*range(every, config.steps + 1, every), config.steps}) if every else []
+
+
+class MeasuredSteps:
+    """After which steps of a run a trajectory has a point: every `eval_every`, as in `measured_steps`, and below
+    `CLOSE_UP_TO` nats more often.
+
+    With `traced` only runs 1 … `traced` have any. Theirs are measured after every step, or every second one where KL
+    grows slowly, until a point lies above `CLOSE_UP_TO`: on a straight line between two points that are nats apart,
+    a reward at a KL would be that of no policy.
+    """
+
+    def __init__(self, run: Run, traced: int | None = None):
+        self.steps = set(measured_steps(run.config)) if traced is None or run.number <= traced else set()
+        self.close = traced is not None and bool(self.steps)
+        self.step, self.kl, self.next = 0, None, 1  # of the last point, and after which step the next is due
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run is to be measured after a step."""
+        return step in self.steps or (self.close and step >= self.next)
+
+    def note(self, step: int, kl: float) -> None:
+        """Take in a measurement, the KL in nats, to decide when the next is due."""
+        slow = self.kl is not None and kl - self.kl < SLOW * (step - self.step)
+        self.step, self.kl, self.next = step, kl, step + (2 if slow else 1)
+        self.close = self.close and kl <= CLOSE_UP_TO
 
 
 def trajectory_points(task: Task, members: Sequence[Run], step: int, states: list[RunState]) -> list[dict]:

@@ -28,16 +28,18 @@ class KeptRuns:
     """The runs of an experiment in a folder, which is made if absent: weights, measurements, what made them.
 
     `code` is the hash of the code that trains and measures them (see `storage.provenance.source_hash`). A run is
-    found again by that, the versions of packages, the prompts, the samples a measurement, its settings, its reward
-    and the weights that it starts from. Weights and reward models are hashed once each, however many runs share them.
+    found again by that, the versions of packages, the prompts, the samples a measurement and whether it is `traced`
+    (see `MeasuredSteps`), its settings, its reward and the weights that it starts from. Weights and reward models are
+    hashed once each, however many runs share them.
     """
 
     def __init__(self, folder: str | Path, policy: nn.Module, prompts: Prompts, held_out: Prompts, samples: int,
-                 code: str):
+                 code: str, traced: int | None = None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.names = [name for name, _ in policy.named_parameters()]
         self.about = [code, package_versions(), json_hash([prompts.given, held_out.given, samples])]
+        self.traced = traced
         self.made_by = provenance()  # now: the commit may be another when a run ends
         self.hashes: dict[int, tuple[str, object]] = {}  # by id, with what was hashed: while it is held, its id is its
 
@@ -46,7 +48,8 @@ class KeptRuns:
         settings = dataclasses.asdict(run.config.replace(**NOT_OF_A_RUN))
         weights = [self._hash_of(weights, weights_hash) for weights in (run.init, run.sft)]
         reward = self._hash_of(run.reward, reward_key)
-        key = json_hash([*self.about, settings, run.iteration, run.number, reward, weights])
+        trace = [] if self.traced is None else [run.number <= self.traced]  # whether it is measured, and closely
+        key = json_hash([*self.about, settings, run.iteration, run.number, reward, weights, *trace])
         return self.folder / f"run-{key[:16]}.safetensors"
 
     def _hash_of(self, thing, hash_function: Callable[[object], str]) -> str:

@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 
 from ..evaluation.front import MIN_ESS, reward_at_kl
 
-# Okabe and Ito's palette
+# One meaning a colour, from Okabe and Ito's palette and Tol's. Blue is merged by SLERP, darker with every iteration.
 COLOURS = {
-    "single": "#7F7F7F", "slerp": "#0072B2", "lerp": "#E69F00", "liti": "#009E73", "ema": "#0072B2",
-    "sft": "#D55E00", "none": "#CC79A7", "limit": "#000000", "best_of_n": "#56B4E9", "gold": "#B8860B",
+    "single": "#7F7F7F", "slerp": "#0072B2", "lerp": "#E69F00", "liti": "#009E73", "ema": "#5E3C99",
+    "sft": "#D55E00", "none": "#CC79A7", "limit": "#000000", "best_of_n": "#8C510A", "gold": "#B8860B",
+    "batch": "#999933", "holds": "#117733", "fails": "#882255", "unclear": "#999999",
 }
-ITERATION_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+ITERATION_COLOURS = ("#4AA3DF", "#00508F", "#001F3F", "#44AA99", "#A6B8E8")
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.titlesize": 11, "axes.titlelocation": "left",

@@ -1,0 +1,170 @@
+"""The running example: trained once, found again, measured closely; and what the notebooks' figures share."""
+
+import dataclasses
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from warp_lite import WarpConfig, liti
+from warp_lite.evaluation.statistics import bootstrap
+from warp_lite.experiment import run_experiment
+from warp_lite.notebooks import figures, plans, running_example
+from warp_lite.notebooks.start import Lab
+from warp_lite.training.iteration import CLOSE_UP_TO, MeasuredSteps
+from warp_lite.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def small(world, tmp_path_factory):
+    """A function that makes the example of a plan of a few steps, in a folder of this module."""
+    keep = tmp_path_factory.mktemp("keep")
+    lab = Lab("02_slerp", "tiny-gpt2", True, 3, "", False, world, None, keep, "units")
+    row = {"steps": 3, "seeds": 2, "runs": 2, "lr": 3e-3, "traced": 1, "eval_every": 2, "limit": 64}
+
+    def make(monkeypatch, **changes):
+        monkeypatch.setitem(plans.PLANS, "running_example", {name: (value,) * 4 for name, value in row.items()})
+        return running_example.running_example(dataclasses.replace(lab, **changes))
+
+    return make
+
+
+def test_it_is_the_warp_of_its_settings(small, world, monkeypatch):
+    example = small(monkeypatch)
+    assert example.seeds == (3, 4) and len(example.results) == 2
+    again = run_experiment(world, {"it": example.config}, example.seeds, progress=False).results["it"]
+    for result, expected in zip(example.results, again):
+        for name, tensor in expected.iterations[1].merged.items():
+            assert (result.iterations[1].merged[name] == tensor).all()
+
+
+def test_a_second_time_nothing_is_trained_or_measured_and_retrain_trains_it_again(small, monkeypatch):
+    first = small(monkeypatch)
+    rows, paths = first.sweep(lambda result, eta: result.weights(eta, 1), (0, 1)), first.paths
+    trained = []
+
+    def counting(policy, tokenizer, prompts, runs, on_step):
+        trained.extend(runs)
+        return train_batched(policy, tokenizer, prompts, runs, on_step)
+
+    from warp_lite.experiment import train_batched
+    monkeypatch.setattr("warp_lite.experiment.train_batched", counting)
+    second = small(monkeypatch)
+    assert not trained
+    with monkeypatch.context() as no_measuring:
+        no_measuring.setattr("warp_lite.experiment.Experiment.measure", lambda *a, **k: pytest.fail("it measured"))
+        assert second.sweep(lambda result, eta: result.weights(eta, 1), (0, 1)) == rows
+        assert second.paths == paths
+    assert len(small(monkeypatch, retrain=True).results) == 2 and len(trained) == 8
+    assert small(monkeypatch, seed=4).folder != second.folder
+
+
+def test_other_weights_are_measured_anew(small, monkeypatch):
+    example = small(monkeypatch)
+    one, other = (liti(example.sft, example.results[0].iterations[0].merged, eta) for eta in (0.5, 1))
+    assert example.measure([one]) != example.measure([other])
+    assert example.measure([one, other])[1] == example.measure([other])[0]
+    assert example.measure([one], texts=True)[0].perplexity > 1 and example.measure([one])[0].perplexity is None
+
+
+def test_only_traced_runs_have_a_path_and_it_begins_where_the_run_began(small, monkeypatch):
+    example = small(monkeypatch)
+    assert {(row["seed"], row["iteration"], row["run"]) for row in example.paths} == {
+        (seed, i, 1) for seed in example.seeds for i in (1, 2)}
+    for row in example.paths:
+        if row["step"] == 0:
+            init = example.results[example.seeds.index(row["seed"])].iterations[row["iteration"] - 1].init
+            (measured,) = example.measure([init])
+            assert (row["kl"], row["reward"]) == (measured.kl, measured.reward)
+
+
+def test_a_run_that_another_setting_has_in_common_is_trained_once(small, monkeypatch):
+    example = small(monkeypatch)
+    monkeypatch.setattr("warp_lite.experiment.train_batched", lambda *a, **k: pytest.fail("it trained"))
+    one = example.train({"one": example.one_run()})
+    for single, result in zip(one.results["one"], example.results):
+        for name, tensor in result.iterations[0].policies[0].items():
+            assert (single.iterations[0].policies[0][name] == tensor).all()
+
+
+def measured(kls, every=20, traced=1, iteration=1, number=1):
+    """The steps that are measured of a run whose KL after step s is kls[s - 1]."""
+    config = WarpConfig(steps=len(kls), eval_every=every)
+    turns = MeasuredSteps(Run(config, iteration, number, {}, {}, None), traced)
+    steps = []
+    for step, kl in enumerate(kls, 1):
+        if turns.is_due(step):
+            steps.append(step)
+            turns.note(step, kl)
+    return steps
+
+
+def test_where_kl_grows_fast_every_step_is_measured_until_it_lies_beyond_the_edge():
+    kls = [0.5 * step for step in range(1, 41)]
+    edge = next(step for step, kl in enumerate(kls, 1) if kl > CLOSE_UP_TO)
+    assert measured(kls) == [*range(1, edge + 1), 20, 40]
+
+
+def test_where_kl_stands_still_every_second_step_is_measured():
+    assert measured([1.0] * 20) == [1, 2, *range(4, 21, 2)]
+
+
+def test_runs_that_are_not_traced_are_not_measured_and_without_tracing_all_are_as_their_settings_say():
+    assert measured([1.0] * 20, number=2) == []
+    assert measured([1.0] * 45, traced=None, number=2) == [20, 40, 45]
+    assert measured([1.0] * 20, every=0) == []
+
+
+# --- figures ---
+
+
+def test_no_label_is_struck_through():
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        figure, axes = plt.subplots(figsize=(5, 3.5))
+        ends = {}
+        for n in range(4):
+            x, y = np.sort(rng.random((3, 8)) * 4, axis=1), rng.random((3, 8)) * 0.3 + np.linspace(0, 1 + 0.05 * n, 8)
+            kl, reward = figures.draw_curve(axes, x, y, f"C{n}")
+            ends[f"the curve of setting {n}"] = (kl[-1], reward[-1], f"C{n}")
+        figures.draw_limit(axes, [{"kl": x, "reward": x**0.5, "reward_se": 0.01} for x in np.linspace(0, 3, 9)])
+        axes.axvline(2)
+        figures.label_ends(axes, ends)
+        assert figures.struck_labels(figure) == []
+        plt.close(figure)
+
+
+def test_a_label_that_is_struck_is_seen():
+    figure, axes = plt.subplots()
+    figures.label_end(axes, [0.5], [0.5], "struck", "C0")
+    axes.plot([0, 1], [0.5, 0.5])
+    assert figures.struck_labels(figure) == ["struck"]
+    figures.label_ends(axes)
+    assert figures.struck_labels(figure) == []
+    axes.annotate("over it", (0.5, 0.5), xytext=axes.texts[0].xyann, textcoords="offset points", va="center")
+    assert figures.struck_labels(figure) == ["struck"]
+    plt.close(figure)
+
+
+def test_words_follow_from_the_verdict():
+    def words(values):
+        return figures.outcome(bootstrap(values), "above", "A is higher", "A is lower", "cannot be told", "nats")
+
+    assert words([1.0, 1.1, 0.9]).startswith("A is higher\n(1.00 [0.9")
+    assert words([-1.0, -1.1, -0.9]).startswith("A is lower\n(-1.0")
+    assert words([-1.0, 1.1, 0.9]).startswith("cannot be told")
+    assert words([1.0]).endswith("1 seed)") and words([1.0]).startswith("cannot be told")
+
+
+@pytest.mark.parametrize("lit", ["EMA", "SLERP", "LITI", "WARP"])
+def test_the_diagram_lights_its_stage(lit):
+    figure = figures.stages(lit)
+    shown = {text.get_text(): text.get_alpha() for text in figure.axes[0].texts if text.get_text() in figures.STAGES}
+    assert {stage for stage, alpha in shown.items() if alpha == 1} == ({lit} if lit != "WARP" else set(figures.STAGES))
+    with pytest.raises(ValueError, match="not 'PPO'"):
+        figures.stages("PPO")
+    plt.close(figure)
