@@ -1,0 +1,94 @@
+"""The checks that grade themselves: what is right passes, and every mistake is named."""
+
+import math
+
+import pytest
+import torch
+
+from warp_lite.notebooks import check
+
+CHECKS = {name: value for name, value in vars(check).items() if isinstance(value, check.Check)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_is_right_passes(name, capsys):
+    assert CHECKS[name](CHECKS[name].right) is True
+    assert capsys.readouterr().out.startswith("right: ")
+
+
+@pytest.mark.parametrize("name, words", [(name, words) for name, one in CHECKS.items() for words in one.mistakes])
+def test_a_mistake_is_named(name, words, capsys):
+    assert CHECKS[name](CHECKS[name].mistakes[words]) is False
+    assert capsys.readouterr().out == f"not yet: {words}\n"
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_stub_is_told_what_to_return_and_raises_nothing(name, capsys):
+    def returns_none(*arguments):
+        ...
+
+    def not_there(*arguments):
+        raise NotImplementedError
+
+    for stub in (returns_none, not_there):
+        assert CHECKS[name](stub) is False
+        line = capsys.readouterr().out
+        assert line.startswith(f"not filled in yet: {stub.__name__}(") and line.count("\n") == 1
+        assert CHECKS[name].returns in line
+
+
+def test_another_mistake_is_shown_with_the_case_that_differs(capsys):
+    assert check.ema(lambda anchor, policy, mu: 0 * anchor) is False
+    assert capsys.readouterr().out == (
+        "not yet: <lambda>(anchor=[1, -2], policy=[3, 0.5], mu=0.1) is [0, -0] and should be [1.2, -1.75]\n")
+
+
+@pytest.mark.parametrize("answer, line", [
+    (lambda anchor, policy: anchor, "raises TypeError"), (lambda *arguments: "x", "is 'x' and should be"),
+    (lambda anchor, policy, mu: anchor[:1], "is [1] and should be"),
+    (lambda anchor, policy, mu: float("nan") * anchor, "is [nan, nan] and should be"), (3, "raises TypeError")])
+def test_what_is_no_answer_is_shown_and_not_raised(answer, line, capsys):
+    assert check.ema(answer) is False
+    assert line in capsys.readouterr().out
+
+
+def test_a_function_that_changes_its_arguments_spoils_nothing(capsys):
+    def update(anchor, policy, mu):
+        anchor.mul_(1 - mu).add_(mu * policy)
+        return anchor
+
+    assert check.ema(update) and check.ema(update)
+    assert capsys.readouterr().out.count("right") == 2
+
+
+# What the checks call right, against closed forms that are written out here
+
+
+def test_the_right_answers_are_those_of_closed_forms():
+    weights = [0.5, 0.3 * math.e**2, 0.2 * math.e**4]  # exp(r / 0.5)
+    assert check.tilted.answers_of(check.tilted.right)[0].tolist() == pytest.approx([w / sum(weights) for w in weights])
+    assert check.leave_one_out.answers_of(check.leave_one_out.right)[0].tolist() == [4, 3.5, 1.5]
+    assert check.ema.answers_of(check.ema.right)[0].tolist() == pytest.approx([1.2, -1.75])
+    assert check.liti.answers_of(check.liti.right)[0].tolist() == pytest.approx([1.3, 1.4])
+    assert check.regularised.answers_of(check.regularised.right)[0].tolist() == pytest.approx([0.7, 2.15])
+    assert check.kl.answers_of(check.kl.right)[0].item() == pytest.approx(((0.2 + 0.5 + 0.4) - 0.5) / 2)
+    assert check.crossing.answers_of(check.crossing.right) == pytest.approx([2.5, 0.5, math.nan], nan_ok=True)
+    assert check.word.answers_of(check.word.right) == ["holds", "unclear", "unclear", "fails", "fails", "unclear"]
+    assert check.resampled.answers_of(check.resampled.right) == [[0, 0.5, 1], [0, 0.5, 1]]
+    assert check.adapters.answers_of(check.adapters.right)[0].tolist() == [[1.5, -1, -0.5], [3, 1, 2]]
+
+
+def test_the_right_slerp_is_the_arc_of_two_vectors_and_the_pairwise_merge_of_more():
+    one, two, lam = check.TIPS[0] - check.ORIGIN, check.TIPS[2] - check.ORIGIN, 0.25
+    omega = math.acos(float(one @ two / one.norm() / two.norm()))
+    arc = (math.sin(0.75 * omega) * one + math.sin(lam * omega) * two) / math.sin(omega)
+    assert torch.allclose(check.slerp.answers_of(check.slerp.right)[1], check.ORIGIN + arc)
+    init, policies = torch.zeros(3, dtype=torch.float64), list(torch.eye(3, dtype=torch.float64))
+    assert check.slerp_many.right(init, policies).tolist() == pytest.approx([0.612, 0.612, 0.5], abs=5e-4)
+
+
+def test_the_right_loop_of_a_merge_that_is_the_mean_is_a_geometric_series():
+    """Runs that go halfway to goals of mean g: each iteration leaves the share 1 − η/2 of the way to g."""
+    end = check.algorithm(check.vector(0.0, 0.0), check.toy_run, lambda init, policies: sum(policies) / len(policies),
+                          iterations=4, runs=2, eta=0.3)
+    assert end.tolist() == pytest.approx([(1 - 0.85**4) * goal for goal in (3.5, 2.0)])
