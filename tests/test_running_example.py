@@ -54,9 +54,9 @@ def test_a_second_time_nothing_is_trained_or_measured_and_retrain_trains_it_agai
     from warp_lite.experiment import train_batched
     monkeypatch.setattr("warp_lite.experiment.train_batched", counting)
     second = small(monkeypatch)
-    assert not trained
+    assert len(second.results) == 2 and not trained
     with monkeypatch.context() as no_measuring:
-        no_measuring.setattr("warp_lite.experiment.Experiment.measure", lambda *a, **k: pytest.fail("it measured"))
+        no_measuring.setattr("warp_lite.result.WarpResult.measure", lambda *a, **k: pytest.fail("it measured"))
         assert second.sweep(lambda result, eta: result.weights(eta, 1), (0, 1)) == rows
         assert second.paths == paths
     assert len(small(monkeypatch, retrain=True).results) == 2 and len(trained) == 8
@@ -84,6 +84,7 @@ def test_only_traced_runs_have_a_path_and_it_begins_where_the_run_began(small, m
 
 def test_a_run_that_another_setting_has_in_common_is_trained_once(small, monkeypatch):
     example = small(monkeypatch)
+    assert len(example.results) == 2
     monkeypatch.setattr("warp_lite.experiment.train_batched", lambda *a, **k: pytest.fail("it trained"))
     one = example.train({"one": example.one_run()})
     for single, result in zip(one.results["one"], example.results):

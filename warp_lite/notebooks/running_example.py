@@ -33,8 +33,9 @@ from .start import Lab
 class RunningExample:
     """WARP of several seeds with one setting, `config`: what the notebooks on the stages have in common.
 
-    `results` has one WarpResult a seed: its iterations with init, policies, anchors and merge. The runs 1 … `traced` of
-    each iteration were measured while they trained, closely (see `MeasuredSteps`): `paths`.
+    It is trained when it is first asked for. `results` has one WarpResult a seed: its iterations with init, policies,
+    anchors and merge. The runs 1 … `traced` of each iteration were measured while they trained, closely (see
+    `MeasuredSteps`): `paths`.
     """
 
     task: Task
@@ -43,7 +44,12 @@ class RunningExample:
     traced: int
     samples: int  # a held-out prompt, for the limit
     folder: Path
-    experiment: Experiment
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """WARP of every seed, read from the folder or trained. Raises what `run_experiment` raises."""
+        plans.announce(self.task.policy, self.config, 2 * self.config.runs * len(self.seeds))
+        return self.train({"WARP": self.config})
 
     @property
     def results(self) -> list[WarpResult]:
@@ -60,8 +66,12 @@ class RunningExample:
         return self.config.replace(**{"runs": 1, "iterations": 1, "merge": "none", **changes})
 
     def train(self, configs: Mapping[str, WarpConfig], seeds: Sequence[int] | None = None) -> Experiment:
-        """Other settings from the same start, kept beside the example: a run that they have in common with it, or with
-        another notebook, is not trained again. Raises what `run_experiment` raises."""
+        """Settings from the same start, traced, and kept beside the example: a run that was trained before is not
+        trained again. Raises what `run_experiment` raises.
+
+        Ask for settings that several notebooks need by themselves: runs of one call train as one program, which rounds
+        by how many they are.
+        """
         return run_experiment(self.task, configs, self.seeds if seeds is None else seeds, traced=self.traced,
                               out=self.folder)
 
@@ -74,7 +84,7 @@ class RunningExample:
         key = json_hash([self._about, samples, texts, [weights_hash(dict(sorted(state.items()))) for state in states]])
         path = self.folder / f"measured-{key[:16]}.json"
         if not path.is_file():
-            measured = self.experiment.measure(states, samples, texts)
+            measured = WarpResult(self.task, self.config).measure(states, samples=samples, texts=texts)
             write_bytes(path, json.dumps([dataclasses.asdict(metrics) for metrics in measured]).encode())  # NaN too
         return [PolicyMetrics(**values) for values in read_json(path)]
 
@@ -121,10 +131,9 @@ class RunningExample:
 
 
 def running_example(lab: Lab) -> RunningExample:
-    """The example of a notebook's world, trained where it is not kept, or where RETRAIN says so.
+    """The example of a notebook's world; what is kept of it is removed where RETRAIN says so.
 
-    A tiny world's lies in the cache folder, a real one's with its runs. Raises ValueError where that cannot be written,
-    and what `run_experiment` raises.
+    A tiny world's lies in the cache folder, a real one's with its runs. Raises ValueError where that cannot be written.
     """
     task, plan = lab.world, plans.plan("running_example", lab.world.policy, lab.fast)
     config = WarpConfig(iterations=2, runs=plan.runs, steps=plan.steps, batch_size=4, lr=plan.lr, beta=0.3, mu=0.01,
@@ -135,7 +144,4 @@ def running_example(lab: Lab) -> RunningExample:
     folder = (writable_cache() if lab.keep is None else lab.keep) / f"running-example-{key[:12]}"
     if lab.retrain:
         shutil.rmtree(folder, ignore_errors=True)
-    trained = 2 * plan.runs * len(seeds)
-    plans.announce(task.policy, config, trained, len(task.eval_prompts) * plan.limit)
-    experiment = run_experiment(task, {"WARP": config}, seeds, traced=plan.traced, out=folder)
-    return RunningExample(task.as_in(config), config, seeds, plan.traced, plan.limit, folder, experiment)
+    return RunningExample(task.as_in(config), config, seeds, plan.traced, plan.limit, folder)
