@@ -3,18 +3,20 @@
 import json
 import math
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from warp_lite.cli import main
 from warp_lite.config import WarpConfig
-from warp_lite.evaluation.statistics import hierarchical_bootstrap, verdict
-from warp_lite.evidence import effects, load, noise, report, runner, tuning
+from warp_lite.evaluation.statistics import VERDICTS, t_interval, verdict
+from warp_lite.evidence import coverage, effects, load, noise, report, runner, tuning
 from warp_lite.evidence.bench import TUNING_SEEDS, draw_of, noise_scale
-from warp_lite.evidence.claims import CLAIMS, Claim, decide
+from warp_lite.evidence.claims import CLAIMS, HEADLINES, Claim, decide, decide_values
 from warp_lite.evidence.effects import Rows
 from warp_lite.storage import provenance
 
@@ -91,34 +93,62 @@ def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
     json.dumps(missing, allow_nan=False)
 
 
-def test_the_hierarchical_interval_has_the_width_of_the_closed_form():
+def test_the_interval_is_that_of_a_t_test_on_the_means_of_groups():
     rng = np.random.default_rng(0)
-    G, n = 40, 6
-    values = rng.normal(0, 1, (G, 1)) + rng.normal(0, 0.7, (G, n))
-    interval = hierarchical_bootstrap(values.ravel(), np.repeat(np.arange(G), n), draws=8000)
-    means = values.mean(1)
-    spread = math.sqrt(means.var() / G + values.var(1).mean() / n / G)
-    assert interval.mean == pytest.approx(means.mean()) and interval.count == G * n
-    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * spread, rel=0.06)
+    values = rng.normal(0.4, 1, (5, 1)) + rng.normal(0, 0.7, (5, 3))
+    interval = t_interval(values.ravel(), np.repeat(np.arange(5), 3))
+    test = stats.ttest_1samp(values.mean(1), 0.1)
+    assert (interval.low, interval.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert interval.p_value(0.1) == pytest.approx(test.pvalue)
+    assert (interval.count, interval.groups) == (15, 5)
+    alone = t_interval(values.mean(1))
+    assert (alone.low, alone.high, alone.count) == (interval.low, interval.high, 5)
 
 
-def test_the_hierarchical_interval_covers_a_mean_that_draws_share():
-    rng = np.random.default_rng(1)
-    covered = []
-    for _ in range(200):
-        values = rng.normal(0, 1, (8, 1)) + rng.normal(0, 1, (8, 2))
-        interval = hierarchical_bootstrap(values.ravel(), np.repeat(np.arange(8), 2), draws=300)
-        covered.append(interval.low <= 0 <= interval.high)
-    assert np.mean(covered) > 0.88  # an interval that takes the 16 seeds as independent covers some 80 %
-
-
-def test_a_draw_counts_as_one_however_many_seeds_it_has_and_nan_is_left_out():
-    interval = hierarchical_bootstrap([1, 1, 1, 3, math.nan], ["a", "a", "a", "b", "b"])
-    assert interval.mean == 2 and interval.count == 4 and (interval.low, interval.high) == (1, 3)
-    assert math.isnan(hierarchical_bootstrap([1.0, 2.0], ["a", "a"]).low)
-    assert math.isnan(hierarchical_bootstrap([math.nan], ["a"]).mean)
+def test_a_group_counts_as_one_however_many_values_it_has_and_nan_is_left_out():
+    interval = t_interval([1, 1, 1, 3, math.nan], ["a", "a", "a", "b", "b"])
+    assert interval.mean == 2 and interval.count == 4 and interval.groups == 2
+    assert interval.high - 2 == pytest.approx(stats.t.ppf(0.975, 1))  # the standard error of 1 and 3 is 1
+    for values, groups in (([1.0, 2.0], ["a", "a"]), ([1.0], ["a"]), ([math.nan], ["a"]), ([], [])):
+        few = t_interval(values, groups)
+        assert math.isnan(few.low) and math.isnan(few.p_value()) and few.verdict("above") == "unclear"
+    assert math.isnan(t_interval([math.nan]).mean)
     with pytest.raises(ValueError, match="1 values and 2 groups"):
-        hierarchical_bootstrap([1.0], ["a", "b"])
+        t_interval([1.0], ["a", "b"])
+
+
+@pytest.mark.parametrize("low, high, rule, null, expected", [
+    (-0.04, 0.05, "above", 0, "no difference"), (0.01, 0.04, "above", 0, "no difference"),
+    (-0.04, 0.06, "above", 0, "unclear"), (0.01, 0.06, "above", 0, "holds"), (-0.06, -0.01, "above", 0, "fails"),
+    (-0.06, -0.01, "below", 0, "holds"), (0.97, 1.01, "below", 1, "no difference"), (0.93, 0.99, "below", 1, "holds"),
+    (math.nan, math.nan, "above", 0, "unclear")])
+def test_an_interval_within_what_is_worth_having_is_no_difference_on_either_side(low, high, rule, null, expected):
+    assert verdict(low, high, rule, null, worth=0.05) == expected
+    assert verdict(-0.04, 0.05, "above") == "unclear"  # none is asked for
+    assert verdict(-0.04, 0.04, "within", margin=0.05, worth=0.05) == "holds"
+
+
+def test_the_interval_in_use_covers_what_it_says_at_every_spread_and_the_percentile_bootstrap_does_not():
+    cells = [cell for cell in load("coverage")["cells"] if cell["shape"] == "normal"]
+    assert {(cell["draws"], cell["seeds"], cell["ratio"]) for cell in cells} == set(
+        product(coverage.DRAWS, coverage.SEEDS, coverage.RATIOS))
+    ours, _, percentile = coverage.METHODS
+    assert min(cell[ours] for cell in cells) >= 0.93
+    assert min(cell[percentile] for cell in cells) < 0.85
+    (committed,) = [cell for cell in cells if (cell["draws"], cell["seeds"], cell["ratio"]) == (4, 4, 2.0)]
+    again = coverage.coverage(4, 4, 2.0, "normal", repetitions=600, resamples=200, seed=1)
+    for method in coverage.METHODS:  # four standard errors of 600 repetitions, and those of the 2,000
+        spread = math.sqrt(committed[method] * (1 - committed[method]) * (1 / 600 + 1 / 2000))
+        assert again[method] == pytest.approx(committed[method], abs=4 * spread)
+
+
+def test_false_verdicts_are_counted_by_benjamini_and_hochberg():
+    verdicts = [{"verdict": "holds", "p_value": p} for p in (0.001, 0.008, 0.039, 0.041)]
+    verdicts += [{"verdict": "unclear", "p_value": p} for p in (0.06, 0.07, 0.2)] + [{"verdict": "fails"}]
+    counts = report.chance(verdicts)
+    # of seven p-values the k-th smallest must be at most .05 k / 7: .007, .014, .021, .029 …
+    assert (counts["kept_by_benjamini_hochberg"], counts["clear_and_tested"]) == (2, 4)
+    assert (counts["holds"], counts["fails"], counts["no difference"], counts["unclear"]) == (4, 1, 0, 3)
 
 
 def test_seeds_of_verdicts_share_neither_seed_nor_draw_with_those_of_tuning():
@@ -244,7 +274,7 @@ def test_the_table_and_the_figure_say_what_the_json_says(tmp_path):
     found = report.report([claim], {("sentiment", "s"): rows}, ["sentiment"], range(8), whole=False)
     text = report.write_report(found, [claim], {("sentiment", "s"): rows}, tmp_path)
     assert "| a is above b | 3b | **holds** +0.50 [+0.50, +0.50] reward, at 2.5 nats (8 reach it) |" in text
-    assert "8 seeds on 4 draws" in text and "Of 1 verdicts 1 hold, 0 fail and 0 are unclear" in text
+    assert "8 seeds on 4 draws" in text and "Of 1 verdicts 1 hold, 0 fail, 0 say" in text
     assert json.loads((tmp_path / "claims.json").read_text())["claims"][0]["verdict"] == "holds"
     assert (tmp_path / "figures" / "c.png").stat().st_size > 5000
 
@@ -274,17 +304,15 @@ def committed():
 
 
 def test_committed_verdicts_follow_from_their_values_by_their_rule(committed):
-    for claim in committed["claims"]:
-        seeds = [int(seed) for seed in claim["values"]]
-        interval = hierarchical_bootstrap(list(claim["values"].values()), [draw_of(seed) for seed in seeds])
-        assert claim["seeds"] == len(seeds) == interval.count
-        if seeds:
-            assert (claim["effect"], claim["ci_low"], claim["ci_high"]) == pytest.approx(
-                (interval.mean, interval.low, interval.high), abs=1e-4), claim["name"]
-            assert claim["verdict"] == verdict(claim["ci_low"], claim["ci_high"], claim["rule"], claim["null"],
-                                               claim["margin"]), claim["name"]
-        else:
-            assert claim["verdict"] == "unclear"
+    by_name = {claim.name: claim for claim in CLAIMS}
+    for entry in committed["claims"]:
+        again = decide_values(by_name[entry["name"]], entry["world"],
+                              {int(seed): value for seed, value in entry["values"].items()})
+        numbers = {name for name, value in again.items() if isinstance(value, float)}
+        assert [entry[name] for name in numbers] == pytest.approx([again[name] for name in numbers], abs=1e-4)
+        assert {name: entry[name] for name in again.keys() - numbers} == {
+            name: again[name] for name in again.keys() - numbers}
+        assert entry["verdict"] in VERDICTS and entry["headline"] == (entry["name"] in HEADLINES)
 
 
 def test_the_committed_evidence_is_of_every_claim_sixteen_seeds_and_four_draws(committed):
@@ -313,5 +341,5 @@ def test_the_readme_says_what_the_committed_evidence_says(committed):
 
 
 def test_evidence_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="there is no evidence 'nonsense'; there is claims, noise, tuned"):
+    with pytest.raises(ValueError, match="there is no evidence 'nonsense'; there is claims, coverage, noise, tuned"):
         load("nonsense")

@@ -8,12 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evaluation.statistics import VERDICTS
 from ..viewing.plots import COLOURS, KL_LABEL, iteration_colour, style
 from .bench import DRAWS, draw_of
 from .claims import METHODS, Claim, lines_of
 from .effects import Rows
 
-VERDICT_COLOURS = {verdict: COLOURS[verdict] for verdict in ("holds", "fails", "unclear")}
+VERDICT_COLOURS = {verdict: COLOURS[verdict] for verdict in VERDICTS}
 LINE_COLOURS = (COLOURS["slerp"], COLOURS["lerp"])
 
 
@@ -81,8 +82,8 @@ def draw_effect(axes: Axes, found: dict) -> None:
             axes.plot([x, x], [found["ci_low"], found["ci_high"]], color=colour, lw=2.5)
         axes.plot([x], [found["effect"]], "D", color=colour, ms=6)
     axes.axhline(found["null"], color="black", lw=0.8)
-    if found["margin"]:
-        axes.axhspan(found["null"] - found["margin"], found["null"] + found["margin"], color="black", alpha=0.07, lw=0)
+    if band := found["margin"] or found["worth"]:
+        axes.axhspan(found["null"] - band, found["null"] + band, color="black", alpha=0.07, lw=0)
     axes.set(xticks=[], xlabel=f"{found['draws']} draws and all\n({found['seeds']} seeds)", ylabel=found["unit"])
     axes.set_title(found["verdict"], color=colour)
 

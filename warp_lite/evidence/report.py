@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import false_discovery_control
 
 from ..config import WarpConfig
 from ..evaluation.front import reward_at_kl
-from ..evaluation.statistics import hierarchical_bootstrap
+from ..evaluation.statistics import VERDICTS, t_interval
 from ..storage.files import whole, write_bytes, write_json
 from .bench import TUNING_SEEDS, WORLDS, draw_of
-from .claims import METHODS, Claim, decide, lines_of
+from .claims import HEADLINES, METHODS, Claim, decide, lines_of
 from .drawing import claim_figure, limit_figure
 from .effects import Rows, share
 from .noise import PREDICTORS, correlations
@@ -22,7 +23,6 @@ from .settings import EQUAL, KL_MAX
 from .tuning import PARTS, chosen_settings, tuned
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
-VERDICTS = ("holds", "fails", "unclear")
 
 
 def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds: Sequence[int],
@@ -157,9 +157,21 @@ def made_by(found: dict) -> list[str]:
 
 
 def chance(verdicts: Sequence[dict]) -> dict:
-    """How many verdicts there are, and how many would be clear by chance if nothing had any effect."""
+    """How many verdicts there are of each kind, and how many of the clear ones may be luck.
+
+    `expected_clear_by_chance`: how many would be clear if nothing had any effect. `kept_by_benjamini_hochberg`: how
+    many of those that hold or fail by a t test stay so where at most 5 % of such verdicts are to be false
+    (Benjamini and Hochberg 1995, over the claims with a p-value, in both worlds).
+    """
     counts = {name: sum(v["verdict"] == name for v in verdicts) for name in VERDICTS}
-    return {**counts, "verdicts": len(verdicts), "expected_clear_by_chance": round(0.05 * len(verdicts), 1)}
+    tested = [v for v in verdicts if v.get("p_value") is not None]
+    kept = 0
+    if tested:
+        adjusted = false_discovery_control([v["p_value"] for v in tested])
+        kept = sum(v["verdict"] in ("holds", "fails") and bool(p <= 0.05) for v, p in zip(tested, adjusted))
+    return {**counts, "verdicts": len(verdicts), "expected_clear_by_chance": round(0.05 * len(verdicts), 1),
+            "clear_and_tested": sum(v["verdict"] in ("holds", "fails") for v in tested),
+            "kept_by_benjamini_hochberg": kept}
 
 
 def limit_shares(evidence: Evidence, worlds: Sequence[str]) -> list[dict]:
@@ -227,9 +239,9 @@ def mean_limit(rows: Rows) -> list[dict]:
 
 
 def interval_of(values: Mapping[int, float]) -> dict:
-    """Mean and hierarchical interval of a number a seed."""
+    """Mean and interval of a number a seed, each draw counting as one."""
     seeds = sorted(values)
-    interval = hierarchical_bootstrap([values[seed] for seed in seeds], [draw_of(seed) for seed in seeds])
+    interval = t_interval([values[seed] for seed in seeds], [draw_of(seed) for seed in seeds])
     return {"mean": interval.mean, "ci_low": interval.low, "ci_high": interval.high, "seeds": interval.count}
 
 
@@ -247,19 +259,20 @@ def table(found: dict) -> str:
         claim = next(iter(some.values()))
         cells = [cell(some[world]) if world in some else "–" for world in worlds]
         lines.append(f"| {claim['statement']} | {claim['paper_figure']} | {' | '.join(cells)} |")
-    counts = found["chance"]
     note = (f"{len(found['seeds'])} seeds on {len(found['draws'])} draws of SFT policy and reward model a world; "
             f"settings were chosen on {len(found['tuning_seeds'])} other seeds and {len(found['tuning_draws'])} other "
-            f"draws. Brackets are 95 % hierarchical bootstrap intervals. Of {counts['verdicts']} verdicts "
-            f"{counts['holds']} hold, {counts['fails']} fail and {counts['unclear']} are unclear; if nothing had any "
-            f"effect about {counts['expected_clear_by_chance']:g} would be clear by chance, half of them as holding.")
+            f"draws. Brackets are 95 % intervals, Student's t on the means of draws. {summary(found)}")
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
-HEADLINES = ("ema-anchor", "no-kl-gold", "4-runs-against-1", "liti-trajectory", "average-two", "slerp-lerp-reward",
-             "slerp-lerp-front", "angle", "iteration-2-reach", "iteration-2-front", "length", "diversity",
-             "ablation-liti", "beta-for-liti", "equal-one-long-run", "equal-batch-of-16", "limit-90",
-             "limit-90-past")
+def summary(found: dict) -> str:
+    """How many verdicts are of each kind and how far they can be trusted, in two sentences."""
+    counts = found["chance"]
+    return (f"Of {counts['verdicts']} verdicts {counts['holds']} hold, {counts['fails']} fail, "
+            f"{counts['no difference']} say that there is no difference worth having, and {counts['unclear']} are "
+            f"unclear. If nothing had any effect about {counts['expected_clear_by_chance']:g} would be clear by "
+            f"chance; where at most one in twenty of the clear ones is to be false (Benjamini and Hochberg), "
+            f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear.")
 
 
 def headlines(found: dict) -> str:

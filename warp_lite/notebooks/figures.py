@@ -1,7 +1,7 @@
 """What the notebooks' figures share: curves with intervals over seeds, the limit, direct labels, findings.
 
-Values over seeds are arrays (seeds, points). Bands and bars are 95 % bootstrap intervals of the mean
-over seeds; where there is one seed there is no band.
+Values over seeds are arrays (seeds, points). Bands and bars are 95 % intervals of the mean over
+seeds (Student's t); where there is one seed there is no band.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matplotlib.transforms import Bbox
 
 from ..averaging.state_dicts import Weights
 from ..evaluation.front import reward_at_kl
-from ..evaluation.statistics import Interval, bootstrap
+from ..evaluation.statistics import Interval, t_interval
 from ..experiment import Experiment
 from ..result import WarpResult
 from ..storage.files import write_bytes
@@ -113,7 +113,7 @@ def seed_curves(rows: Sequence[dict], **which: str | int | float) -> list[list[d
 
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, lower and upper end of the 95 % interval over seeds of values (seeds, points): (points,) each."""
-    intervals = [bootstrap(values[:, i]) for i in range(values.shape[1])]
+    intervals = [t_interval(values[:, i]) for i in range(values.shape[1])]
     return tuple(np.array([getattr(interval, end) for interval in intervals]) for end in ("mean", "low", "high"))
 
 

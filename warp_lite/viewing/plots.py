@@ -17,7 +17,8 @@ from ..evaluation.front import MIN_ESS, reward_at_kl
 COLOURS = {
     "single": "#7F7F7F", "slerp": "#0072B2", "lerp": "#E69F00", "liti": "#009E73", "ema": "#5E3C99",
     "sft": "#D55E00", "none": "#CC79A7", "limit": "#000000", "best_of_n": "#8C510A", "gold": "#B8860B",
-    "batch": "#999933", "holds": "#117733", "fails": "#882255", "unclear": "#999999",
+    "batch": "#999933", "holds": "#117733", "fails": "#882255", "no difference": "#6699CC",
+    "unclear": "#999999",
 }
 ITERATION_COLOURS = ("#4AA3DF", "#00508F", "#001F3F", "#44AA99", "#A6B8E8")
 STYLE = {
