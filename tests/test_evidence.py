@@ -14,10 +14,11 @@ from scipy import stats
 from warp_lite.cli import main
 from warp_lite.config import WarpConfig
 from warp_lite.evaluation.statistics import VERDICTS, t_interval, verdict
-from warp_lite.evidence import coverage, effects, load, noise, report, runner, tuning
-from warp_lite.evidence.bench import TUNING_SEEDS, draw_of, noise_scale
-from warp_lite.evidence.claims import CLAIMS, HEADLINES, Claim, decide, decide_values
+from warp_lite.evidence import bench, coverage, decisive, effects, load, noise, report, runner, studies, tuning
+from warp_lite.evidence.bench import TUNING_SEEDS, Bench, draw_of, noise_scale
+from warp_lite.evidence.claims import ALL, CLAIMS, HEADLINES, Claim, decide, decide_values
 from warp_lite.evidence.effects import Rows
+from warp_lite.evidence.studies import STUDIES
 from warp_lite.storage import provenance
 
 
@@ -290,12 +291,59 @@ def test_the_command_refuses_what_it_cannot_use(tmp_path, capsys):
         assert words in error and error.count("\n") == 1
     assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "new").exists()
     assert main(["claims", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(CLAIMS)
+    assert len(capsys.readouterr().out.splitlines()) == len(ALL)
 
 
 def test_claims_have_names_of_their_own_and_studies_that_exist():
-    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
-    assert {claim.study for claim in CLAIMS} <= set(runner.studies())
+    assert len({claim.name for claim in ALL}) == len(ALL)
+    assert {claim.study for claim in ALL} <= set(runner.studies())
+
+
+def test_a_difference_of_gains_is_taken_where_all_four_lines_arrive():
+    rows = []
+    for seed in range(4):
+        for size, gain, end in (("small", 0.25, 4.0), ("large", 1.0, 2.2 if seed == 3 else 4.0)):
+            rows += front("run", seed, [0, end], [0, end / 2], size=size, run=1)
+            rows += front("slerp-4", seed, [0, end], [gain, gain + end / 2], size=size)
+    effect = decisive.difference_of_gains({"size": "large"}, {"size": "small"})(Rows("sentiment", rows))
+    assert effect.level == 2.0 and effect.values == pytest.approx({seed: 0.75 for seed in range(4)})
+
+
+def test_the_best_line_is_chosen_on_the_other_seeds_alone():
+    at_the_end = {"x": [0, 0, 9], "y": [1, 1, 1], "z": [2, 2, 2]}
+    rows = [row for name, values in at_the_end.items() for seed, value in enumerate(values)
+            for row in front(name, seed, [0, 4], [0, value])]
+    effect = decisive.best_of_others(["x", "y"], ["z"])(Rows("sentiment", rows))
+    # x has the higher mean for seeds 0 and 1, whose others hold the 9; for seed 2 y is chosen
+    assert effect.values == pytest.approx({0: -2.0, 1: -2.0, 2: -1.0}) and effect.level == 4
+
+
+class ShortBench(Bench):
+    """A bench whose runs take two steps of two completions; a study is told that what it may keep is of the last."""
+
+    def train(self, configs, checkpoints=None, **options):
+        if checkpoints is not None:
+            options["checkpoints"] = lambda name, seed, iteration, run, step, weights: checkpoints(
+                name, seed, iteration, run, 10**6, weights)
+        return super().train({name: config.replace(steps=2, batch_size=2, eval_every=min(1, config.eval_every))
+                              for name, config in configs.items()}, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", [*STUDIES, *decisive.DECISIVE])
+def test_a_study_has_the_lines_that_its_claims_ask_for(study, world, monkeypatch):
+    for module in (studies, decisive):  # one world for all settings: what is asked is only whether lines are there
+        monkeypatch.setattr(module, "reviews_world", lambda **settings: world)
+    monkeypatch.setattr(bench, "LIMIT_SAMPLES", 64)
+    short = ShortBench("sentiment", 1, (0,), world.measured_on(world.eval_prompts.given[:8]))
+    rows = runner.studies()[study](short)
+    limit = rows if study == "limit" else STUDIES["limit"](short) if study in ("equal", "best") else []
+    bounds = [{1: [row for row in limit if row["line"] == line]} for line in ("limit", "best of n")]
+    for claim in ALL:
+        if claim.study == study:
+            decided = decide(claim, Rows("sentiment", rows, *bounds))
+            assert decided.get("reached") or decided["seeds"] == 1, claim.name
+    assert rows and all(row["line"] for row in rows)
 
 
 @pytest.fixture(scope="module")

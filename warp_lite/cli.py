@@ -324,9 +324,10 @@ def claims_command(arguments: argparse.Namespace) -> int:
     Raises ValueError for options that cannot be used, KeyboardInterrupt that says what is kept.
     """
     if arguments.list:
-        from .evidence.claims import pick
+        from .evidence.claims import ALL, pick
 
-        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in pick(arguments.only)))
+        shown = pick(arguments.only) if arguments.only else ALL
+        print("\n".join(f"{claim.name:24} {claim.statement}" for claim in shown))
         return 0
     if arguments.out is None:
         raise ValueError("--out is missing; name a folder for claims.json, the table and the figures")

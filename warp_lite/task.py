@@ -177,10 +177,10 @@ def check_task_alone(besides: Mapping[str, bool]) -> None:
 
 
 def check_rewards(reward: RewardFunc | Sequence[RewardFunc], gold: RewardFunc | None = None) -> None:
-    """Raises TypeError for a reward, or gold reward, that cannot be called."""
+    """Raises TypeError for a reward, or gold reward, that can neither be called nor reads token ids."""
     rewards = list(reward) if isinstance(reward, (list, tuple)) else [reward]
     for function in [*rewards, *([] if gold is None else [gold])]:
-        if not callable(function):
+        if not callable(function) and not hasattr(function, "from_ids"):
             raise TypeError(f"a reward is {type(function).__name__}, not a function of prompts and completions")
 
 

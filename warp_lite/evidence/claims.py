@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..evaluation.statistics import t_interval
 from .bench import draw_of
+from .decisive import LONG_BETAS, QUALITIES, SIZES, best_of_others, difference_of_gains
 from .effects import (
     AREA,
     REWARD,
@@ -78,6 +79,7 @@ class Claim:
     null: float = 0.0
     margin: float = 0.0
     lines: tuple = ()  # what its figure draws
+    prediction: tuple[float, float] | None = None  # the effects that were expected, where that was written down before
 
     def worth(self, world: str) -> float:
         """The smallest difference worth having, in the claim's unit: an interval within it is "no difference".
@@ -217,6 +219,39 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+def _predicted(name, statement, study, effect, prediction, rule="above", unit=REWARD, lines=()) -> Claim:
+    return Claim(name, "–", statement, study, effect, rule, unit, lines=lines, prediction=prediction)
+
+
+_SMALL, _LARGE = list(SIZES)[0], list(SIZES)[-1]
+# Where merging would win: predictions first, from the noise map and the claims above.
+WOULD_WIN: tuple[Claim, ...] = (
+    *(_predicted(f"many-{m}-against-{n}", f"With batches of 2, LITI of {m} merged runs is above that of {n} at one KL",
+                 "many runs", at_one_kl(f"slerp-{m}", f"slerp-{n}"), prediction, lines=(f"slerp-{m}", f"slerp-{n}"))
+      for m, n, prediction in ((8, 4, (0.01, 0.08)), (16, 8, (0.0, 0.05)), (16, 4, (0.02, 0.12)))),
+    _predicted("size", f"Merging four gains more in policies of {_LARGE} parameters than of {_SMALL}, at one KL",
+               "sizes", difference_of_gains({"size": _LARGE}, {"size": _SMALL}), (-0.10, 0.10)),
+    *(_predicted(f"quality-{name.replace(' ', '-')}", f"With a reward model of {name} and β = 0.01, LERP of four keeps "
+                 "more gold reward than one run of equal samples at one proxy reward", "quality",
+                 at_proxy({"line": "lerp", "quality": name}, {"line": "batch of 32", "quality": name}), prediction,
+                 unit="gold reward") for name, prediction in zip(QUALITIES, ((0.0, 0.5), (-0.05, 0.25)))),
+    *(_predicted(f"own-rewards-{words.replace(' ', '-')}", f"Merging runs of four reward models has more gold reward "
+                 f"at one KL than {than}", "own rewards", at_one_kl("own", line, "gold"), prediction,
+                 unit="gold reward", lines=("own", line))
+      for words, line, than, prediction in (
+          ("one", "one", "merging four runs of one", (0.0, 0.25)),
+          ("mean", "mean", "merging four runs of their mean", (-0.10, 0.05)),
+          ("single", "one run on the mean", "one run on their mean", (0.05, 0.35)))),
+    _predicted("shift", "Merging four gains more on prompts of nouns that training never saw than on seen ones",
+               "shift", difference_of_gains({"prompts": "unseen"}, {"prompts": "seen"}), (-0.05, 0.05)),
+    _predicted("long-anchor", "With μT = 90 an EMA anchor gives more reward than an SFT anchor (each with the β that "
+               "is best on the other seeds) at one KL", "long anchor",
+               best_of_others([f"EMA, β = {beta:g}" for beta in LONG_BETAS["ema"]],
+                              [f"SFT, β = {beta:g}" for beta in LONG_BETAS["sft"]]), (-0.10, 0.30)),
+)
+ALL = (*CLAIMS, *WOULD_WIN)
+
+
 def decide(claim: Claim, rows: Rows) -> dict:
     """The claim in one world, as claims.json has it."""
     effect = claim.effect(rows)
@@ -238,18 +273,24 @@ def decide_values(claim: Claim, world: str, values: Mapping[int, float]) -> dict
         "verdict": interval.verdict(claim.rule, claim.null, claim.margin, worth),
         "p_value": None if claim.rule == "within" else interval.p_value(claim.null),
         "headline": claim.name in HEADLINES, "study": claim.study, "draws": interval.groups,
+        **({"prediction": list(claim.prediction)} if claim.prediction else {}),
         "values": {str(seed): round(values[seed], 5) for seed in seeds}}
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in decided.items()}
 
 
 def pick(only: Sequence[str] | None) -> list[Claim]:
-    """The claims of those names, or all. Raises ValueError that lists the names there are."""
-    names = [claim.name for claim in CLAIMS]
+    """The claims of those names, or the paper's and its reviewers'. Raises ValueError that lists the names there are.
+
+    The claims of `WOULD_WIN` are asked by name.
+    """
+    names = [claim.name for claim in ALL]
     for name in only or ():
         if name not in names:
             raise ValueError(f"there is no claim {name!r}; there are {', '.join(names)}")
-    return [claim for claim in CLAIMS if not only or claim.name in only]
+    if not only:
+        return list(CLAIMS)
+    return [claim for claim in ALL if claim.name in only]
 
 
 METHODS: Mapping[str, tuple[str, str | dict]] = {

@@ -80,14 +80,20 @@ def compare(rows: Rows, a: str | dict, b: str | dict, levels: Sequence[float],
 
     `value(front, level)` is nan where a front does not reach the level. No values where there is no such level.
     """
+    return compare_values(rows, levels, lambda level: {
+        seed: np.mean([value(front, level) for front in rows.fronts(a, seed)])
+        - np.mean([value(front, level) for front in rows.fronts(b, seed)]) for seed in rows.seeds})
+
+
+def compare_values(rows: Rows, levels: Sequence[float], values_at: Callable[[float], dict[int, float]]) -> Effect:
+    """The values, a number a seed, at the highest level at which every seed has one that is finite."""
     reached: dict[str, int] = {}
     for level in levels:
-        found = {seed: np.mean([value(front, level) for front in rows.fronts(a, seed)])
-                 - np.mean([value(front, level) for front in rows.fronts(b, seed)]) for seed in rows.seeds}
-        there = sum(math.isfinite(v) for v in found.values())
+        values = values_at(level)
+        there = sum(math.isfinite(value) for value in values.values())
         reached[f"{level:g}"] = there
         if there == len(rows.seeds):
-            return Effect({seed: float(v) for seed, v in found.items()}, level, reached)
+            return Effect({seed: float(value) for seed, value in values.items()}, level, reached)
     return Effect({}, None, reached)
 
 

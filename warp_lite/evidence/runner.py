@@ -49,10 +49,11 @@ class Unit:
 
 def studies() -> dict[str, Callable[[Bench], list[dict]]]:
     """Every study by name: those of the claims, the noise map and the tunings."""
+    from .decisive import DECISIVE
     from .noise import noise
     from .studies import STUDIES
 
-    return STUDIES | {"noise": noise} | {f"tuning of {part}": partial(tuning, part=part) for part in PARTS}
+    return STUDIES | DECISIVE | {"noise": noise} | {f"tuning of {part}": partial(tuning, part=part) for part in PARTS}
 
 
 def code_of(study: Callable) -> str:
