@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from warp_lite.averaging import checkpoints
+from warp_lite.averaging.arrays import CHUNK
 from warp_lite.averaging.checkpoints import merge_checkpoints
 from warp_lite.averaging.liti import liti
-from warp_lite.averaging.slerp import CHUNK, lerp, slerp
+from warp_lite.averaging.slerp import lerp, slerp
 from warp_lite.averaging.state_dicts import parameters
 from warp_lite.policies.loading import load_policy, save_policy
 
@@ -206,12 +207,6 @@ def test_a_merge_on_disk_agrees_with_mergekits(tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
 
 
-def test_the_number_of_threads_is_left_as_it_was(tmp_path, folders):
-    threads = torch.get_num_threads()
-    merge_checkpoints(folders[0], folders[1:], tmp_path / "out")
-    assert torch.get_num_threads() == threads
-
-
 # All or nothing
 
 
@@ -219,7 +214,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, folders, monkeypatch):
     def interrupt(*_, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "merge_tensors", interrupt)
+    monkeypatch.setattr(checkpoints, "merge_arrays", interrupt)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "out", tmp_path / "empty"):
         with pytest.raises(KeyboardInterrupt):
@@ -229,7 +224,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path, folders, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-@pytest.mark.parametrize("moment", ["checkpoints.merge_tensors", "checkpoints.carry_over"])
+@pytest.mark.parametrize("moment", ["checkpoints.merge_arrays", "checkpoints.carry_over"])
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path, folders, moment):
     script = textwrap.dedent(f"""
         import os, signal, sys

@@ -24,7 +24,7 @@ _HOMES = {
     "averaging.checkpoints": ("merge_checkpoints",),
     "launch": ("run_warp",),
     "task": ("Task",),
-    "averaging.merging": ("MERGES",),
+    "averaging.coefficients": ("MERGES",),
     "result": ("WarpResult",),
     "reopen": ("load_result",),
     "policies.loading": ("load_policy", "save_policy"),

@@ -120,8 +120,8 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--policies", metavar="DIR", nargs="+", required=True,
                        help="checkpoints, or PEFT folders of adapters; one alone is moved toward the init by --eta")
     merge.add_argument("--method", metavar="NAME", default="slerp",
-                       help="how the task vectors are merged: slerp, lerp or another of averaging/merging.py (default: "
-                            "slerp)")
+                       help="how the task vectors are merged: slerp, lerp or another of "
+                            "averaging/coefficients.py (default: slerp)")
     merge.add_argument("--eta", type=float, default=1.0, metavar="X",
                        help="LITI: 0 is the init, 1 the merge, above extrapolates (default: 1)")
     merge.add_argument("--rank", type=int, metavar="R", help="of adapters: write an adapter of this rank")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import NoneType
 
+from .averaging.coefficients import MERGES
+
 ANCHORS = ("ema", "sft", "none")
-MERGES = ("slerp", "lerp", "none")  # those known without a look at averaging/merging.py, which may have more
 PRECISIONS = ("auto", "fp32", "bf16")
 READ = {int: int, float: float, str: str, bool: lambda text: {"true": True, "false": False}[text.lower()],
         NoneType: lambda text: {"none": None}[text.lower()]}
@@ -107,7 +108,7 @@ class WarpConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name, words in (("anchor", ANCHORS), ("merge", merges(self.merge)), ("precision", PRECISIONS)):
+        for name, words in (("anchor", ANCHORS), ("merge", (*MERGES, "none")), ("precision", PRECISIONS)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, not {getattr(self, name)!r}")
         if self.merge == "none" and self.runs != 1:
@@ -206,16 +207,6 @@ def is_of(value: object, kinds: tuple[type, ...]) -> bool:
 def names_of(kinds: tuple[type, ...]) -> str:
     """The names of types in one text: "int or None"."""
     return " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
-
-
-def merges(name: str) -> tuple[str, ...]:
-    """The merge methods that a config may name, and "none"; those of averaging/merging.py are looked up only where
-    `name` is none of the usual ones, as that imports torch."""
-    if name in MERGES:
-        return MERGES
-    from .averaging import merging
-
-    return (*merging.MERGES, "none")
 
 
 @dataclass(frozen=True)

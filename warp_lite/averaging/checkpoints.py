@@ -1,8 +1,8 @@
 """Merge safetensors checkpoints on disk, tensor by tensor, without ever holding a model in memory.
 
-The arithmetic is that of `slerp.py` and `liti.py`; here are only files. The result takes its headers
-from init, byte for byte, so it is sharded as init is and every tensor has the same place in it. It is
-written beside its destination and renamed when it is complete and on disk.
+The arithmetic is that of `slerp.py` and `liti.py`, on arrays (`arrays.py`); here are only files, and no torch. The
+result takes its headers from init, byte for byte, so it is sharded as init is and every tensor has the same place in
+it. It is written beside its destination and renamed when it is complete and on disk.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..storage.files import check_vouched, sync_path
 from ..storage.model_folders import (
-    DTYPES,
     Checkpoint,
     appearing_whole,
     carry_over,
@@ -31,10 +29,19 @@ from ..storage.model_folders import (
     open_checkpoint,
     stored_names,
 )
-from .liti import check_eta, interpolate
-from .merging import MergeMethod, coefficients_of, merge_method, merge_tensors, needs_products
-from .slerp import CHUNK, gram
-from .state_dicts import check_equal_buffers, check_finite, check_no_overflow, check_weights
+from .arrays import (
+    CHUNK,
+    DTYPES,
+    FLOATING,
+    all_finite,
+    inner_products,
+    interpolate_arrays,
+    merge_arrays,
+    narrow_array,
+    widen_array,
+)
+from .checks import buffer_differs, check_eta, check_weights, not_finite, overflows
+from .coefficients import MergeMethod, coefficients_of, merge_method, needs_products
 
 WORKERS = 2  # tensors merged side by side, while another is read or written
 
@@ -60,7 +67,8 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     or empty, and appears only when it is complete.
     Tensors are matched as the library matches them: with or without the base model's name before theirs, and where
     one file has copies of tied weights, or masks that the library makes anew, which another leaves out.
-    Float16 and bfloat16 are computed in float32 and rounded once, at the end. What a run folder's DONE
+    Float16 and bfloat16 are computed in float32 and rounded once, at the end. The result is that of a merge in memory,
+    within one unit in the last place (see arrays.py). What a run folder's DONE
     vouches for is checked first.
     Raises ValueError, before any work, for folders that do not fit together, that are damaged or altered, or
     that hold pickled weights only, and for wrong arguments, TypeError for one path in the place of a list;
@@ -81,23 +89,25 @@ def merge_checkpoints(init: str | Path, policies: Sequence[str | Path], out: str
     for path in dict.fromkeys(map(Path, inputs)):
         check_vouched(path, "train it again, or move it away from there to merge it as your own")
     total = sum(stored.size for stored in init.tensors.values())
-    with appearing_whole(out) as partial, ExitStack() as stack, _one_thread():
+    with appearing_whole(out) as partial, ExitStack() as stack:
         advance = stack.enter_context(_progress_bar(total, progress))
         readers = [stack.enter_context(_Reader([init, *policies])) for _ in range(WORKERS)]
         outputs = {file: stack.enter_context(open(partial / file, "xb", buffering=0)) for file in init.headers}
         for file, header in init.headers.items():
             _write(outputs[file], memoryview(header), 0)
         writing = Lock()
+        np.empty(2**23, np.uint8)  # glibc keeps what is freed, up to this size, once it has freed as much: no new pages
 
         def merge_one(name: str) -> None:
             reader, stored = readers.pop(), init.tensors[name]
             try:
                 place = stored.start  # the same as in init's file, whose header this is
-                for chunk in _merge_tensor(reader, name, function, weights, eta):
-                    with writing:
-                        _write(outputs[stored.file], _bytes_of(chunk), place)
-                    place += chunk.nbytes
-                    advance(chunk.nbytes)
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error, not a warning
+                    for chunk in _merge_tensor(reader, name, function, weights, eta):
+                        with writing:
+                            _write(outputs[stored.file], _bytes_of(chunk), place)
+                        place += chunk.nbytes
+                        advance(chunk.nbytes)
             finally:
                 readers.append(reader)
 
@@ -121,48 +131,55 @@ def _in_threads(function: Callable[[str], None], names: Sequence[str]) -> None:
             raise
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute each tensor in one thread: tensors are merged side by side, and on a busy machine
-    torch's own threads, which wait for each other by spinning, made a merge forty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _merge_tensor(reader: _Reader, name: str, method: MergeMethod, weights: list[float],
-                  eta: float) -> Iterator[Tensor]:
+                  eta: float) -> Iterator[np.ndarray]:
     """The merged tensor as consecutive flat chunks in its own dtype."""
     if any(name not in checkpoint.tensors for checkpoint in reader.checkpoints):  # a mask that not all have
         yield from (base for base, *_ in reader.chunks(name))
         return
     labels = [str(checkpoint.folder) for checkpoint in reader.checkpoints]
-    if not DTYPES[reader.checkpoints[0].tensors[name].dtype].is_floating_point:
+    dtype = reader.checkpoints[0].tensors[name].dtype
+    in_torch = f"torch.{DTYPES[dtype][0]}"
+    if dtype not in FLOATING:
         for base, *thetas in reader.chunks(name):
-            check_equal_buffers(name, base, dict(zip(labels[1:], thetas)))
+            for label, theta in zip(labels[1:], thetas):
+                if not np.array_equal(theta, base):
+                    raise buffer_differs(label, name, in_torch)
             yield base
         return
     M = len(weights)
-    products, equal = torch.zeros(M, M, dtype=torch.float64), True
+    products, equal = np.zeros((M, M)), True
     twice = needs_products(method) and M > 1
     if twice:
-        for base, *thetas in reader.chunks(name):
-            check_finite(name, dict(zip(labels, [base, *thetas])))
-            products += gram(base, thetas)
-            equal = equal and all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
+        for chunk in reader.chunks(name):
+            base, *thetas = wide = [widen_array(part, dtype) for part in chunk]
+            of_chunk = inner_products(base, thetas)
+            if not all_finite(of_chunk):  # as all are that have a NaN or an infinity in them, and few others
+                _check_finite(name, labels, wide)
+            products += of_chunk
+            equal = equal and _all_equal(thetas)
     coefficients = coefficients_of(method, products, weights) if M > 1 else weights
-    for base, *thetas in reader.chunks(name):
+    for chunk in reader.chunks(name):
+        base, *thetas = wide = [widen_array(part, dtype) for part in chunk]
         if not twice:
-            check_finite(name, dict(zip(labels, [base, *thetas])))
-            equal = all(torch.equal(theta, thetas[0]) for theta in thetas[1:])
-        merged = merge_tensors(base, thetas, coefficients, equal, around_first=not twice)
-        result = interpolate(base, merged, eta) if eta != 1 else merged
-        result = result.to(base.dtype)
-        check_no_overflow(name, result)
+            _check_finite(name, labels, wide)
+            equal = _all_equal(thetas)
+        merged = merge_arrays(base, thetas, coefficients, equal, around_first=not twice)
+        result = narrow_array(interpolate_arrays(base, merged, eta) if eta != 1 else merged, dtype)
+        if not all_finite(widen_array(result, dtype)):
+            raise overflows(name, in_torch)
         yield result
+
+
+def _check_finite(name: str, labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
+    """Raise ValueError that names the first of the inputs that has NaN or infinity, by its label."""
+    for label, array in zip(labels, arrays):
+        if not all_finite(array):
+            raise not_finite(label, name)
+
+
+def _all_equal(arrays: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(array, arrays[0]) for array in arrays[1:])
 
 
 class _Reader:
@@ -175,7 +192,7 @@ class _Reader:
     def __init__(self, checkpoints: list[Checkpoint]):
         self.checkpoints = checkpoints
         self.bytes_read = 0
-        self._buffers = [torch.empty(CHUNK, dtype=torch.float64) for _ in checkpoints]
+        self._buffers = [np.empty(CHUNK, np.float64) for _ in checkpoints]
 
     def __enter__(self) -> _Reader:
         with ExitStack() as stack:
@@ -188,15 +205,15 @@ class _Reader:
     def __exit__(self, *error) -> None:
         self._close()
 
-    def chunks(self, name: str) -> Iterator[list[Tensor]]:
+    def chunks(self, name: str) -> Iterator[list[np.ndarray]]:
         """[init's chunk, the policies' chunks], flat; valid until the next is asked for."""
         checkpoints = [checkpoint for checkpoint in self.checkpoints if name in checkpoint.tensors]
         stored = [checkpoint.tensors[name] for checkpoint in checkpoints]
-        dtype = DTYPES[stored[0].dtype]
+        dtype = np.dtype(DTYPES[stored[0].dtype][1])
         step = CHUNK * dtype.itemsize
         for offset in range(0, stored[0].size, step):
             size = min(step, stored[0].size - offset)
-            parts = [buffer.view(torch.uint8)[:size].view(dtype) for buffer in self._buffers[:len(stored)]]
+            parts = [buffer.view(np.uint8)[:size].view(dtype) for buffer in self._buffers[:len(stored)]]
             for checkpoint, at, part in zip(checkpoints, stored, parts):
                 self._read(checkpoint.folder / at.file, at.start + offset, _bytes_of(part))
             yield parts
@@ -212,8 +229,8 @@ class _Reader:
             view = view[count:]
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(array.view(np.uint8))
 
 
 def _write(output: BinaryIO, view: memoryview, place: int) -> None:
@@ -246,7 +263,7 @@ def _fitted(init: Checkpoint, policy: Checkpoint) -> Checkpoint:
             raise ValueError(f"{policy.folder} has {name!r} in shape {other.shape}, "
                              f"{init.folder} in {stored.shape}; {hint}")
         if other.dtype != stored.dtype:
-            wanted = str(DTYPES[stored.dtype]).removeprefix("torch.")
+            wanted = DTYPES[stored.dtype][0]
             raise ValueError(f"{policy.folder} has {name!r} in {other.dtype}, {init.folder} in {stored.dtype}; convert "
                              f"one of them first: from_pretrained(…, dtype={wanted!r}) and save_pretrained")
         tensors[name] = other
@@ -266,7 +283,7 @@ def _equal_copy(checkpoint: Checkpoint, name: str, among: Collection[str]) -> st
             pair = [Checkpoint(checkpoint.folder, {at.file: checkpoint.headers[at.file]}, {name: at})
                     for at in (like, stored)]
             with _Reader(pair) as reader:
-                if all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in reader.chunks(name)):
+                if all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in reader.chunks(name)):
                     return other
     return None
 

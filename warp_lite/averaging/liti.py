@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_eta
 from .state_dicts import Weights, map_tensors, widen
-
-LARGEST = torch.finfo(torch.float32).max  # what torch takes a step of float32 weights by
 
 
 def liti(init: Weights, theta: Weights, eta: float) -> dict[str, Tensor]:
@@ -24,14 +23,6 @@ def liti(init: Weights, theta: Weights, eta: float) -> dict[str, Tensor]:
     """
     eta = check_eta(eta)
     return map_tensors(lambda base, thetas: interpolate(base, thetas[0], eta), init, {"theta": theta})
-
-
-def check_eta(eta: float) -> float:
-    """η as a float. Raises ValueError where it is negative, not finite or beyond float32."""
-    if not 0 <= eta <= LARGEST:  # nor nan
-        raise ValueError(f"eta is {eta}; it must be finite and not negative "
-                         "(0 gives init, 1 gives theta, more extrapolates)")
-    return float(eta)
 
 
 def interpolate(base: Tensor, theta: Tensor, eta: float) -> Tensor:

@@ -5,18 +5,20 @@ l then average to a shorter one (l/√M). SLERP walks the arc between them and k
 
     slerp(θ_init, θ¹, θ², λ) = θ_init + sin((1−λ)Ω)/sin Ω · δ_1 + sin(λΩ)/sin Ω · δ_2,
 
-with Ω the angle between δ_1 and δ_2, one for each tensor ("layer by layer").
+with Ω the angle between δ_1 and δ_2, one for each tensor ("layer by layer"). The two factors, and those of more
+policies, are `slerp_coefficients` of coefficients.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .state_dicts import Weights, check_finite, check_same_tensors, check_weights, label_policies, map_tensors, widen
+from .checks import check_weights
+from .coefficients import slerp_coefficients
+from .state_dicts import Weights, check_finite, check_same_tensors, label_policies, map_tensors, widen
 
 CHUNK = 2**16  # elements at a time in `gram`: its float64 copies stay in the processor's cache
 
@@ -104,40 +106,6 @@ def gram(init: Tensor, thetas: Sequence[Tensor]) -> Tensor:
         deltas = [(widen(part) - widen(base)).double() for part in parts]         # M of (chunk,)
         total += torch.stack([a.dot(b) for a in deltas for b in deltas]).view_as(total)   # (M, M)
     return total.cpu()
-
-
-def slerp_coefficients(products: Tensor, weights: Sequence[float]) -> list[float]:
-    """The c_m with slerp = θ_init + Σ c_m δ_m, from the task vectors' inner products (M, M).
-
-    All the geometry of the iteration happens here: norms and angles of every intermediate merge
-    follow from the inner products, so the tensors themselves are combined only once. Source: equation 26.
-    """
-    products = products.tolist()
-    coefficients = [1.0] + [0.0] * (len(weights) - 1)         # the merge of the first k, so far k = 1
-    total = weights[0]
-    for k in range(1, len(weights)):
-        total += weights[k]
-        fraction = weights[k] / total if total else 0.0       # 1/k if uniform
-        dot = sum(c * row[k] for c, row in zip(coefficients, products))
-        square = sum(a * b * products[i][j] for i, a in enumerate(coefficients)
-                     for j, b in enumerate(coefficients))
-        size = sum(abs(c) * math.sqrt(products[i][i]) for i, c in enumerate(coefficients))
-        # Opposite task vectors cancel to rounding noise, which must count as zero, not as a direction.
-        norm = math.sqrt(square) if square > (1e-7 * size) ** 2 else 0.0
-        keep, add = _slerp_pair(norm, math.sqrt(products[k][k]), dot, fraction)
-        coefficients = [keep * c for c in coefficients]
-        coefficients[k] = add
-    return coefficients
-
-
-def _slerp_pair(norm_1: float, norm_2: float, dot: float, lam: float) -> tuple[float, float]:
-    """The factors of two vectors on the arc between them, a fraction `lam` of the way to the second."""
-    norms = norm_1 * norm_2
-    cosine = max(-1.0, min(1.0, dot / norms)) if norms > 0 else 0.0  # a zero vector: as if orthogonal
-    omega = math.acos(cosine)
-    if math.sin(omega) < 1e-6:  # the limit at Ω = 0 (they differ by Ω²/6); the arc at 180° is undefined
-        return 1 - lam, lam
-    return math.sin((1 - lam) * omega) / math.sin(omega), math.sin(lam * omega) / math.sin(omega)
 
 
 def _omegas(products: Tensor) -> Tensor:

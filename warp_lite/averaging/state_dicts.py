@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .checks import buffer_differs, not_finite, overflows
+
 Weights = Mapping[str, Tensor]  # a state dict, or the parameters of one: tensors by name
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -80,23 +82,6 @@ def label_policies(policies: Sequence[Weights], at_least: int = 2) -> dict[str, 
     return {f"policies[{index}]": policy for index, policy in enumerate(policies)}
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The weight (M,) of each policy as floats: uniform if None, else non-negative and summing to 1 (within 1e-6).
-
-    Raises ValueError for other weights, and for another number of them than `count`.
-    """
-    if weights is None:
-        return [1 / count] * count
-    values = [float(weight) for weight in weights]
-    if len(values) != count:
-        raise ValueError(f"weights has {len(values)} numbers for {count} policies; pass one for each")
-    if not all(math.isfinite(value) and value >= 0 for value in values):
-        raise ValueError(f"weights is {values}; each must be finite and not negative")
-    if abs(sum(values) - 1) > 1e-6:
-        raise ValueError(f"weights {values} sum to {sum(values):.6g}; divide them by their sum")
-    return values
-
-
 def check_same_tensors(init: Weights, others: Mapping[str, Weights]) -> None:
     """Whether all state dicts have the same names, shapes, dtypes and devices as `init`.
 
@@ -141,23 +126,20 @@ def check_finite(name: str, inputs: Mapping[str, Tensor]) -> None:
     """Raises ValueError if one of the inputs for tensor `name` is NaN or infinite; it says which, by its label."""
     for label, tensor in inputs.items():
         if not is_finite(tensor):
-            raise ValueError(f"{label}[{name!r}] has NaN or infinite weights; "
-                             "did the run that made it diverge?")
+            raise not_finite(label, name)
 
 
 def check_no_overflow(name: str, result: Tensor) -> None:
     """Raises ValueError if the result for tensor `name`, made of finite inputs, is not finite."""
     if not is_finite(result):
-        raise ValueError(f"the result for {name!r} overflows {result.dtype}; "
-                         "use a smaller eta or a wider dtype")
+        raise overflows(name, result.dtype)
 
 
 def check_equal_buffers(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> None:
     """Raises ValueError if one of the others' tensors `name`, which cannot be averaged, differs from init's."""
     for label, other in others.items():
         if not torch.equal(other, tensor):
-            raise ValueError(f"{label}[{name!r}] is a {tensor.dtype} buffer that differs from init's "
-                             "and cannot be averaged; make them equal or drop it")
+            raise buffer_differs(label, name, tensor.dtype)
 
 
 def _check_still_tied(first: str, second: str, others: Mapping[str, Weights]) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..averaging.liti import check_eta
-from ..averaging.merging import coefficients_of, merge_method
-from ..averaging.state_dicts import Weights, check_weights, widen
+from ..averaging.checks import check_eta, check_weights
+from ..averaging.coefficients import coefficients_of, merge_method
+from ..averaging.state_dicts import Weights, widen
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def combine_adapters(adapters: Sequence[Adapter],
 
 def merge_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
                    method: str = "slerp") -> Adapter:
-    """Stage 2 on adapters of one init, exactly: ΔW merged by a method of `averaging.merging.MERGES`, each weight with
-    its own angle.
+    """Stage 2 on adapters of one init, exactly: ΔW merged by a method of `averaging.coefficients.MERGES`, each weight
+    with its own angle.
 
     The same as `merge(init, dense policies, method)`, by Gram matrices of the factors; the rank is the sum of
     the ranks. Raises ValueError for fewer than two adapters, those that do not fit together and an unknown method.

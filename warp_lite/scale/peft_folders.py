@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..averaging.liti import check_eta
+from ..averaging.checks import check_eta
 from ..averaging.state_dicts import widen
 from ..storage.files import read_json
 from ..storage.model_folders import (

@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from ..averaging.arrays import DTYPES, FLOATING
 from .files import beside, sync_path
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U8": torch.uint8, "BOOL": torch.bool}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Carried over from init: configuration and tokenizer. No weights, and nothing that could be executed.
@@ -130,7 +127,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_header(path: Path) -> tuple[bytes, dict[str, _Stored]]:
     """The raw header, length field included, and the tensors in the order in which they are stored."""
     try:
-        with safe_open(path, framework="pt"):  # checks everything, the length of the file too
+        with safe_open(path, framework="np"):  # checks everything, the length of the file too
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); "
@@ -143,7 +140,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, _Stored]]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path} has tensor {name!r} in {entry['dtype']}, which cannot be averaged; "
-                             f"convert it to one of {', '.join(list(DTYPES)[:4])}")
+                             f"convert it to one of {', '.join(FLOATING)}")
         start, end = entry["data_offsets"]
         tensors[name] = _Stored(path.name, entry["dtype"], tuple(entry["shape"]),
                                 8 + len(header) + start, end - start)

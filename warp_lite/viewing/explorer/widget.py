@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from ...averaging.liti import check_eta, liti
+from ...averaging.checks import check_eta
+from ...averaging.liti import liti
 from ...result import WarpResult
 from .grid import View, build_grid, changed_words, line_at, measure_points, merged_weights, point_at
 from .picture import Picture, draw_picture, reward_label
