@@ -1,0 +1,121 @@
+"""The site in one command: a source folder put together of what is committed, then Sphinx over it.
+
+    python site/build.py build/site
+
+Nothing is executed and nothing fetched. Notebooks are read as they are committed; where their widgets stand, which
+show nothing without a kernel, come the scenes of SCENES.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx.cmd.build import main as sphinx_build
+
+SITE = Path(__file__).resolve().parent
+ROOT = SITE.parent
+SOURCE_NAME = ".site-source"  # beside the pages, which it makes
+# A notebook's scene, and words of the section it stands in: at the section's widget, or else at its end.
+SCENES = {"00": ("limit", "tilt"), "01": ("idea in a picture", "anchor"), "02": ("move the arc", "arc"),
+          "03": ("turn the dial", "dial"), "04": ("explorer", "explorer")}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+WINGS = {"averaging": "Averaging: the three stages as arithmetic", "training": "Training: the M runs",
+         "policies": "Policies: models as samplers", "rewards": "Rewards", "evaluation": "Evaluation",
+         "worlds": "Worlds to train in", "viewing": "Pictures and the explorer", "scale": "Scale: adapters, TRL, Ray",
+         "storage": "Storage", "evidence": "Evidence", "notebooks": "What the notebooks use"}
+
+
+def build(out: Path, *options: str) -> int:
+    """Write the site to a folder; returns Sphinx's exit code."""
+    source = out.parent / SOURCE_NAME
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(SITE, source, ignore=shutil.ignore_patterns("__pycache__", "*.md", "build.py"))
+    for page in SITE.glob("*.md"):
+        (source / page.name).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copytree(ROOT / ".github", source / "pictures", ignore=lambda folder, names: [
+        name for name in names if not name.endswith(".png")])
+    for path in notebooks():
+        notebook = placed(json.loads(path.read_text(encoding="utf-8")), path.stem)
+        (source / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    glossary = ROOT / "notebooks" / "glossary.md"
+    if glossary.is_file():
+        (source / "glossary.md").write_text(linked(glossary.read_text(encoding="utf-8")), encoding="utf-8")
+    write_api(source / "api")
+    shutil.rmtree(out, ignore_errors=True)
+    return sphinx_build(["-q", "-b", "html", "-d", str(source / ".doctrees"), *options, str(source), str(out)])
+
+
+def notebooks() -> list[Path]:
+    """The committed notebooks, in order."""
+    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def placed(notebook: dict, name: str) -> dict:
+    """A notebook as the site shows it: links that hold here, no widgets, its scene. Raises ValueError where the
+    scene's place is not there."""
+    cells = [{**cell, "id": f"{name[:2]}-{n}", "source": linked("".join(cell["source"])) if cell["cell_type"] == "markdown" else cell["source"]}
+             for n, cell in enumerate(notebook["cells"])]
+    if name[:2] in SCENES:
+        words, scene = SCENES[name[:2]]
+        at = place(cells, words, name)
+        cells.insert(at, {"cell_type": "markdown", "id": "scene", "metadata": {}, "source": f"```{{scene}} {scene}\n```"})
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
+            if {"setup", "parameters", "start"} & set(cell["metadata"].get("tags", ())):
+                cell["metadata"] = {**cell["metadata"], "tags": ["hide-cell"]}
+    metadata = {key: value for key, value in notebook["metadata"].items() if key != "widgets"}
+    return {**notebook, "nbformat_minor": 5, "metadata": metadata, "cells": cells}
+
+
+def place(cells: list[dict], words: str, name: str) -> int:
+    """Where a scene goes: after the first widget of the section whose heading has those words, or at its end."""
+    levels = {n: match for n, cell in enumerate(cells) if cell["cell_type"] == "markdown"
+              and (match := re.search(r"^## .*", cell["source"], re.MULTILINE))}
+    for n, heading in levels.items():
+        if words in heading[0].lower():
+            end = min((m for m in levels if m > n), default=len(cells))
+            widgets = [m for m in range(n, end) if any(WIDGET in output.get("data", {})
+                                                       and "%|" not in str(output["data"].get("text/plain"))
+                                                       for output in cells[m].get("outputs", ()))]
+            return widgets[0] + 1 if widgets else end
+    raise ValueError(f"notebook {name} has no section {words!r} for its scene; name another in SCENES of site/build.py")
+
+
+def linked(text: str) -> str:
+    """Markdown whose links to modules lead to their page here, to other files of the repository there; badges, which
+    are pictures from another host, become words."""
+    text = re.sub(r"\[!\[([^]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", text)
+    text = re.sub(r"\[`?([^]`]+)`?\]\((?:\.\./)+(warp_lite/[\w/]+)\.py\)",
+                  lambda m: f"{{py:mod}}`{m[1]} <{m[2].replace('/', '.')}>`", text)
+    return re.sub(r"\]\((?:\.\./)+([^)]*)\)", rf"]({address()}/blob/main/\1)", text)
+
+
+def address() -> str:
+    """The repository's address, from pyproject.toml."""
+    return re.search(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def write_api(folder: Path) -> None:
+    """A page a wing, with every module of it; the modules that belong to none stand on a page of their own."""
+    folder.mkdir()
+    modules = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+               for path in sorted((ROOT / "warp_lite").rglob("*.py")) if path.name not in ("__main__.py", "__init__.py")]
+    alone = [module for module in modules if module.count(".") == 1]
+    first = [f"warp_lite.{name}" for name in ("warp", "launch", "config", "task", "result", "reopen", "experiment")]
+    pages = {"loop": ("The loop: Algorithm 1", sorted(alone, key=lambda m: (first + [m]).index(m)))}
+    pages |= {wing: (title, [module for module in modules if module.startswith(f"warp_lite.{wing}.")])
+              for wing, title in WINGS.items()}
+    for page, (title, members) in pages.items():
+        text = [title, "=" * len(title), ""]
+        for module in members:
+            text += [module, "-" * len(module), "", f".. automodule:: {module}", "   :members:", ""]
+        (folder / f"{page}.rst").write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(build(Path(sys.argv[1]).resolve(), *sys.argv[2:]))
