@@ -23,6 +23,7 @@ SOURCE_NAME = ".site-source"  # beside the pages, which it makes
 SCENES = {"00": ("limit", "tilt"), "01": ("idea in a picture", "anchor"), "02": ("move the arc", "arc"),
           "03": ("turn the dial", "dial"), "04": ("explorer", "explorer")}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FOR_KERNELS = {"setup", "parameters", "about-parameters"}  # tags of cells that mean nothing on a page
 WINGS = {"averaging": "Averaging: the three stages as arithmetic", "training": "Training: the M runs",
          "policies": "Policies: models as samplers", "rewards": "Rewards", "evaluation": "Evaluation",
          "worlds": "Worlds to train in", "viewing": "Pictures and the explorer", "scale": "Scale: adapters, TRL, Ray",
@@ -33,11 +34,10 @@ def build(out: Path, *options: str) -> int:
     """Write the site to a folder; returns Sphinx's exit code."""
     source = out.parent / SOURCE_NAME
     shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree(SITE, source, ignore=shutil.ignore_patterns("__pycache__", "*.md", "build.py"))
-    for page in SITE.glob("*.md"):
-        (source / page.name).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    shutil.copytree(ROOT / ".github", source / "pictures", ignore=lambda folder, names: [
-        name for name in names if not name.endswith(".png")])
+    shutil.copytree(SITE, source, ignore=shutil.ignore_patterns("__pycache__", "build.py"))
+    (source / "pictures").mkdir()
+    for picture in (ROOT / ".github").glob("*.png"):
+        shutil.copy(picture, source / "pictures")
     for path in notebooks():
         notebook = placed(json.loads(path.read_text(encoding="utf-8")), path.stem)
         (source / path.name).write_text(json.dumps(notebook), encoding="utf-8")
@@ -64,10 +64,10 @@ def placed(notebook: dict, name: str) -> dict:
         at = place(cells, words, name)
         cells.insert(at, {"cell_type": "markdown", "id": "scene", "metadata": {}, "source": f"```{{scene}} {scene}\n```"})
     for cell in cells:
+        tags = cell["metadata"].get("tags", [])
+        cell["metadata"] = {"tags": ["remove-cell"] if {*tags} & FOR_KERNELS else ["hide-input"] * ("start" in tags)}
         if cell["cell_type"] == "code":
             cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
-            if {"setup", "parameters", "start"} & set(cell["metadata"].get("tags", ())):
-                cell["metadata"] = {**cell["metadata"], "tags": ["hide-cell"]}
     metadata = {key: value for key, value in notebook["metadata"].items() if key != "widgets"}
     return {**notebook, "nbformat_minor": 5, "metadata": metadata, "cells": cells}
 
@@ -113,7 +113,7 @@ def write_api(folder: Path) -> None:
     for page, (title, members) in pages.items():
         text = [title, "=" * len(title), ""]
         for module in members:
-            text += [module, "-" * len(module), "", f".. automodule:: {module}", "   :members:", ""]
+            text += [module, "-" * len(module), "", f".. automodule:: {module}", "   :members:", "   :ignore-module-all:", ""]
         (folder / f"{page}.rst").write_text("\n".join(text), encoding="utf-8")
 
 

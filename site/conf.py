@@ -11,16 +11,19 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "extension
 exclude_patterns = [".doctrees"]
 html_theme = "sphinx_book_theme"
 html_title = "WARP, averaged and drawn"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "colours.css"]
 html_copy_source = False
+html_use_index = False
+html_domain_indices = False
 html_show_sourcelink = False
 html_context = {"default_mode": "light"}
 html_theme_options = {
     "article_header_end": [], "article_header_start": ["toggle-primary-sidebar.html"],
     "secondary_sidebar_items": ["page-toc"], "pygments_light_style": "default", "pygments_dark_style": "default",
     "use_download_button": False, "use_fullscreen_button": False, "show_toc_level": 2,
-    "footer_content_items": [], "extra_footer": "Apache-2.0. The paper is by Ramé et al. (2024); this is not theirs.",
+    "footer_content_items": [], "navbar_persistent": [], "extra_footer": "Apache-2.0. The paper is by Ramé et al. (2024); this is not theirs.",
 }
 html_math_renderer = "mathml"
 

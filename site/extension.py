@@ -41,7 +41,6 @@ class Claims(SphinxDirective):
     """
 
     optional_arguments = 100
-    final_argument_whitespace = False
 
     def run(self) -> list[nodes.Node]:
         claims = load()["claims"]
@@ -84,8 +83,13 @@ def worded(claim: dict) -> str:
     """A claim's effect with its interval and what it is held against, as HTML."""
     rule = {"above": f"above {claim['null']:g}", "below": f"below {claim['null']:g}",
             "within": f"within {claim['margin']:g} of {claim['null']:g}"}[claim["rule"]]
-    return (f"<td class='number'>{claim['effect']:+.2f} [{claim['ci_low']:+.2f}, {claim['ci_high']:+.2f}]</td>"
-            f"<td>{html.escape(claim['unit'])}</td><td>{rule}</td>")
+    return f"<td class='effect'>{interval(claim)} <small>{html.escape(claim['unit'])}; claimed: {rule}</small></td>"
+
+
+def interval(claim: dict) -> str:
+    """Effect and interval, as HTML that breaks between them only."""
+    effect, low, high = (f"{claim[name]:+.2f}".replace("-", "−") for name in ("effect", "ci_low", "ci_high"))
+    return f"<span class='number'>{effect}</span> <span class='number'>[{low}, {high}]</span>"
 
 
 def short_table(claims: list[dict], names: list[str]) -> str:
@@ -97,9 +101,8 @@ def short_table(claims: list[dict], names: list[str]) -> str:
         if not of_world:
             raise ValueError(f"the evidence has no claim {name!r}")
         cells = "".join(
-            f"<td><b class='{of_world[world]['verdict']}'>{of_world[world]['verdict']}</b> "
-            f"{of_world[world]['effect']:+.2f} [{of_world[world]['ci_low']:+.2f}, {of_world[world]['ci_high']:+.2f}]"
-            "</td>" if world in of_world else "<td></td>" for world in worlds)
+            f"<td><b class='{of_world[world]['verdict']}'>{of_world[world]['verdict']}</b> {interval(of_world[world])}</td>"
+            if world in of_world else "<td></td>" for world in worlds)
         rows.append(f"<tr><td>{html.escape(next(iter(of_world.values()))['statement'])}</td>{cells}</tr>")
     head = "".join(f"<th>{world}</th>" for world in worlds)
     return f"<div class='wide'><table><thead><tr><th>claim</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -114,9 +117,9 @@ def whole_table(claims: list[dict]) -> str:
     worlds = list(dict.fromkeys(claim["world"] for claim in claims))
     rows = [f"<tr data-world='{claim['world']}' data-verdict='{claim['verdict']}'>"
             f"<td><b class='{claim['verdict']}'>{claim['verdict']}</b></td><td>{claim['world']}</td>"
-            f"<td>{html.escape(claim['statement'])}</td>{worded(claim)}<td class='number'>{claim['seeds']}</td>"
-            f"<td>{html.escape(claim['paper_figure'] or '')}</td></tr>" for claim in claims]
-    names = ("verdict", "world", "claim", "effect and interval", "unit", "it must lie", "seeds", "figure")
+            f"<td class='claim'>{html.escape(claim['statement'])}</td>{worded(claim)}<td class='wide-only'>{claim['seeds']}"
+            f"</td><td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
+    names = ("verdict", "world", "claim", "effect, its interval, and where it must lie", "seeds", "figure")
     return (f"<div id='evidence'><p class='filters'>{choice('world', worlds)} {choice('verdict', list(VERDICTS))} "
             f"<span data-count aria-live='polite'></span></p><div class='wide'><table><thead><tr>"
             f"{''.join(f'<th>{name}</th>' for name in names)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -129,6 +132,8 @@ def write_numbers(app: Sphinx) -> None:
     for name in ("config", "provenance", "preset"):
         data.pop(name, None)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    verdicts = "".join(f"b.{verdict} {{ color: {COLOURS[verdict]}; }}\n" for verdict in VERDICTS)
+    (Path(app.srcdir) / "_static" / "colours.css").write_text(verdicts, encoding="utf-8")
     (Path(app.srcdir) / "_static" / "numbers.js").write_text(f"window.WARP = {text};\n", encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ scene("anchor", [
   const pace = mu > 0 ? a / (1 + beta / mu) : 0;
   return {
     picture: plane.svg("a weight while it trains, held by a fixed and by a moving anchor"),
-    words: `<b style="color:${sft}">Fixed anchor</b>: the policy stops at a/β = <b>${limit.toFixed(2)}</b>; after ${steps} steps it is at `
+    words: `β = ${beta.toFixed(3)}, μ = ${mu.toFixed(3)}. <b style="color:${sft}">Fixed anchor</b>: the policy stops at a/β = <b>${limit.toFixed(2)}</b>; after ${steps} steps it is at `
       + `${still.end.toFixed(2)}. <b style="color:${ema}">Moving anchor</b>: ` + (mu > 0
         ? `it goes on at a/(1 + β/μ) = <b>${pace.toFixed(4)}</b> a step, and after ${steps} steps is at <b>${moving.end.toFixed(2)}</b>; its last step was ${moving.pace.toFixed(4)}.`
         : `with μ = 0 it does not move, and is a fixed anchor: the policy is at <b>${moving.end.toFixed(2)}</b>.`)

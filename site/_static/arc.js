@@ -24,7 +24,7 @@ scene("arc", [
   plane.text(chord, "LERP", lerp, {anchor: "middle", dy: 22}); plane.text(arc, "SLERP", slerp, {anchor: "middle", dy: -14});
   return {
     picture: plane.svg("two task vectors, the chord and the arc between their tips"),
-    words: `<b style="color:${slerp}">SLERP</b> ${share[0].toFixed(2)} δ₁ + ${share[1].toFixed(2)} δ₂, length `
+    words: `Ω = ${omega}°, λ = ${lam.toFixed(2)}. <b style="color:${slerp}">SLERP</b> ${share[0].toFixed(2)} δ₁ + ${share[1].toFixed(2)} δ₂, length `
       + `<b>${length(arc).toFixed(2)}</b>. <b style="color:${lerp}">LERP</b> ${(1 - lam).toFixed(2)} δ₁ + ${lam.toFixed(2)} δ₂, `
       + `length <b>${length(chord).toFixed(2)}</b>. The arc keeps the length; the chord cuts the corner.`,
     then: (svg, set) => dragged(svg, (role, [x, y]) => {

@@ -1,7 +1,7 @@
 // Stage 3: η moves the weights from the SFT policy through the merge, and with them KL, reward and what is written.
 "use strict";
 
-const HILL = ["#f7fbff", "#cfe1f2", "#93c4de", "#4a97c9", "#1764ab"];
+const HILL = ["#ffffff", "#ededed", "#d9d9d9", "#c4c4c4", "#adadad"];
 function shade(share) {  // of the hill: light is little reward
   const [n, rest] = between(HILL.map((_, i) => i / (HILL.length - 1)), Math.min(1, Math.max(0, share)));
   const part = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
@@ -51,7 +51,7 @@ scene("dial", [
     picture: `<div class="pair">${plane.svg("the weights on the reward's hill")}${front.svg("reward against KL")}</div>`,
     words: `η = <b>${eta.toFixed(2)}</b>: KL <b>${fixed(here.kl)}</b> ± ${here.kl_se.toFixed(2)} nats, reward <b>${signed(here.reward)}</b> `
       + `± ${here.reward_se.toFixed(2)}, gold ${signed(here.gold)}. `
-      + `<span class="note">Shading: reward, from ${signed(low)} (light) to ${signed(top)} (dark). One seed; ± is the standard error over prompts.</span>`
+      + `<span class="note">Shading: reward, from ${signed(low)} (light) to ${signed(top)} (dark). ${WARP.fronts.tiny.about} ± is the standard error over prompts.</span>`
       + `<p class="head">Written at η = ${nearest.eta.toFixed(1)} (marked: other than at η = 0)</p>`
       + completions(WARP.fronts.tiny.prompts, nearest.completions),
   };

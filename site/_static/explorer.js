@@ -4,17 +4,17 @@
 const explored = place => WARP.fronts[place.dataset.front];
 
 scene("explorer", place => {
-  const {iterations, runs, lambdas, etas} = explored(place), all = runs[runs.length - 1];
+  const {iterations, runs, etas} = explored(place);
   return [
     {name: "eta", label: "η, from the SFT policy to the merge", min: etas[0], max: etas[etas.length - 1], step: 0.02, value: 0.5, says: v => v.toFixed(2)},
     {name: "iteration", label: "iteration", min: iterations[0], max: iterations[iterations.length - 1], step: 1, value: iterations[iterations.length - 1]},
     {name: "runs", label: "M, runs merged", min: 0, max: runs.length - 1, step: 1, value: runs.length - 1, says: n => runs[n]},
-    ...(runs.includes(2) ? [{name: "lam", label: "λ, from run 1 to run 2", min: 0, max: 1, step: 0.05, value: 0.5,
-      says: (v, values) => runs[values.runs] === 2 ? v.toFixed(2) : `${v.toFixed(2)} (M = 2 only)`}] : []),
+    ...(runs.includes(2) ? [{name: "lam", label: "λ, from run 1 to run 2 (sets M to 2)", min: 0, max: 1, step: 0.05, value: 0.5,
+      says: v => v.toFixed(2), brings: {runs: runs.indexOf(2)}}] : []),
   ];
 }, (values, width, place) => {
-  const {lines, lambdas, etas, iterations, runs, trajectories, limit, prompts, samples, unit} = explored(place);
-  const {single, limit: black} = WARP.colours, count = runs[values.runs];
+  const {lines, lambdas, etas, iterations, runs, limit, prompts, samples, unit, about} = explored(place);
+  const black = WARP.colours.limit, count = runs[values.runs];
   const names = ["kl", "kl_se", "reward", "reward_se", "gold", "gold_se", "length"];
   const blend = (a, b, share) => ({...(share < 0.5 ? a : b), ...Object.fromEntries(names.filter(name => name in a)
     .map(name => [name, mixed(a[name], b[name], share)]))});
@@ -25,11 +25,10 @@ scene("explorer", place => {
     return of(lambdas[n]).map((p, i) => blend(p, second[i], share));
   };
   const front = line(values.iteration), [n, share] = between(etas, values.eta), here = blend(front[n], front[n + 1], share);
-  const all = lines.flatMap(l => l.points), right = 1.05 * Math.max(...all.map(p => p.kl), ...limit.map(p => p.kl));
-  const shown = trajectories.map(rows => rows.filter(p => p.kl <= right));
+  const all = lines.filter(l => l.runs === count).flatMap(l => l.points);
+  const right = 1.05 * Math.max(...[...all, ...limit].map(p => p.kl));
   const plane = new Plane(width, Math.min(420, 0.55 * width + 110), [0, right],
     around([...all, ...limit].map(p => p.reward)), ["KL to the SFT policy (nats per sequence)", `reward (${unit})`]);
-  for (const rows of shown) plane.line(rows.map(p => [p.kl, p.reward]), single, {width: 1, opacity: 0.6});
   if (limit.length) {
     plane.line(limit.map(p => [p.kl, p.reward]), black, {width: 1.5, dash: "7 4"});
     const last = limit[limit.length - 1];
@@ -52,7 +51,7 @@ scene("explorer", place => {
     words: `Iteration ${values.iteration}, ${count === 1 ? "run 1 alone" : `${count} runs merged`}${count === 2 ? ` at λ = ${values.lam.toFixed(2)}` : ""}, `
       + `η = <b>${values.eta.toFixed(2)}</b>: KL <b>${fixed(here.kl)}</b> ± ${here.kl_se.toFixed(2)} nats, reward <b>${signed(here.reward)}</b> `
       + `± ${here.reward_se.toFixed(2)}${"gold" in here ? `, gold ${signed(here.gold)}` : ""}, ${here.length.toFixed(1)} tokens. `
-      + `<span class="note">Grey: single runs while they train. One seed; ± is the standard error over prompts, ${samples} completions a point; between measured points the line is straight.</span>`
+      + `<span class="note">${about} ± is the standard error over prompts, ${samples} completions a point; between measured points the line is straight.</span>`
       + `<p class="head">Written at η = ${nearest.eta.toFixed(1)} (marked: other than at η = 0)</p>` + completions(prompts, nearest.completions),
   };
 });

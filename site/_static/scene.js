@@ -1,7 +1,8 @@
 // A scene: sliders, what they change as words, and a picture. Each NAME.js calls scene(NAME, sliders, draw).
 "use strict";
 
-// sliders: [{name, label, min, max, step, value, says}]; says(value) is what stands beside it.
+// sliders: [{name, label, min, max, step, value, says, brings}]; says(value) is what stands beside it, and moving it
+// brings others to the values that it has no meaning without.
 // draw(values, width) returns {words: HTML, picture: SVG, then?}; then(svg, set) may make parts of it draggable.
 // Sliders may depend on the element: then `sliders` is a function of it.
 function scene(name, sliders, draw) {
@@ -13,15 +14,19 @@ function scene(name, sliders, draw) {
     controls.className = "controls"; picture.className = "picture";
     words.setAttribute("data-readout", ""); words.setAttribute("aria-live", "polite");
     place.replaceChildren(controls, picture, words);
+    const set = changed => {
+      for (const [key, value] of Object.entries(changed)) {
+        inputs[key].input.value = value;
+        values[key] = +inputs[key].input.value;
+      }
+      show();
+    };
     const show = () => {
       for (const s of own) inputs[s.name].beside.textContent = (s.says ?? String)(values[s.name], values);
       const made = draw(values, Math.max(280, picture.clientWidth), place);
       picture.innerHTML = made.picture;
       words.innerHTML = made.words;
-      made.then?.(picture.querySelector("svg"), (changed) => {
-        for (const [key, value] of Object.entries(changed)) inputs[key].input.value = value, values[key] = +inputs[key].input.value;
-        show();
-      });
+      made.then?.(picture.querySelector("svg"), set);
     };
     for (const s of own) {
       const label = document.createElement("label"), input = document.createElement("input");
@@ -29,7 +34,7 @@ function scene(name, sliders, draw) {
       Object.assign(input, {type: "range", min: s.min, max: s.max, step: s.step});
       input.value = s.value;
       text.textContent = s.label;
-      input.addEventListener("input", () => { values[s.name] = +input.value; show(); });
+      input.addEventListener("input", () => set({[s.name]: +input.value, ...s.brings}));
       label.append(text, input, beside);
       controls.append(label);
       inputs[s.name] = {input, beside};
@@ -69,10 +74,10 @@ class Plane {
     this.parts.push(`<circle cx="${this.across(x).toFixed(1)}" cy="${this.up(y).toFixed(1)}" r="${radius}" ${role && `data-drag="${role}"`} `
       + `fill="${hollow ? "white" : colour}" stroke="${ring ? "black" : colour}" stroke-width="${ring || hollow ? 2 : 0}"/>`);
   }
-  box([x0, x1], [y0, y1], colour, opacity = 1) {
+  box([x0, x1], [y0, y1], colour) {
     const left = this.across(x0), top = this.up(y1);
     this.parts.push(`<rect x="${left.toFixed(1)}" y="${top.toFixed(1)}" width="${(this.across(x1) - left + 0.3).toFixed(1)}" `
-      + `height="${(this.up(y0) - top + 0.3).toFixed(1)}" fill="${colour}" opacity="${opacity}"/>`);
+      + `height="${(this.up(y0) - top + 0.3).toFixed(1)}" fill="${colour}" shape-rendering="crispEdges"/>`);
   }
   text([x, y], words, colour, {anchor = "start", dx = 0, dy = 0} = {}) {
     this.parts.push(`<text x="${(this.across(x) + dx).toFixed(1)}" y="${(this.up(y) + dy).toFixed(1)}" fill="${colour}" `

@@ -35,7 +35,7 @@ scene("tilt", [
   });
   const high = 34 + texts.length * row;
   const left = `<svg role="img" aria-label="shares of eight completions" width="${side}" height="${high}" viewBox="0 0 ${side} ${high}">`
-    + `<text x="0" y="12" class="title">After “${escaped(prompt)}”: reward, and share of these eight</text>${bars.join("")}</svg>`;
+    + `<text x="0" y="12" class="title">After “${escaped(prompt)}”</text>${bars.join("")}</svg>`;
   // right: reward and gold against KL
   const plane = new Plane(side, high, [0, 1.12 * tiltCurve[60].kl], around(tiltCurve.flatMap(p => [p.reward, p.gold])),
     ["KL to the SFT policy (nats per sequence)", "reward (SD of SFT samples)"]);
@@ -45,13 +45,13 @@ scene("tilt", [
     plane.line(tiltCurve.slice(cut - 1).map(p => [p.kl, p[name]]), colour, {width: 1, dash: "1 4"});
     plane.dot([here.kl, here[name]], colour, {radius: 7, hollow: here.ess < TRUSTED});
     plane.text([tiltCurve[cut - 1].kl, tiltCurve[cut - 1][name]], name === "reward" ? "limit" : "its gold reward", colour,
-      {anchor: "end", dy: name === "reward" ? -10 : 22});
+      {anchor: "end", dx: name === "reward" ? -4 : 0, dy: name === "reward" ? -10 : 78});
   }
   return {
     picture: `<div class="pair">${left}${plane.svg("reward against KL along the limit")}</div>`,
     words: `At β = <b>${beta.toFixed(2)}</b> the best policy is at a KL of <b>${here.kl.toFixed(2)} nats</b>, with reward `
       + `<b>${signed(here.reward)}</b> and <b style="color:${gold}">gold reward ${signed(here.gold)}</b>. `
       + `Of ${rewards[0].length} samples a prompt ${here.ess.toFixed(0)} carry the estimate`
-      + (here.ess < TRUSTED ? `, <b>too few to trust it</b>.` : ".") + ` Vermilion ticks: the SFT policy, for which all eight are alike.`,
+      + (here.ess < TRUSTED ? `, <b>too few to trust it</b>.` : ".") + ` <span class="note">Bars: the share of each of eight completions among them, after its reward. Ticks: the same for the SFT policy.</span>`,
   };
 });

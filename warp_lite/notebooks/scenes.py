@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..averaging.slerp import task_vector
 from ..averaging.state_dicts import Weights
-from ..config import preset
+from ..config import WarpConfig, preset
 from ..evaluation.limit import limit_rewards
 from ..evaluation.metrics import sample_completions
 from ..launch import run_warp
@@ -44,10 +44,16 @@ def write_scenes(path: Path, progress: bool = True) -> None:
         world = load_world(settings.world, progress=progress)
         result = run_warp(world, config=settings.config, progress=progress)
         grid = build_grid(result, prompts=PROMPTS, progress=progress)
-        parts = {"tilt": tilt(world), "plane": plane(result), "dial": dial(result), "fronts": {"tiny": front(grid)},
+        parts = {"tilt": tilt(world), "plane": plane(result), "dial": dial(result), "fronts": {"tiny": front(grid, about(settings.config))},
                  "unit": world.reward.unit, "preset": PRESET, "config": dataclasses.asdict(settings.config),
                  "provenance": provenance()}
     write_bytes(path, as_lines(parts).encode())
+
+
+def about(config: WarpConfig) -> str:
+    """What was run, as a sentence."""
+    return (f"One WARP of the preset {PRESET}, seed {config.seed}: {config.iterations} iterations of {config.runs} runs "
+            f"of {config.steps} steps, {config.batch_size} completions a step.")
 
 
 def as_lines(parts: Mapping[str, object]) -> str:
@@ -125,15 +131,11 @@ def dial(result: WarpResult) -> list[dict]:
     return points(measure_points(result, [result.weights(eta) for eta in ETAS], ETAS, shown, samples))
 
 
-def front(grid: dict) -> dict:
-    """What the explorer's scene draws of a grid of `build_grid`, an explorer's too: of a real model as of a tiny one.
-    """
+def front(grid: dict, about: str) -> dict:
+    """What the explorer's scene draws of a grid of `build_grid`, an explorer's too, of a real model as of a tiny one;
+    `about` says in a sentence what was run."""
     lines = [{**line, "points": points(line["points"])} for line in grid["lines"]]
-    runs: dict[str, list] = {}
-    for row in grid["trajectories"]:
-        runs.setdefault(f"{row['iteration']}-{row['run']}", []).append(rounded(row, ("kl", "reward", "gold")))
-    return {"lines": lines, "trajectories": list(runs.values()),
-            "limit": [rounded(point, ("kl", "reward", "gold")) for point in grid["limit"]],
+    return {"about": about, "lines": lines, "limit": [rounded(point, ("kl", "reward")) for point in grid["limit"]],
             **{name: grid[name] for name in ("etas", "lambdas", "iterations", "runs", "unit", "prompts", "samples")}}
 
 
