@@ -20,7 +20,7 @@ SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 SOURCE_NAME = ".site-source"  # beside the pages, which it makes
 # A notebook's scene, and words of the section it stands in: at the section's widget, or else at its end.
-SCENES = {"00": ("limit", "tilt"), "01": ("idea in a picture", "anchor"), "02": ("move the arc", "arc"),
+SCENES = {"00": ("can buy|the limit", "tilt"), "01": ("idea in a picture", "anchor"), "02": ("two vectors", "arc"),
           "03": ("turn the dial", "dial"), "04": ("explorer", "explorer")}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOR_KERNELS = {"setup", "parameters", "about-parameters"}  # tags of cells that mean nothing on a page
@@ -77,7 +77,7 @@ def place(cells: list[dict], words: str, name: str) -> int:
     levels = {n: match for n, cell in enumerate(cells) if cell["cell_type"] == "markdown"
               and (match := re.search(r"^## .*", cell["source"], re.MULTILINE))}
     for n, heading in levels.items():
-        if words in heading[0].lower():
+        if re.search(words, heading[0].lower()):
             end = min((m for m in levels if m > n), default=len(cells))
             widgets = [m for m in range(n, end) if any(WIDGET in output.get("data", {})
                                                        and "%|" not in str(output["data"].get("text/plain"))

@@ -290,5 +290,5 @@ def test_a_scene_without_its_place_is_named():
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     bare = {"cells": [{"cell_type": "markdown", "metadata": {}, "source": ["## Something else"]}], "metadata": {}}
-    with pytest.raises(ValueError, match="02_slerp has no section 'move the arc' for its scene"):
+    with pytest.raises(ValueError, match="02_slerp has no section 'two vectors' for its scene"):
         build.placed(bare, "02_slerp")
