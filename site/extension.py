@@ -14,10 +14,10 @@ from sphinx.util.docutils import SphinxDirective
 
 from warp_lite import __all__ as public
 from warp_lite import _HOME_OF
+from warp_lite.evaluation.statistics import VERDICTS
 from warp_lite.evidence import load
+from warp_lite.evidence.report import summary
 from warp_lite.viewing.plots import COLOURS, ITERATION_COLOURS
-
-VERDICTS = ("holds", "fails", "unclear")
 
 
 class Scene(SphinxDirective):
@@ -55,12 +55,9 @@ class Counted(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         evidence = load()
-        verdicts = [claim["verdict"] for claim in evidence["claims"]]
-        counts = {verdict: verdicts.count(verdict) for verdict in VERDICTS}
-        text = (f"Of {len(verdicts)} verdicts {counts['holds']} hold, {counts['fails']} fail and {counts['unclear']} "
-                f"are unclear. They come from {len(evidence['seeds'])} seeds on {len(evidence['draws'])} draws of SFT "
-                f"policy and reward model in each of {len(evidence['worlds'])} tiny worlds. Brackets and bars are "
-                f"{100 * evidence['level']:.0f} % intervals.")
+        text = (f"{summary(evidence)} They come from {len(evidence['seeds'])} seeds on {len(evidence['draws'])} draws "
+                f"of SFT policy and reward model in each of {len(evidence['worlds'])} tiny worlds. Brackets are "
+                f"{100 * evidence['level']:.0f} % intervals, Student's t on the means of draws.")
         return [nodes.paragraph("", text)]
 
 
@@ -86,6 +83,11 @@ def worded(claim: dict) -> str:
     return f"<td class='effect'>{interval(claim)} <small>{html.escape(claim['unit'])}; claimed: {rule}</small></td>"
 
 
+def named(claim: dict) -> str:
+    """A verdict in its colour, as HTML."""
+    return f"<b data-verdict='{claim['verdict']}'>{claim['verdict']}</b>"
+
+
 def interval(claim: dict) -> str:
     """Effect and interval, as HTML that breaks between them only."""
     effect, low, high = (f"{claim[name]:+.2f}".replace("-", "−") for name in ("effect", "ci_low", "ci_high"))
@@ -101,7 +103,7 @@ def short_table(claims: list[dict], names: list[str]) -> str:
         if not of_world:
             raise ValueError(f"the evidence has no claim {name!r}")
         cells = "".join(
-            f"<td><b class='{of_world[world]['verdict']}'>{of_world[world]['verdict']}</b> {interval(of_world[world])}</td>"
+            f"<td>{named(of_world[world])} {interval(of_world[world])}</td>"
             if world in of_world else "<td></td>" for world in worlds)
         rows.append(f"<tr><td>{html.escape(next(iter(of_world.values()))['statement'])}</td>{cells}</tr>")
     head = "".join(f"<th>{world}</th>" for world in worlds)
@@ -116,7 +118,7 @@ def whole_table(claims: list[dict]) -> str:
 
     worlds = list(dict.fromkeys(claim["world"] for claim in claims))
     rows = [f"<tr data-world='{claim['world']}' data-verdict='{claim['verdict']}'>"
-            f"<td><b class='{claim['verdict']}'>{claim['verdict']}</b></td><td>{claim['world']}</td>"
+            f"<td>{named(claim)}</td><td>{claim['world']}</td>"
             f"<td class='claim'>{html.escape(claim['statement'])}</td>{worded(claim)}<td class='wide-only'>{claim['seeds']}"
             f"</td><td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
     names = ("verdict", "world", "claim", "effect, its interval, and where it must lie", "seeds", "figure")
@@ -132,7 +134,7 @@ def write_numbers(app: Sphinx) -> None:
     for name in ("config", "provenance", "preset"):
         data.pop(name, None)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    verdicts = "".join(f"b.{verdict} {{ color: {COLOURS[verdict]}; }}\n" for verdict in VERDICTS)
+    verdicts = "".join(f"b[data-verdict='{verdict}'] {{ color: {COLOURS[verdict]}; }}\n" for verdict in VERDICTS)
     (Path(app.srcdir) / "_static" / "colours.css").write_text(verdicts, encoding="utf-8")
     (Path(app.srcdir) / "_static" / "numbers.js").write_text(f"window.WARP = {text};\n", encoding="utf-8")
 
