@@ -16,6 +16,8 @@ from pathlib import Path
 
 from sphinx.cmd.build import main as sphinx_build
 
+from warp_lite.notebooks.__main__ import address, paths
+
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 SOURCE_NAME = ".site-source"  # beside the pages, which it makes
@@ -27,7 +29,7 @@ FOR_KERNELS = {"setup", "parameters", "about-parameters"}  # tags of cells that 
 WINGS = {"averaging": "Averaging: the three stages as arithmetic", "training": "Training: the M runs",
          "policies": "Policies: models as samplers", "rewards": "Rewards", "evaluation": "Evaluation",
          "worlds": "Worlds to train in", "viewing": "Pictures and the explorer", "scale": "Scale: adapters, TRL, Ray",
-         "storage": "Storage", "evidence": "Evidence", "notebooks": "What the notebooks use"}
+         "storage": "Storage"}
 
 
 def build(out: Path, *options: str) -> int:
@@ -38,7 +40,7 @@ def build(out: Path, *options: str) -> int:
     (source / "pictures").mkdir()
     for picture in (ROOT / ".github").glob("*.png"):
         shutil.copy(picture, source / "pictures")
-    for path in notebooks():
+    for path in paths():
         notebook = placed(json.loads(path.read_text(encoding="utf-8")), path.stem)
         (source / path.name).write_text(json.dumps(notebook), encoding="utf-8")
     glossary = ROOT / "notebooks" / "glossary.md"
@@ -46,23 +48,25 @@ def build(out: Path, *options: str) -> int:
         (source / "glossary.md").write_text(linked(glossary.read_text(encoding="utf-8")), encoding="utf-8")
     write_api(source / "api")
     shutil.rmtree(out, ignore_errors=True)
-    return sphinx_build(["-q", "-b", "html", "-d", str(source / ".doctrees"), *options, str(source), str(out)])
-
-
-def notebooks() -> list[Path]:
-    """The committed notebooks, in order."""
-    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    code = sphinx_build(["-q", "-b", "html", "-d", str(source / ".doctrees"), *options, str(source), str(out)])
+    for template in (out / "_static").glob("*.html"):  # the theme's own, no pages
+        template.unlink()
+    return code
 
 
 def placed(notebook: dict, name: str) -> dict:
     """A notebook as the site shows it: links that hold here, no widgets, its scene. Raises ValueError where the
     scene's place is not there."""
-    cells = [{**cell, "id": f"{name[:2]}-{n}", "source": linked("".join(cell["source"])) if cell["cell_type"] == "markdown" else cell["source"]}
-             for n, cell in enumerate(notebook["cells"])]
+    cells = [{**cell, "id": f"{name[:2]}-{n}"} for n, cell in enumerate(notebook["cells"])]
+    for cell in cells:
+        cell["source"] = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            cell["source"] = linked(cell["source"])
     if name[:2] in SCENES:
         words, scene = SCENES[name[:2]]
         at = place(cells, words, name)
-        cells.insert(at, {"cell_type": "markdown", "id": "scene", "metadata": {}, "source": f"```{{scene}} {scene}\n```"})
+        source = f"```{{scene}} {scene}\n```"
+        cells.insert(at, {"cell_type": "markdown", "id": "scene", "metadata": {}, "source": source})
     for cell in cells:
         tags = cell["metadata"].get("tags", [])
         cell["metadata"] = {"tags": ["remove-cell"] if {*tags} & FOR_KERNELS else ["hide-input"] * ("start" in tags)}
@@ -87,24 +91,20 @@ def place(cells: list[dict], words: str, name: str) -> int:
 
 
 def linked(text: str) -> str:
-    """Markdown whose links to modules lead to their page here, to other files of the repository there; badges, which
-    are pictures from another host, become words."""
+    """Markdown whose links to modules lead to their page here where they have one, and to the repository as those to
+    other files do; badges, which are pictures from another host, become words."""
     text = re.sub(r"\[!\[([^]]*)\]\([^)]*\)\]\(([^)]*)\)", r"[\1](\2)", text)
-    text = re.sub(r"\[`?([^]`]+)`?\]\((?:\.\./)+(warp_lite/[\w/]+)\.py\)",
+    described = rf"warp_lite/(?:(?:{'|'.join(WINGS)})/[\w/]+|\w+)"
+    text = re.sub(rf"\[`?([^]`]+)`?\]\((?:\.\./)+({described})\.py\)",
                   lambda m: f"{{py:mod}}`{m[1]} <{m[2].replace('/', '.')}>`", text)
     return re.sub(r"\]\((?:\.\./)+([^)]*)\)", rf"]({address()}/blob/main/\1)", text)
-
-
-def address() -> str:
-    """The repository's address, from pyproject.toml."""
-    return re.search(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 def write_api(folder: Path) -> None:
     """A page a wing, with every module of it; the modules that belong to none stand on a page of their own."""
     folder.mkdir()
-    modules = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-               for path in sorted((ROOT / "warp_lite").rglob("*.py")) if path.name not in ("__main__.py", "__init__.py")]
+    files = [path for path in sorted((ROOT / "warp_lite").rglob("*.py")) if not path.name.startswith("__")]
+    modules = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in files]
     alone = [module for module in modules if module.count(".") == 1]
     first = [f"warp_lite.{name}" for name in ("warp", "launch", "config", "task", "result", "reopen", "experiment")]
     pages = {"loop": ("The loop: Algorithm 1", sorted(alone, key=lambda m: (first + [m]).index(m)))}
@@ -113,7 +113,8 @@ def write_api(folder: Path) -> None:
     for page, (title, members) in pages.items():
         text = [title, "=" * len(title), ""]
         for module in members:
-            text += [module, "-" * len(module), "", f".. automodule:: {module}", "   :members:", "   :ignore-module-all:", ""]
+            text += [module, "-" * len(module), "",
+                     f".. automodule:: {module}", "   :members:", "   :ignore-module-all:", ""]
         (folder / f"{page}.rst").write_text("\n".join(text), encoding="utf-8")
 
 

@@ -12,8 +12,8 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from warp_lite import __all__ as public
 from warp_lite import _HOME_OF
+from warp_lite import __all__ as public
 from warp_lite.evaluation.statistics import VERDICTS
 from warp_lite.evidence import load
 from warp_lite.evidence.report import summary
@@ -107,7 +107,8 @@ def short_table(claims: list[dict], names: list[str]) -> str:
             if world in of_world else "<td></td>" for world in worlds)
         rows.append(f"<tr><td>{html.escape(next(iter(of_world.values()))['statement'])}</td>{cells}</tr>")
     head = "".join(f"<th>{world}</th>" for world in worlds)
-    return f"<div class='wide'><table><thead><tr><th>claim</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return (f"<div class='wide'><table><thead><tr><th>claim</th>{head}</tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table></div>")
 
 
 def whole_table(claims: list[dict]) -> str:
@@ -119,8 +120,8 @@ def whole_table(claims: list[dict]) -> str:
     worlds = list(dict.fromkeys(claim["world"] for claim in claims))
     rows = [f"<tr data-world='{claim['world']}' data-verdict='{claim['verdict']}'>"
             f"<td>{named(claim)}</td><td>{claim['world']}</td>"
-            f"<td class='claim'>{html.escape(claim['statement'])}</td>{worded(claim)}<td class='wide-only'>{claim['seeds']}"
-            f"</td><td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
+            f"<td class='claim'>{html.escape(claim['statement'])}</td>{worded(claim)}"
+            f"<td class='wide-only'>{claim['seeds']}</td><td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
     names = ("verdict", "world", "claim", "effect, its interval, and where it must lie", "seeds", "figure")
     return (f"<div id='evidence'><p class='filters'>{choice('world', worlds)} {choice('verdict', list(VERDICTS))} "
             f"<span data-count aria-live='polite'></span></p><div class='wide'><table><thead><tr>"

@@ -44,16 +44,16 @@ def write_scenes(path: Path, progress: bool = True) -> None:
         world = load_world(settings.world, progress=progress)
         result = run_warp(world, config=settings.config, progress=progress)
         grid = build_grid(result, prompts=PROMPTS, progress=progress)
-        parts = {"tilt": tilt(world), "plane": plane(result), "dial": dial(result), "fronts": {"tiny": front(grid, about(settings.config))},
-                 "unit": world.reward.unit, "preset": PRESET, "config": dataclasses.asdict(settings.config),
-                 "provenance": provenance()}
+        parts = {"tilt": tilt(world), "plane": plane(result), "dial": dial(result),
+                 "fronts": {"tiny": front(grid, about(settings.config))}, "unit": world.reward.unit, "preset": PRESET,
+                 "config": dataclasses.asdict(settings.config), "provenance": provenance()}
     write_bytes(path, as_lines(parts).encode())
 
 
 def about(config: WarpConfig) -> str:
     """What was run, as a sentence."""
-    return (f"One WARP of the preset {PRESET}, seed {config.seed}: {config.iterations} iterations of {config.runs} runs "
-            f"of {config.steps} steps, {config.batch_size} completions a step.")
+    return (f"One WARP of the preset {PRESET}, seed {config.seed}: {config.iterations} iterations of {config.runs} "
+            f"runs of {config.steps} steps, {config.batch_size} completions a step.")
 
 
 def as_lines(parts: Mapping[str, object]) -> str:
