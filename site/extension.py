@@ -121,7 +121,8 @@ def whole_table(claims: list[dict]) -> str:
     rows = [f"<tr data-world='{claim['world']}' data-verdict='{claim['verdict']}'>"
             f"<td>{named(claim)}</td><td>{claim['world']}</td>"
             f"<td class='claim'>{html.escape(claim['statement'])}</td>{worded(claim)}"
-            f"<td class='wide-only'>{claim['seeds']}</td><td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
+            f"<td class='wide-only'>{claim['seeds']}</td>"
+            f"<td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
     names = ("verdict", "world", "claim", "effect, its interval, and where it must lie", "seeds", "figure")
     return (f"<div id='evidence'><p class='filters'>{choice('world', worlds)} {choice('verdict', list(VERDICTS))} "
             f"<span data-count aria-live='polite'></span></p><div class='wide'><table><thead><tr>"
