@@ -44,7 +44,7 @@ def write_scenes(path: Path, progress: bool = True) -> None:
         world = load_world(settings.world, progress=progress)
         result = run_warp(world, config=settings.config, progress=progress)
         grid = build_grid(result, prompts=PROMPTS, progress=progress)
-        parts = {"tilt": tilt(world), "plane": plane(result), "dial": dial(result),
+        parts = {"tilt": tilt_samples(world), "plane": plane(result), "dial": dial(result),
                  "fronts": {"tiny": front(grid, about(settings.config))}, "unit": world.reward.unit, "preset": PRESET,
                  "config": dataclasses.asdict(settings.config), "provenance": provenance()}
     write_bytes(path, as_lines(parts).encode())
@@ -63,7 +63,7 @@ def as_lines(parts: Mapping[str, object]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def tilt(world: Task) -> dict:
+def tilt_samples(world: Task) -> dict:
     """Rewards and gold rewards (prompts, samples) of the SFT policy's completions, and a few completions of one prompt
     with theirs."""
     few = world.first(TILT_PROMPTS)
@@ -71,9 +71,9 @@ def tilt(world: Task) -> dict:
     prompt = few.eval_prompts.texts[0]
     texts = sample_completions(world.measured_on([prompt] * BARS), [world.sft])[0]
     judged = [judge([prompt] * BARS, texts) for judge in (world.judge, world.gold)]
-    return {"prompt": prompt, "completions": [{"text": text, "reward": short(r), "gold": short(g)}
+    return {"prompt": prompt, "completions": [{"text": text, "reward": trimmed(r), "gold": trimmed(g)}
                                               for text, r, g in zip(texts, *judged)],
-            "rewards": table(rewards, 2), "gold": table(gold, 2)}
+            "rewards": matrix(rewards, 2), "gold": matrix(gold, 2)}
 
 
 def plane(result: WarpResult) -> dict:
@@ -90,7 +90,7 @@ def plane(result: WarpResult) -> dict:
     y = torch.linalg.svd(beside, full_matrices=False).Vh[0]
 
     def place(delta: Tensor) -> list[float]:
-        return [short(delta @ x), short(delta @ y)]
+        return [trimmed(delta @ x), trimmed(delta @ y)]
 
     iterations = [{"init": place(flat(task_vector(i.init, result.sft))), "runs": [place(delta) for delta in deltas],
                    "merged": place(flat(task_vector(i.merged, result.sft)))}
@@ -102,14 +102,14 @@ def plane(result: WarpResult) -> dict:
     states = [moved(result.sft, a * x + b * y) for b in up for a in across]
     rewards = [metrics.reward for metrics in result.measure(states, texts=False)]
     return {"iterations": iterations, "across": across, "up": up,
-            "rewards": table(torch.tensor(rewards).view(UP, ACROSS), 3)}
+            "rewards": matrix(torch.tensor(rewards).view(UP, ACROSS), 3)}
 
 
 def steps(values: Sequence[float], count: int) -> list[float]:
     """`count` even steps over the values and some room on either side."""
     low, high = min(values), max(values)
     room = ROOM * (high - low) / 2
-    return [short(v) for v in torch.linspace(low - room, high + room, count, dtype=torch.float64)]
+    return [trimmed(v) for v in torch.linspace(low - room, high + room, count, dtype=torch.float64)]
 
 
 def flat(weights: Weights) -> Tensor:
@@ -156,14 +156,14 @@ def marked(before: str, after: str) -> list[str]:
 
 def rounded(row: dict, names: Sequence[str]) -> dict:
     """Those of the names that a row has as finite numbers, rounded."""
-    return {name: short(row[name]) for name in names if row.get(name) is not None and math.isfinite(row[name])}
+    return {name: trimmed(row[name]) for name in names if row.get(name) is not None and math.isfinite(row[name])}
 
 
-def short(value: float | Tensor, digits: int = 3) -> float:
+def trimmed(value: float | Tensor, digits: int = 3) -> float:
     """A number as a scene needs it."""
     return round(float(value), digits)
 
 
-def table(values: Tensor, digits: int) -> list[list[float]]:
+def matrix(values: Tensor, digits: int) -> list[list[float]]:
     """A matrix as lists of short numbers."""
-    return [[short(value, digits) for value in row] for row in values.tolist()]
+    return [[trimmed(value, digits) for value in row] for row in values.tolist()]
