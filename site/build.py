@@ -113,7 +113,8 @@ def write_api(folder: Path) -> None:
     for page, (title, members) in pages.items():
         text = [title, "=" * len(title), ""]
         for module in members:
-            text += [module, "-" * len(module), "",
+            name = module.removeprefix("warp_lite.")
+            text += [name, "-" * len(name), "",
                      f".. automodule:: {module}", "   :members:", "   :ignore-module-all:", ""]
         (folder / f"{page}.rst").write_text("\n".join(text), encoding="utf-8")
 

@@ -125,20 +125,17 @@ def test_there_is_a_page_for_the_story_every_notebook_the_evidence_the_library_a
         assert f'data-scene="{scene}"' in page.read_text(encoding="utf-8")
 
 
-def test_every_page_opens_without_an_error_or_a_request_to_another_host(site, reader):
-    for page in pages(site):
-        reader.open(page)
-    assert len(pages(site)) > 20 and not reader.complaints
-
-
 @pytest.mark.parametrize("name, width", [("desktop", 1280), ("phone", 390)])
-def test_the_pages_to_look_at_fit_the_screen(name, width, site, browser, address, screenshots):
+def test_every_page_opens_without_an_error_or_a_request_to_another_host_and_fits(name, width, site, browser, address,
+                                                                                 screenshots):
     reader = Reader(browser, address, viewport={"width": width, "height": 844}, has_touch=name == "phone")
     for page in pages(site):
         shown = reader.open(page)
-        shown.screenshot(path=screenshots / f"site-{name}-{page.replace('/', '-')}.png", full_page=True)
         assert shown.evaluate("() => document.documentElement.scrollWidth") <= width, page
+        if "WARP_LITE_SCREENSHOTS" in os.environ:  # of whole pages, which takes longer than all else here
+            shown.screenshot(path=screenshots / f"site-{name}-{page.replace('/', '-')}.png", full_page=True)
     reader.context.close()
+    assert len(pages(site)) > 20 and not reader.complaints
 
 
 def test_every_slider_of_every_scene_moves_its_readout_and_its_picture(site, reader):
@@ -224,9 +221,9 @@ def test_the_moving_anchor_goes_where_the_packages_anchor_lets_it_go(reader):
             held = anchor.state_dict()["w"].clone()
             anchor.update({"w": theta})
             theta = theta + 0.01 - beta * (theta - held)
-        shown = numbers_in(reader.readout(scene).split("Moving anchor")[1])
-        assert 0.01 / (1 + beta / mu) == pytest.approx(shown[2], abs=6e-5) and theta.item() in [
-            pytest.approx(number, abs=0.006) for number in shown]
+        shown = re.search(r"= ([\d.]+) a step, and after 400 steps is at ([\d.]+)", reader.readout(scene))
+        assert float(shown[1]) == pytest.approx(0.01 / (1 + beta / mu), abs=6e-5)
+        assert float(shown[2]) == pytest.approx(theta.item(), abs=0.006)
 
 
 def test_the_dial_and_the_explorer_show_the_committed_numbers(reader):
@@ -288,7 +285,7 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
             if parts.fragment and target in parsed:
                 assert unquote(parts.fragment) in parsed[target].ids | {""}, f"{page}: {link}"
     for style in site.rglob("*.css"):
-        assert not re.search(r"url\(['\"]?(https?:)?//|@import", style.read_text(encoding="utf-8")), style
+        assert not re.search(r"(url\(|@import )\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
 def test_a_scene_without_its_place_is_named():
