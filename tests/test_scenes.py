@@ -8,6 +8,7 @@ from short_run import short_run
 
 from warp_lite import ParetoExplorer
 from warp_lite.notebooks import __main__ as notebooks
+from warp_lite.notebooks import scenes
 from warp_lite.notebooks.scenes import ETAS, as_lines, dial, flat, front, marked, moved, plane
 
 COMMITTED = json.loads((notebooks.ROOT / "site" / "scenes.json").read_text(encoding="utf-8"))
@@ -25,7 +26,9 @@ def test_flat_weights_and_back(result):
         torch.testing.assert_close(again[name], tensor)
 
 
-def test_places_in_the_plane_keep_the_length_of_the_merge_and_lengthen_nothing(result):
+def test_places_in_the_plane_keep_the_length_of_the_merge_and_lengthen_nothing(result, monkeypatch):
+    monkeypatch.setattr(scenes, "ACROSS", 3)
+    monkeypatch.setattr(scenes, "UP", 2)
     made = plane(result)
     last, sft = result.iterations[-1], flat(result.sft)
     x, y = made["iterations"][-1]["merged"]
@@ -33,7 +36,7 @@ def test_places_in_the_plane_keep_the_length_of_the_merge_and_lengthen_nothing(r
     for policy, place in zip(last.policies, made["iterations"][-1]["runs"]):
         assert torch.tensor(place).norm() <= (flat(policy) - sft).norm() + 2e-3
     assert made["iterations"][0]["init"] == [0, 0]
-    assert [len(row) for row in made["rewards"]] == [len(made["across"])] * len(made["up"])
+    assert [len(row) for row in made["rewards"]] == [len(made["across"])] * len(made["up"]) == [3, 3]
 
 
 def test_the_dial_and_the_front_have_what_the_scenes_read(result):
