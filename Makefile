@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT ?= 3000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 UV := build/uv/bin/uv
 
-.PHONY: help setup demo test test-fast test-all notebooks claims bench lint lab lock clean
+.PHONY: help setup demo test test-fast test-all notebooks claims bench site lint lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,9 @@ claims: setup  ## every claim of the paper with error bars, in runs/claims; cont
 
 bench: setup  ## benchmarks against TRL, generate() and mergekit, as ratios: tests/benchmarks/results.md
 	$(BIN)/python tests/benchmarks/bench.py
+
+site: setup  ## the notebooks, evidence and library as pages with live scenes: build/site/index.html
+	$(BIN)/python site/build.py build/site
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

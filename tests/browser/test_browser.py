@@ -1,13 +1,8 @@
-"""What a reader sees: the explorer in JupyterLab and as a page of its own, in a headless Chromium.
-
-Screenshots go to $WARP_LITE_SCREENSHOTS, by default to the test's own folder. The browser is Debian's
-package `chromium`; nothing is installed or downloaded here.
-"""
+"""What a reader sees: the explorer in JupyterLab and as a page of its own, in a headless Chromium."""
 
 import contextlib
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,33 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "04_warp.ipynb"
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 RUN_SECONDS = 300  # for all cells; some 50 on two free cores
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not Path(CHROMIUM).exists():
-        why = "there is no Chromium; on Debian: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory):
-    folder = Path(os.environ.get("WARP_LITE_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"screenshots: {folder}")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
-"""Keep the notebooks: the cells they share, their badges, their execution in full mode.
+"""Keep the notebooks: the cells they share, their badges, their execution in full mode; and the site's numbers.
 
     python -m warp_lite.notebooks link           # from the address in pyproject.toml, into every notebook
     python -m warp_lite.notebooks run [NAME…]    # full mode; outputs written back; time and peak memory printed
 
-Both work on the notebooks of a checkout of the repository. Three leading code cells are the same in
+    python -m warp_lite.notebooks scenes         # site/scenes.json, from a seeded run of the tiny world; some minutes
+
+All work on a checkout of the repository. Three leading code cells are the same in
 all notebooks and are found by their tags: `setup`, `parameters`, `start`.
 """
 
@@ -181,11 +183,16 @@ def run(path: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of those arguments, or of the process's; returns its exit code: 0 done, 2 no such notebook."""
     parser = argparse.ArgumentParser(prog="python -m warp_lite.notebooks", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("link", "run", "execute"))
+    parser.add_argument("what", choices=("link", "run", "execute", "scenes"))
     parser.add_argument("names", nargs="*", help="beginnings of file names; all notebooks by default")
     given = parser.parse_args(arguments)
     if given.what == "execute":
         execute(Path(given.names[0]).resolve())
+        return 0
+    if given.what == "scenes":
+        from .scenes import write_scenes
+
+        write_scenes(ROOT / "site" / "scenes.json")
         return 0
     try:
         notebooks = paths(given.names)
