@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "run", help="run Algorithm 1 and draw its front",
         description="Run Algorithm 1 and draw its front: on a preset, or on your own policy, reward and prompts.")
     run.add_argument("--preset", metavar="NAME", help=presets)
-    run.add_argument("--policy", metavar="NAME_OR_DIR", help="a causal LM from the hub or a folder")
+    run.add_argument("--policy", metavar="NAME_OR_DIR", help="a causal LM from the hub, a folder or a GGUF file")
     run.add_argument("--reward", metavar="NAME_OR_DIR|MODULE:FUNCTION",
                      help="a sequence classifier, or a function of TRL's signature")
     run.add_argument("--reward-label", metavar="NAME|INDEX",

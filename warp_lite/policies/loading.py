@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from ..storage.files import first_line
 from .ends import end_ids
+from .gguf import as_folder, is_gguf
 from .hub import HUB_NAME, local, reach
 
 if TYPE_CHECKING:
@@ -33,13 +34,17 @@ if TYPE_CHECKING:
 
 def load_policy(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
                 device: str | torch.device = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from the hub or a folder: safetensors only, no remote code.
+    """A causal LM and its tokenizer from the hub, a folder or a GGUF file: no pickle, no remote code.
 
+    A GGUF file is converted once, into a folder of the cache (see `gguf.as_folder`).
     The model is in `dtype`, "auto" for that of its file, on `device`, and in the mode that evaluates.
     Raises ValueError, naming the folder, when it is missing, cannot be read or lacks weights, and when a
     name of the hub cannot be had (see `hub.reach`).
     """
     folder = local(str(name_or_folder))
+    if is_gguf(Path(folder)):
+        with one_line("a policy", folder):
+            folder = str(as_folder(Path(folder), save_policy))
     with reading("a policy", folder) as options:
         tokenizer = load_tokenizer(folder, **options)
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
@@ -81,17 +86,23 @@ def reading(what: str, folder: str) -> Iterator[dict]:
 
     Gives the options to load it with. A name of the hub is asked for first, so that nothing waits in vain.
     """
-    try:
+    with one_line(what, folder):
         path = Path(folder)
         if path.is_file():
-            raise ValueError("it is a file, not a folder")
+            raise ValueError("it is a file, neither a folder nor in GGUF")
         if not path.exists() and not HUB_NAME.fullmatch(folder):
             raise ValueError("there is no such folder")
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError("the folder has no config.json")
-        options = reach(folder)
+        yield reach(folder)
+
+
+@contextmanager
+def one_line(what: str, folder: str) -> Iterator[None]:
+    """Keep the library quiet; whatever it raises becomes a ValueError of one line that names what was read."""
+    try:
         with quiet():
-            yield options
+            yield
     except Exception as error:  # the library, its config checks, safetensors and tokenizers raise classes of their own
         hint = "; is a file truncated?" if "safetensor" in repr(type(error)).lower() else ""
         raise ValueError(f"cannot load {what} from {folder!r}: {first_line(error)}{hint}") from error
