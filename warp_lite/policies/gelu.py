@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 A = 2 * math.sqrt(2 / math.pi)
 B = 0.044715 * A
@@ -30,7 +31,7 @@ class Gelu(torch.autograd.Function):
     """`gelu` with its gradient; the derivative is kept in the place of x."""
 
     @staticmethod
-    def forward(context, x: Tensor) -> Tensor:
+    def forward(context: FunctionCtx, x: Tensor) -> Tensor:
         """GELU of x (…)."""
         share = share_of(x)
         y = x * share
@@ -40,7 +41,7 @@ class Gelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
+    def backward(context: FunctionCtx, gradient: Tensor) -> Tensor:
         """The gradient of x (…)."""
         return gradient * context.saved_tensors[0]
 
