@@ -195,6 +195,17 @@ def test_gradients_are_those_of_the_library(forward, architecture, padded):
             torch.testing.assert_close(gradients[name][e], parameter.grad, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("forward", [GPT2Forward, WideGPT2Forward])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_are_to_the_last_bit_the_same_whether_or_not_a_gradient_is_taken(forward, dtype):
+    models, weights = policies_of("gpt2", dtype)
+    (ids, mask), forward = ragged(), forward(models[0])
+    trained = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+    with torch.no_grad():
+        expected = forward(forward.prepare(weights), ids, mask)
+    assert torch.equal(forward(forward.prepare(trained), ids, mask), expected)
+
+
 @pytest.mark.parametrize("forward, architecture", CASES)
 def test_keep_gives_the_logits_from_a_position_on(forward, architecture):
     models, weights = policies_of(architecture)

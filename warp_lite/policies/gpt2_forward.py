@@ -151,10 +151,15 @@ class GPT2Forward:
         return torch.bmm(x, matrix) if bias is None else torch.baddbmm(bias, x, matrix)
 
     def _add_linear(self, x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-        """x + y·matrix + bias, (E, N, C); in the place of x where no gradient is taken."""
+        """x + bias + y·matrix, (E, N, C); in the place of x where no gradient is taken.
+
+        To the last bit the same with and without: where policy and anchor are one, they have one log-probability.
+        """
         bias = bias.unsqueeze(1)
-        if torch.is_grad_enabled() or self.dtype is not None:
+        if self.dtype is not None:
             return x + torch.baddbmm(bias, y, matrix)
+        if torch.is_grad_enabled():
+            return torch.baddbmm(x + bias, y, matrix)
         return x.add_(bias).baddbmm_(y, matrix)
 
 
@@ -244,7 +249,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> 
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (E, …) of each policy's table (E, N, C), (E, …, C): one flat embedding look-up."""
     E, N, C = table.shape
-    return F.embedding(ids + offsets(ids, N), table.reshape(E * N, C))
+    return F.embedding(ids if E == 1 else ids + offsets(ids, N), table.reshape(E * N, C))
 
 
 def offsets(ids: Tensor, N: int) -> Tensor:
