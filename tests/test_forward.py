@@ -20,7 +20,8 @@ from transformers import (
 import warp_lite.policies.gpt2_forward as gpt2_module
 from warp_lite.averaging.state_dicts import load_weights, parameters, stack, unstack
 from warp_lite.policies.forward import make_forward
-from warp_lite.policies.gpt2_forward import GPT2Forward
+from warp_lite.policies.gelu import gelu
+from warp_lite.policies.gpt2_forward import ColumnCache, GPT2Cache, GPT2Forward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.vmap_forward import VmapForward
 
@@ -29,11 +30,15 @@ VOCABULARY = 18
 
 
 class WideGPT2Forward(GPT2Forward):
-    """The hand-written forward as it treats wide models, whose layer norms are not folded into matrices."""
+    """The hand-written forward as it treats wide models: no layer norms folded into matrices, no columns of heads."""
 
     def _fold(self, *args):
         with patch.object(gpt2_module, "FOLD_UP_TO", 0):
             return super()._fold(*args)
+
+    def new_cache(self, *args):
+        with patch.object(gpt2_module, "SMALL", 0):
+            return super().new_cache(*args)
 
 
 CASES = [(ModuleForward, architecture) for architecture in ARCHITECTURES]
@@ -69,6 +74,44 @@ def assert_rows_equal(logits, expected, mask, tolerance=1e-9):
     for e, rows in enumerate(expected):
         for b, row in enumerate(rows):
             torch.testing.assert_close(logits[e, b][mask[e, b].bool()], row, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_the_activation_and_its_gradient_are_the_librarys(dtype, tolerance):
+    x = torch.cat([torch.linspace(-9, 9, 721), torch.tensor([-1e4, -40.0, 0.0, 40.0, 1e4])]).to(dtype).requires_grad_()
+    ours, library = gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(ours, library, atol=tolerance, rtol=tolerance)
+    weight = torch.linspace(1, 2, len(x), dtype=dtype)
+    slope, expected = (torch.autograd.grad(y, x, weight)[0] for y in (ours, library))
+    torch.testing.assert_close(slope, expected, atol=8 * tolerance, rtol=8 * tolerance)
+    with torch.no_grad():
+        assert torch.equal(gelu(x), ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_a_narrow_dtype_the_activation_is_the_librarys_own(dtype):
+    x = torch.linspace(-9, 9, 721).to(dtype)
+    assert torch.equal(gelu(x), torch.nn.functional.gelu(x, approximate="tanh"))
+
+
+def test_columns_of_heads_hold_what_a_product_of_matrices_would():
+    models, weights = policies_of("gpt2")
+    forward, (ids, mask) = GPT2Forward(models[0]), ragged()
+    caches = forward.new_cache(*ids.shape, models[0].lm_head.weight), WideGPT2Forward(models[0]).new_cache(
+        *ids.shape, models[0].lm_head.weight)
+    assert [type(cache) for cache in caches] == [ColumnCache, GPT2Cache]
+    kept = torch.tensor([[3, 1], [0, 2], [1, 2]])
+    logits = []
+    for cache in caches:
+        w, at = forward.prepare(weights), 0
+        for end in (2, 6, 7):  # a prompt, more of it, a token
+            forward(w, ids[..., at:end], mask[..., :end], cache)
+            at = end
+        cache = forward.cache_of(cache, kept)
+        assert cache.length == 7
+        rows = kept.unsqueeze(-1).expand(-1, -1, ids.shape[-1])
+        logits.append(forward(w, ids.gather(1, rows)[..., 7:8], mask.gather(1, rows)[..., :8], cache))
+    torch.testing.assert_close(*logits, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("forward, architecture", CASES)
@@ -150,6 +193,17 @@ def test_gradients_are_those_of_the_library(forward, architecture, padded):
         tolerance = 1e-5 if architecture == "gemma3" else 1e-9  # the library's Gemma normalises in float32, always
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name][e], parameter.grad, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("forward", [GPT2Forward, WideGPT2Forward])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_are_to_the_last_bit_the_same_whether_or_not_a_gradient_is_taken(forward, dtype):
+    models, weights = policies_of("gpt2", dtype)
+    (ids, mask), forward = ragged(), forward(models[0])
+    trained = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+    with torch.no_grad():
+        expected = forward(forward.prepare(weights), ids, mask)
+    assert torch.equal(forward(forward.prepare(trained), ids, mask), expected)
 
 
 @pytest.mark.parametrize("forward, architecture", CASES)

@@ -17,10 +17,12 @@ from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
+from .gelu import gelu
 
 # Weights (E, …) by name, and the folded ones: (gain, shift, matrix, bias) of a layer norm and what follows it.
 Prepared = dict[str, Tensor | tuple[Tensor | None, ...]]
 FOLD_UP_TO = 256  # width up to which the gains and shifts of layer norms are folded into matrices
+SMALL = 1024  # a head's size times tokens up to which attention token by token is no product of matrices on a CPU
 
 
 class GPT2Forward:
@@ -76,19 +78,19 @@ class GPT2Forward:
         folded = torch.bmm(shift, matrix)
         return None, None, gain.transpose(1, 2) * matrix, folded if bias is None else folded + bias
 
-    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> GPT2Cache:
+    def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> GPT2Cache | ColumnCache:
         """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
         rows, size = policies * batch * self.heads, self.width // self.heads
-        return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)])
+        if like.device.type == "cpu" and self.dtype is None and size * length <= SMALL:
+            return ColumnCache([like.new_empty(length, 3, size, rows) for _ in range(self.layers)], self.heads)
+        return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)],
+                         self.heads)
 
-    def cache_of(self, cache: GPT2Cache, rows: Tensor) -> GPT2Cache:
+    def cache_of(self, cache: GPT2Cache | ColumnCache, rows: Tensor) -> GPT2Cache | ColumnCache:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
-        E = len(rows)
-        flat = (rows + offsets(rows, cache.layers[0].shape[1] // (E * self.heads))).flatten()
-        layers = [kv.unflatten(1, (-1, self.heads))[:, flat].flatten(1, 2) for kv in cache.layers]
-        return GPT2Cache(layers, cache.length)
+        return cache.of(rows)
 
-    def hidden(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None) -> Tensor:
+    def hidden(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The last hidden states before the final norm, (E, B, Q, C)."""
         E, B, Q = ids.shape
         start = cache.length if cache else 0
@@ -112,25 +114,28 @@ class GPT2Forward:
             cache.length += Q
         return x.view(E, B, Q, self.width)
 
-    def _layer(self, w, layer: int, x: Tensor, bias: Tensor | None, B: int, cache: GPT2Cache | None) -> Tensor:
+    def _layer(self, w, layer: int, x: Tensor, bias: Tensor | None, B: int, cache: Cache | None) -> Tensor:
         """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·Q, C)."""
         h, (E, N, C), H = f"h.{layer}", x.shape, self.heads
         Q = N // B
         qkv = self._norm_linear(x, w[f"{h}.qkv"])                                   # (E, B·Q, 3C)
-        q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
-        if cache:
-            k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, bias, H)                                                # (E·B·H, Q, C/H)
-        y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
-        x = x + torch.baddbmm(w[f"{h}.attn.c_proj.bias"].unsqueeze(1), y, w[f"{h}.attn.c_proj.weight"])
-        y = F.gelu(self._norm_linear(x, w[f"{h}.fc"]), approximate="tanh")          # (E, B·Q, 4C)
-        return x + torch.baddbmm(w[f"{h}.mlp.c_proj.bias"].unsqueeze(1), y, w[f"{h}.mlp.c_proj.weight"])
+        if isinstance(cache, ColumnCache) and Q == 1:
+            y = cache.attend(layer, qkv.view(E * B, 3, H, C // H), bias).reshape(E, B, C)
+        else:
+            q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
+            if cache:
+                k, v = cache.append(layer, k, v)
+            y = attend(q, k, v, bias, H)                                            # (E·B·H, Q, C/H)
+            y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
+        x = self._add_linear(x, y, w[f"{h}.attn.c_proj.weight"], w[f"{h}.attn.c_proj.bias"])
+        y = gelu(self._norm_linear(x, w[f"{h}.fc"]))                                # (E, B·Q, 4C)
+        return self._add_linear(x, y, w[f"{h}.mlp.c_proj.weight"], w[f"{h}.mlp.c_proj.bias"])
 
     def head(self, w: Prepared, x: Tensor) -> Tensor:
         """Logits (E, N, V) of last hidden states (E, N, C)."""
         return self._norm_linear(x, w["head"])
 
-    def __call__(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: GPT2Cache | None = None,
+    def __call__(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None,
                  keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
@@ -145,12 +150,30 @@ class GPT2Forward:
             x = torch.addcmul(shift, x, gain)
         return torch.bmm(x, matrix) if bias is None else torch.baddbmm(bias, x, matrix)
 
+    def _add_linear(self, x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+        """x + bias + y·matrix, (E, N, C); in the place of x where no gradient is taken.
+
+        To the last bit the same with and without: where policy and anchor are one, they have one log-probability.
+        """
+        bias = bias.unsqueeze(1)
+        if self.dtype is not None:
+            return x + torch.baddbmm(bias, y, matrix)
+        if torch.is_grad_enabled():
+            return torch.baddbmm(x + bias, y, matrix)
+        return x.add_(bias).baddbmm_(y, matrix)
+
 
 class GPT2Cache:
     """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer."""
 
-    def __init__(self, layers: list[Tensor], length: int = 0):
-        self.layers, self.length = layers, length
+    def __init__(self, layers: list[Tensor], heads: int, length: int = 0):
+        self.layers, self.heads, self.length = layers, heads, length
+
+    def of(self, rows: Tensor) -> GPT2Cache:
+        """That of the sequences whose places in the batch are `rows` (E, some)."""
+        flat = (rows + offsets(rows, self.layers[0].shape[1] // (len(rows) * self.heads))).flatten()
+        layers = [kv.unflatten(1, (-1, self.heads))[:, flat].flatten(1, 2) for kv in self.layers]
+        return GPT2Cache(layers, self.heads, self.length)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (E·B·H, Q, C/H) behind what is there; return all keys and values so far."""
@@ -158,6 +181,56 @@ class GPT2Cache:
         kv = self.layers[layer]
         kv[0, :, self.length:end], kv[1, :, self.length:end] = k, v
         return kv[0, :, :end], kv[1, :, :end]
+
+
+class ColumnCache:
+    """Keys and values of small heads: the same number of every head side by side, (length, 3, C/H, E·B·H) a layer.
+
+    One token's attention is then sums over columns, whose additions a CPU does eight at a time; a product of
+    matrices as small as one head's costs several times as much, most of it around the arithmetic. The first of the
+    three are queries, which the token alone needs.
+    """
+
+    def __init__(self, layers: list[Tensor], heads: int, length: int = 0):
+        self.layers, self.heads, self.length = layers, heads, length
+
+    def of(self, rows: Tensor) -> ColumnCache:
+        """That of the sequences whose places in the batch are `rows` (E, some)."""
+        length, three, size, columns = self.layers[0].shape
+        flat = (rows + offsets(rows, columns // (len(rows) * self.heads))).flatten()
+        layers = []
+        for old in self.layers:
+            new = old.new_empty(length, three, size, len(flat) * self.heads)
+            new[:self.length, 1:] = old[:self.length, 1:].unflatten(-1, (-1, self.heads))[..., flat, :].flatten(-2)
+            layers.append(new)
+        return ColumnCache(layers, self.heads, self.length)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (E·B·H, Q, C/H) behind what is there; return all keys and values so far."""
+        end = self.length + k.shape[1]
+        columns = self.layers[layer]
+        columns[self.length:end, 1], columns[self.length:end, 2] = k.permute(1, 2, 0), v.permute(1, 2, 0)
+        if self.length == 0:
+            return k, v
+        return columns[:end, 1].permute(2, 0, 1).contiguous(), columns[:end, 2].permute(2, 0, 1).contiguous()
+
+    def attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """Write down one token's qkv (E·B, 3, H, C/H), and let it look at all tokens so far: (E·B, H, C/H).
+
+        `bias` (E·B, 1, 1, K) is added to the scores.
+        """
+        rows, three, heads, size = qkv.shape
+        columns, end = self.layers[layer], self.length + 1
+        columns[self.length].view(three, size, rows, heads).copy_(qkv.permute(1, 3, 0, 2))
+        q, k, v = columns[self.length, 0], columns[:end, 1], columns[:end, 2]
+        scores = (k * q.mul_(size ** -0.5)).sum(1)                                  # (K, E·B·H)
+        if bias is not None:
+            scores.view(end, rows, heads).add_(bias.view(rows, end).t().unsqueeze(-1))
+        y = (v * scores.softmax(0).unsqueeze(1)).sum(0)                             # (C/H, E·B·H)
+        return y.view(size, rows, heads).permute(1, 2, 0)
+
+
+Cache = GPT2Cache | ColumnCache
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> Tensor:
@@ -176,7 +249,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> 
 def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (E, …) of each policy's table (E, N, C), (E, …, C): one flat embedding look-up."""
     E, N, C = table.shape
-    return F.embedding(ids + offsets(ids, N), table.reshape(E * N, C))
+    return F.embedding(ids if E == 1 else ids + offsets(ids, N), table.reshape(E * N, C))
 
 
 def offsets(ids: Tensor, N: int) -> Tensor:

@@ -125,31 +125,36 @@ class Policies:
             mask = torch.cat([prompts.mask, prompts.mask.new_ones(E, B, T)], -1)
         dtype = torch.promote_types(like.dtype, torch.float32)
         below_one = 1 - torch.finfo(dtype).eps / 2  # a float64 may round to 1, which is past the last token's mass
-        u = uniforms.to(dtype).clamp(max=below_one)
+        u = uniforms.to(dtype).clamp(max=below_one).movedim(-1, 0).unsqueeze(-1).contiguous()  # (T, E, B, 1)
         cache = self.forward.new_cache(E, B, P + T - 1, like)
-        ids = prompts.ids.new_full((E, B, T), pad)
-        chosen = torch.zeros(E, B, T, dtype=dtype, device=ids.device)
-        tokens, alive = prompts.ids, torch.ones(E, B, dtype=torch.bool, device=ids.device)
-        rows = torch.arange(B, device=ids.device).expand(E, B)  # the place in the batch of each that is still sampled
+        ids = prompts.ids.new_full((T, E, B, 1), pad)
+        chosen = u.new_ones(T, E, B, 1)
+        tokens, alive = prompts.ids, torch.ones(E, B, 1, dtype=torch.bool, device=ids.device)
+        rows = None  # the place in the batch of each that is still sampled, (E, rows, 1); None: all of them
         for t in range(T):
             seen = None if mask is None else mask[..., :P + t]
             logits = self.forward(self.prepared, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
-            logp = log_softmax(logits, temperature)                                          # (E, rows, V)
-            cdf = logp.exp().cumsum(-1)
-            point = u[..., t].gather(1, rows).unsqueeze(-1) * cdf[..., -1:]
+            p = softmax(logits, temperature)                                                 # (E, rows, V)
+            cdf = p.cumsum(-1)
+            point = u[t] * cdf[..., -1:]
             tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
-            ids[..., t].scatter_(1, rows, tokens[..., 0])
-            chosen[..., t].scatter_(1, rows, logp.gather(-1, tokens)[..., 0])
-            alive &= ~torch.isin(tokens[..., 0], last)
+            if rows is None:
+                ids[t], chosen[t] = tokens, p.gather(-1, tokens)
+            else:
+                ids[t].scatter_(1, rows, tokens)
+                chosen[t].scatter_(1, rows, p.gather(-1, tokens))
+            alive &= ~torch.isin(tokens, last)
             unfinished = int(alive.sum(1).max())  # of the policy that has most
             if unfinished == 0:
                 break
             if E * alive.shape[1] >= DROP_FROM and unfinished <= DROP_AT * alive.shape[1]:
-                kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :unfinished]
-                alive, rows, tokens = alive.gather(1, kept), rows.gather(1, kept), tokens.gather(1, kept.unsqueeze(-1))
-                mask = None if mask is None else mask.gather(1, kept.unsqueeze(-1).expand(-1, -1, P + T))
-                cache = self.forward.cache_of(cache, kept)
-        ids, chosen = ids[..., :t + 1], chosen[..., :t + 1]                                  # (E, B, T)
+                kept = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :unfinished]  # (E, rows, 1)
+                alive, tokens = alive.gather(1, kept), tokens.gather(1, kept)
+                rows = kept if rows is None else rows.gather(1, kept)
+                u = u.gather(2, kept.expand(T, -1, -1, -1))
+                mask = None if mask is None else mask.gather(1, kept.expand(-1, -1, P + T))
+                cache = self.forward.cache_of(cache, kept[..., 0])
+        ids, chosen = (part[:t + 1, ..., 0].permute(1, 2, 0).contiguous() for part in (ids, chosen.log_()))  # (E, B, T)
         ended = torch.isin(ids, last)
         after = ended.cumsum(-1) - ended.long() > 0  # what a completion was given after its end is forgotten
         return Rollout(prompts, ids.masked_fill(after, pad), (~after).long(), chosen.masked_fill(after, 0), ends)
@@ -209,6 +214,12 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (…, V) of logits (…, V) at a temperature, in nats, in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities (…, V) of logits (…, V) at a temperature, in float32 at least."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return (logits if temperature == 1 else logits / temperature).softmax(-1)
 
 
 def completions_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
