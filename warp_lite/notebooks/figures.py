@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation, Text
@@ -104,11 +105,56 @@ def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **
     return np.array(values)
 
 
+def over_steps(rows: Sequence[dict], name: str, steps: Sequence[int]) -> np.ndarray:
+    """A number of each seed's path at RL steps, by a straight line between measured ones: (seeds, steps).
+
+    Of a seed with several runs it is their mean.
+    """
+    values = []
+    for curve in seed_curves(rows):
+        runs = {row["run"]: None for row in curve}
+        paths = [sorted((row["step"], row[name]) for row in curve if row["run"] == run) for run in runs]
+        values.append(np.mean([np.interp(steps, *zip(*path)) for path in paths], axis=0))
+    return np.array(values)
+
+
+def reached(rows: Sequence[dict]) -> float:
+    """The largest KL, in nats, that the path or front of every seed gets to."""
+    return min(max(row["kl"] for row in curve) for curve in seed_curves(rows))
+
+
+def best_elsewhere(table: Sequence[np.ndarray]) -> np.ndarray:
+    """Of values (settings, seeds), for each seed that of the setting which is best for the other seeds: (seeds,).
+
+    So no seed is compared by a setting that was chosen on it. A setting that lacks a value of any seed is left out; nan
+    where none is left. Of a single seed it is the best.
+    """
+    whole_rows = np.array([row for row in table if np.isfinite(row).all()])
+    if not len(whole_rows):
+        return np.full(len(table[0]), np.nan)
+    seeds = whole_rows.shape[1]
+    others = (whole_rows.sum(1, keepdims=True) - whole_rows) / (seeds - 1) if seeds > 1 else whole_rows
+    return whole_rows[others.argmax(0), np.arange(seeds)]
+
+
+def two_digits(kl: float) -> float:
+    """A KL, in nats, to two digits and no larger, as a place to compare at."""
+    if kl <= 0:
+        return kl
+    unit = 10.0 ** (math.floor(math.log10(kl)) - 1)
+    return round(math.floor(kl / unit + 1e-9) * unit, 12)
+
+
 def seed_curves(rows: Sequence[dict], **which: str | int | float) -> list[list[dict]]:
     """One front or trajectory a seed, as lists of rows, in the order of seeds; `which` names what the rows must have,
     as `config="WARP"` or `iteration=1`."""
     chosen = [row for row in rows if all(row[name] == value for name, value in which.items())]
     return [[row for row in chosen if row["seed"] == seed] for seed in sorted({row["seed"] for row in chosen})]
+
+
+def over_seeds(values: np.ndarray) -> Interval:
+    """The mean of values (seeds,) with its interval; nan are left out."""
+    return bootstrap(values)
 
 
 def interval_band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,6 +189,24 @@ def draw_curve(axes: Axes, kl: np.ndarray, reward: np.ndarray, colour: str, labe
     if label:
         label_end(axes, x, y, label, colour)
     return x, y
+
+
+def draw_path(axes: Axes, rows: Sequence[dict], colour: str, name: str = "reward", edge: float = math.inf,
+              **line: object) -> tuple[float, float, str]:
+    """The reward, or another number, where each seed's path or front first crosses a KL (see `at_kl`): the mean and its
+    band over seeds, as far as all of them get and no further than `edge` nats.
+
+    `line` are options of `Axes.plot`. Returns the end and the colour, for `label_ends`.
+    """
+    start = max(curve[0]["kl"] for curve in seed_curves(rows))
+    grid = start + np.linspace(0.01, 1, 40) * max(min(reached(rows), edge) - start, 0)
+    mean = draw_sweep(axes, grid, np.array([at_kl(rows, kl, name) for kl in grid]).T, colour, **line)
+    return grid[-1], mean[-1], colour
+
+
+def shades(colour: str, count: int) -> list[tuple[float, float, float]]:
+    """So many shades of a colour, from light to the colour itself, as (red, green, blue)."""
+    return [tuple(1 - share * (1 - part) for part in to_rgb(colour)) for share in np.linspace(0.6, 1, count)]
 
 
 def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name: str = "reward",
