@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.statistics import Interval
+from ..evaluation.statistics import Interval, t_interval
 from ..viewing.plots import COLOURS, KL_LABEL, column
 from . import figures
+from .labels import FAINT
 
 TOY_STEPS = 600
 PULL = 0.01  # the toy's reward moves its weight by so much a step
@@ -77,9 +78,10 @@ def chooser(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], l
         figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
         for other, rows in rows_of.items():
             if other != name:
-                figures.draw_path(axes, rows, COLOURS["single"], edge=edge, lw=0.8, alpha=figures.FAINT)
+                kl, reward = (figures.over_steps(rows, what, steps_of(rows)).mean(0) for what in ("kl", "reward"))
+                axes.plot(kl, reward, color=COLOURS["single"], lw=0.8, alpha=FAINT)
         last = [curve[-1] for curve in figures.seed_curves(rows_of[name])]
-        kl, reward = (figures.over_seeds(column(last, what)) for what in ("kl", "reward"))
+        kl, reward = (t_interval(column(last, what)) for what in ("kl", "reward"))
         title = f"{name}: at the end KL {kl} nats, reward {reward}"
         return plane({name: rows_of[name]}, colours, limit, unit, edge, title, axes)
 
@@ -108,21 +110,33 @@ def training(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], 
 
 def plane(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], limit: Sequence[dict], unit: str,
           edge: float, title: str, axes: Axes | None = None) -> Figure:
-    """Reward against KL of settings by name while they train, under the limit, up to `edge` nats: means over seeds
-    where each first crosses a KL, with their bands. A dot is where the runs end in the mean, if that is drawn."""
+    """Reward against KL of settings by name while they train, under the limit, up to `edge` nats: the mean over seeds
+    after every fifth step, and where it ends with its intervals."""
     if axes is None:
         _, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
-    ends = {}
+    ends, heights = {}, []
     for name, rows in rows_of.items():
-        ends[name] = figures.draw_path(axes, rows, colours[name], edge=edge)
-        last = [curve[-1] for curve in figures.seed_curves(rows)]
-        if column(last, "kl").mean() <= edge:
-            axes.plot(column(last, "kl").mean(), column(last, "reward").mean(), "o", color=colours[name], mec="black")
+        kl, reward = (figures.over_steps(rows, what, steps_of(rows)) for what in ("kl", "reward"))
+        axes.plot(kl.mean(0), reward.mean(0), color=colours[name])
+        figures.draw_curve(axes, kl[:, -1:], reward[:, -1:], colours[name])
+        x, y = kl.mean(0), reward.mean(0)
+        heights.append(y[x <= edge])
+        inside = x[-1] <= edge
+        out = len(x) - 1 if inside else int(np.argmax(x > edge))
+        ends[name if inside else f"{name} →"] = (min(x[out], edge), y[out] if inside else np.interp(
+            edge, x[out - 1:out + 1], y[out - 1:out + 1]), colours[name])
     figures.draw_limit(axes, limit)
-    axes.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})", xlim=(0, 1.3 * edge))
+    figures.frame(axes, [*heights, column(limit, "reward")] if limit else heights)
+    axes.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})", xlim=(0, 1.02 * edge))
     axes.set_title(title)
     figures.label_ends(axes, ends)
     return axes.figure
+
+
+def steps_of(rows: Sequence[dict]) -> np.ndarray:
+    """Every fifth step of a path up to its last, 0 and the last included."""
+    last = max(row["step"] for row in rows)
+    return np.unique([*range(0, last + 1, 5), last])
 
 
 def envelopes(kls: Sequence[float], rewards: Mapping[str, np.ndarray], colours: Mapping[str, str],
@@ -178,7 +192,8 @@ def disguises(rows_of: Mapping[str, Sequence[dict]], pairs: Mapping[str, tuple[s
         for who, look in ((name, {"marker": "o", "ms": 4}), (same_as, {"marker": "x", "ms": 9, "ls": "", "mew": 1.5})):
             if who is not None:
                 axes.plot(column(rows_of[who], "kl"), column(rows_of[who], "reward"), color=colour, label=who, **look)
-    axes.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})")
+    sound = max(row["kl"] for name, (same_as, _) in pairs.items() if same_as is None for row in rows_of[name])
+    axes.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})", xlim=(-0.05 * sound, 1.6 * sound))
     axes.set_title("A broken anchor is another setting in disguise (one seed)")
     axes.legend(loc="lower right")
     return figure

@@ -25,7 +25,7 @@ def next_words(q: Tensor, words: Sequence[str], powers: Sequence[float], prompt:
     for axes, power in zip(panels, powers):
         p = q**power / (q**power).sum()
         nats = (p * (p / q).log())[p > 0].sum()
-        axes.barh(range(WORDS), p[top], color=COLOURS["single" if power == 1 else "liti"])
+        axes.barh(range(WORDS), p[top], color=COLOURS["single"], alpha=0.5 if power == 1 else 1)
         axes.set(yticks=range(WORDS), yticklabels=[words[i] for i in top.tolist()], xlabel="probability")
         axes.set_title(f"SFT policy: KL {nats:.2f} nats" if power == 1 else f"to the power {power}: KL {nats:.2f} nats")
     panels[0].invert_yaxis()

@@ -67,6 +67,12 @@ class RunningExample:
         """The settings of a single run of the example, but for the changes."""
         return self.config.replace(**{"runs": 1, "iterations": 1, "merge": "none", **changes})
 
+    @cached_property
+    def typical(self) -> WarpResult:
+        """The result of the seed whose first merge has the median reward: what is shown of one seed is no outlier."""
+        rewards = [metrics.reward for metrics in self.measure(result.iterations[0].merged for result in self.results)]
+        return self.results[sorted(range(len(rewards)), key=rewards.__getitem__)[len(rewards) // 2]]
+
     def leashes(self) -> Experiment:
         """Single runs with no anchor, and with the SFT policy as anchor at the example's β: the first notebook's."""
         return self.train({"no anchor": self.one_run(anchor="none"),
