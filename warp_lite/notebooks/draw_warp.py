@@ -54,7 +54,7 @@ def landscape(plane: Plane, xs: Sequence[float], ys: Sequence[float], points: Se
     figure, axes = plt.subplots(figsize=(8.2, 5.6), layout="constrained")
     shades = axes.contourf(xs, ys, column(points, "reward").reshape(shape), levels=10, cmap="Greens", alpha=0.7)
     figure.colorbar(shades, label=f"reward ({unit})")
-    lines = axes.contour(xs, ys, column(points, "kl").reshape(shape), levels=(0.5, 1, 2, 4, 8, 16), colors="0.35",
+    lines = axes.contour(xs, ys, column(points, "kl").reshape(shape), levels=(1, 2, 4, 8), colors="0.35",
                          linestyles=":", linewidths=0.9)
     axes.clabel(lines, fmt="%g nats", fontsize=7)
     ends = {}
