@@ -83,7 +83,7 @@ def chooser(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], l
         last = [curve[-1] for curve in figures.seed_curves(rows_of[name])]
         kl, reward = (t_interval(column(last, what)) for what in ("kl", "reward"))
         title = f"{name}: at the end KL {kl} nats, reward {reward}"
-        return plane({name: rows_of[name]}, colours, limit, unit, edge, title, axes)
+        return walks({name: rows_of[name]}, colours, limit, unit, edge, title, axes)
 
     return draw
 
@@ -108,7 +108,7 @@ def training(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], 
     return figure
 
 
-def plane(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], limit: Sequence[dict], unit: str,
+def walks(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], limit: Sequence[dict], unit: str,
           edge: float, title: str, axes: Axes | None = None) -> Figure:
     """Reward against KL of settings by name while they train, under the limit, up to `edge` nats: the mean over seeds
     after every fifth step, and where it ends with its intervals."""
