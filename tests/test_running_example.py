@@ -11,9 +11,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from warp_lite import WarpConfig, liti
-from warp_lite.evaluation.statistics import bootstrap
+from warp_lite.evaluation.statistics import t_interval
 from warp_lite.experiment import run_experiment
-from warp_lite.notebooks import figures, plans, running_example
+from warp_lite.notebooks import figures, labels, plans, running_example
 from warp_lite.notebooks.start import Lab
 from warp_lite.training.iteration import CLOSE_UP_TO, MeasuredSteps
 from warp_lite.training.run import Run
@@ -110,8 +110,10 @@ def test_where_kl_grows_fast_every_step_is_measured_until_it_lies_beyond_the_edg
     assert measured(kls) == [*range(1, edge + 1), 20, 40]
 
 
-def test_where_kl_stands_still_every_second_step_is_measured():
-    assert measured([1.0] * 20) == [1, 2, *range(4, 21, 2)]
+def test_where_kl_grows_slowly_the_next_point_follows_before_it_has_grown_by_a_fifth_of_a_nat():
+    assert measured([1.0] * 20) == [1, 2, *range(6, 21, 4), 20]
+    assert measured([0.09 * step for step in range(1, 21)]) == [1, 2, *range(4, 21, 2)]
+    assert measured([0.0625 * step for step in range(1, 21)]) == [1, 2, *range(5, 21, 3)]
 
 
 def test_runs_that_are_not_traced_are_not_measured_and_without_tracing_all_are_as_their_settings_say():
@@ -135,7 +137,7 @@ def test_no_label_is_struck_through():
         figures.draw_limit(axes, [{"kl": x, "reward": x**0.5, "reward_se": 0.01} for x in np.linspace(0, 3, 9)])
         axes.axvline(2)
         figures.label_ends(axes, ends)
-        assert figures.struck_labels(figure) == []
+        assert labels.struck_labels(figure) == []
         plt.close(figure)
 
 
@@ -143,19 +145,19 @@ def test_a_label_that_is_struck_is_seen():
     figure, axes = plt.subplots()
     figures.label_end(axes, [0.5], [0.5], "struck", "C0")
     axes.plot([0, 1], [0.5, 0.5])
-    assert figures.struck_labels(figure) == ["struck"]
+    assert labels.struck_labels(figure) == ["struck"]
     figures.label_ends(axes)
-    assert figures.struck_labels(figure) == []
+    assert labels.struck_labels(figure) == []
     axes.annotate("over it", (0.5, 0.5), xytext=axes.texts[0].xyann, textcoords="offset points", va="center")
-    assert figures.struck_labels(figure) == ["struck"]
+    assert labels.struck_labels(figure) == ["struck"]
     plt.close(figure)
 
 
 def test_words_follow_from_the_verdict():
     def words(values):
-        return figures.outcome(bootstrap(values), "above", "A is higher", "A is lower", "cannot be told", "nats")
+        return figures.outcome(t_interval(values), "above", "A is higher", "A is lower", "cannot be told", "nats")
 
-    assert words([1.0, 1.1, 0.9]).startswith("A is higher\n(1.00 [0.9")
+    assert words([1.0, 1.1, 0.9]).startswith("A is higher\n(1.00 [0.75, 1.25] nats")
     assert words([-1.0, -1.1, -0.9]).startswith("A is lower\n(-1.0")
     assert words([-1.0, 1.1, 0.9]).startswith("cannot be told")
     assert words([1.0]).endswith("1 seed)") and words([1.0]).startswith("cannot be told")

@@ -11,6 +11,9 @@ from warp_lite.notebooks import __main__ as notebooks
 
 PATHS = notebooks.paths()
 ARCHITECTURES = re.compile(r"gpt|gemma|llama|qwen|mistral", re.I)
+MEASURING = {"run_experiment", "run_warp", "train_batched", "train", "leashes", "measure", "sweep", "from_start",
+             "evaluate", "evaluate_many", "front_rows", "reference_rewards", "limit_rewards", "sft_rewards"}
+DRAWING = {"show", "subplots", "plot", "sliders"}
 VERDICTS = re.compile(r"\b(holds|fails|unclear)\b")
 
 
@@ -32,11 +35,16 @@ def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", ())]
 
 
-def calls(notebook):
+def nodes(notebook):
+    """Every node of the syntax trees of a notebook's cells."""
     for cell in code(notebook):
         source = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines())
         if "setup" not in cell.metadata.get("tags", ()):
-            yield from (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+            yield from ast.walk(ast.parse(source))
+
+
+def calls(notebook):
+    return [node for node in nodes(notebook) if isinstance(node, ast.Call)]
 
 
 def test_it_is_a_valid_notebook_with_the_python3_kernel(notebook):
@@ -123,6 +131,31 @@ def test_no_title_states_a_finding_that_was_typed(notebook):
         for title in titles:
             typed = [str(node.value) for node in ast.walk(title) if isinstance(node, ast.Constant)]
             assert not [text for text in typed if VERDICTS.search(text)], ast.unparse(title)
+
+
+def test_no_code_cell_is_longer_than_25_lines(path, notebook):
+    if not path.name.startswith(notebooks.LONG_START):
+        assert not [cell.source for cell in code(notebook) if cell.source.strip().count("\n") >= 25]
+
+
+def test_no_cell_both_measures_and_draws(path, notebook):
+    if path.name.startswith(notebooks.LONG_START):
+        return
+    for cell in code(notebook):
+        single = nbformat.v4.new_notebook(cells=[cell])
+        names = {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls(single)}
+        draws = DRAWING & names or [name for name in names if name.startswith("draw_")]
+        assert not (draws and MEASURING & names), cell.source
+
+
+def test_no_cell_asserts_an_effect(path, notebook):
+    """What is asserted are identities. An effect is said by its verdict: a reader's run may turn out otherwise."""
+    if path.name.startswith(notebooks.LONG_START):
+        return
+    for node in nodes(notebook):
+        if isinstance(node, ast.Assert):
+            names = {part.attr for part in ast.walk(node.test) if isinstance(part, ast.Attribute)}
+            assert not names & {"low", "high", "verdict"}, ast.unparse(node)
 
 
 def test_solutions_are_folded(notebook):

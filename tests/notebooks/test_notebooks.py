@@ -1,5 +1,7 @@
-"""Every notebook runs in fast mode, from an empty folder, with the package installed as Colab installs it."""
+"""Every notebook runs in fast mode, from an empty folder, with the package installed as Colab installs it; and a
+second time in the same kernel, which must show the same."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,9 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from warp_lite.notebooks.__main__ import FOR_GPU, paths, widget_errors
+from warp_lite.notebooks.__main__ import FOR_GPU, LONG_START, paths, widget_errors
 
 CPU_SECONDS = 60  # of one notebook in fast mode; CPU time, which other work on the machine does not change
+ONCE = {"setup", "parameters"}  # the tags of cells that are not run again: papermill writes after them
+WATCH = """\
+import matplotlib.pyplot as plt
+from warp_lite.notebooks.labels import struck_labels
+
+def watched(*arguments, shown=plt.show, **options):
+    for number in plt.get_fignums():
+        for label in struck_labels(plt.figure(number)):
+            print("struck through:", label)
+    shown(*arguments, **options)
+
+plt.show = watched
+"""
 NOTEBOOKS = {path.stem: path for path in paths()}
 # Beside the default model: one notebook with each other kind of MODEL, the rest in `make test-all`.
 OTHER_MODELS = {("tiny-gemma", "01_ema_anchor"), ("folder", "00_kl_and_reward"), ("gpt2-imdb", "03_liti")}
@@ -29,9 +44,40 @@ def cases():
             yield pytest.param(name, model, id=f"{name}-{model}", marks=marks)
 
 
+def twice(path: Path) -> int:
+    """Write into a notebook its code cells once more, behind the others; returns how many there were.
+
+    A cell in front says of every figure which of its labels are struck through.
+    """
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = notebook["cells"]
+    start = next(i for i, cell in enumerate(cells) if "start" in cell["metadata"].get("tags", ()))
+    cells.insert(start, {"cell_type": "code", "id": "watch", "metadata": {"tags": ["setup"]}, "source": WATCH,
+                         "outputs": [], "execution_count": None})
+    again = [copy.deepcopy(cell) for cell in cells if cell["cell_type"] == "code"
+             and not ONCE & {*cell["metadata"].get("tags", ())}]
+    for cell in again:
+        cell["id"] += "-again"
+    notebook["cells"] = cells + again
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    return len(again)
+
+
+def shown(cell: dict) -> list:
+    """What a cell shows that must be the same a second time: texts and pictures, but for progress and widgets."""
+    outputs = [output for output in cell["outputs"] if output.get("name") != "stderr"
+               and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
+    texts = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    kinds = ("text/markdown", "text/html", "image/png")
+    return [texts, *("".join(output["data"][kind]) for output in outputs for kind in kinds
+                     if kind in output.get("data", {}))]
+
+
 @pytest.mark.parametrize("name, kind", list(cases()))
-def test_a_notebook_runs_in_fast_mode(name, kind, environment, model, tmp_path):
+def test_a_notebook_runs_in_fast_mode_and_a_second_time_shows_the_same(name, kind, environment, model, tmp_path):
     notebook = Path(shutil.copy(NOTEBOOKS[name], tmp_path))
+    converted = not name.startswith(LONG_START)
+    count = twice(notebook) if converted else 0
     out = tmp_path / "out"
     command = [sys.executable, "-m", "papermill", notebook.name, "executed.ipynb", "-p", "MODEL", model(kind),
                "-p", "OUT", str(out), "--kernel", "python3", "--execution-timeout", "300", "--no-progress-bar"]
@@ -50,6 +96,9 @@ def test_a_notebook_runs_in_fast_mode(name, kind, environment, model, tmp_path):
     assert pictures
     # the widgets too: what an interaction's callback raises ends in its own output, and papermill goes on
     assert not widget_errors(executed)
+    for first, second in zip(code[len(code) - 2 * count:], code[len(code) - count:]):
+        assert shown(first) == shown(second), "".join(first["source"])
+        assert "struck through" not in shown(first)[0], shown(first)[0]
 
 
 def test_the_kernel_finds_the_installed_package_and_not_the_checkout(environment, installed, tmp_path):

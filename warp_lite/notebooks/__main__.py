@@ -57,7 +57,7 @@ from warp_lite.notebooks.start import begin
 
 lab = begin("{stem}", MODEL, FAST, SEED, DEVICE, OUT{retrain})
 """
-LONG_START = ("00", "01", "02", "03", "04", "05", "06")  # those whose cells take what they need from names of their own
+LONG_START = ("02", "03", "05", "06")  # those whose cells take what they need from names of their own
 LONG = """\
 from warp_lite.notebooks import plans
 from warp_lite.viewing import plots

@@ -12,18 +12,15 @@ import io
 import json
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation, Text
-from matplotlib.transforms import Bbox
 
 from ..averaging.state_dicts import Weights
 from ..evaluation.front import reward_at_kl
@@ -32,12 +29,10 @@ from ..experiment import Experiment
 from ..result import WarpResult
 from ..storage.files import write_bytes
 from ..viewing.plots import COLOURS, column
+from .labels import label_end, label_ends  # noqa: F401  (the notebooks' pictures take both from here)
 
 if TYPE_CHECKING:
     from ipywidgets import ValueWidget, VBox
-
-LABEL = "label of a line's end"  # the gid of such a label
-FAINT = 0.3  # lines of that alpha, or less, may pass under a label
 
 
 def by_seed(rows: Sequence[dict], name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +99,46 @@ def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **
     return np.array(values)
 
 
+def over_steps(rows: Sequence[dict], name: str, steps: Sequence[int]) -> np.ndarray:
+    """A number of each seed's path at RL steps, by a straight line between measured ones: (seeds, steps).
+
+    Of a seed with several runs it is their mean.
+    """
+    values = []
+    for curve in seed_curves(rows):
+        runs = {row["run"]: None for row in curve}
+        paths = [sorted((row["step"], row[name]) for row in curve if row["run"] == run) for run in runs]
+        values.append(np.mean([np.interp(steps, *zip(*path)) for path in paths], axis=0))
+    return np.array(values)
+
+
+def reached(rows: Sequence[dict]) -> float:
+    """The largest KL, in nats, that the path or front of every seed gets to."""
+    return min(max(row["kl"] for row in curve) for curve in seed_curves(rows))
+
+
+def best_elsewhere(table: Sequence[np.ndarray]) -> np.ndarray:
+    """Of values (settings, seeds), for each seed that of the setting which is best for the other seeds: (seeds,).
+
+    So no seed is compared by a setting that was chosen on it. A setting that lacks a value of any seed is left out; nan
+    where none is left. Of a single seed it is the best.
+    """
+    whole_rows = np.array([row for row in table if np.isfinite(row).all()])
+    if not len(whole_rows):
+        return np.full(len(table[0]), np.nan)
+    seeds = whole_rows.shape[1]
+    others = (whole_rows.sum(1, keepdims=True) - whole_rows) / (seeds - 1) if seeds > 1 else whole_rows
+    return whole_rows[others.argmax(0), np.arange(seeds)]
+
+
+def two_digits(kl: float) -> float:
+    """A KL, in nats, to two digits and no larger, as a place to compare at."""
+    if kl <= 0:
+        return kl
+    unit = 10.0 ** (math.floor(math.log10(kl)) - 1)
+    return round(math.floor(kl / unit + 1e-9) * unit, 12)
+
+
 def seed_curves(rows: Sequence[dict], **which: str | int | float) -> list[list[dict]]:
     """One front or trajectory a seed, as lists of rows, in the order of seeds; `which` names what the rows must have,
     as `config="WARP"` or `iteration=1`."""
@@ -145,6 +180,33 @@ def draw_curve(axes: Axes, kl: np.ndarray, reward: np.ndarray, colour: str, labe
     return x, y
 
 
+def draw_path(axes: Axes, rows: Sequence[dict], colour: str, name: str = "reward", edge: float = math.inf,
+              **line: object) -> tuple[float, float, str]:
+    """The reward, or another number, where each seed's path or front first crosses a KL (see `at_kl`): the mean and its
+    band over seeds, as far as all of them get and no further than `edge` nats.
+
+    `line` are options of `Axes.plot`. Returns the end and the colour, for `label_ends`.
+    """
+    start = max(curve[0]["kl"] for curve in seed_curves(rows))
+    grid = start + np.linspace(0.01, 1, 40) * max(min(reached(rows), edge) - start, 0)
+    mean = draw_sweep(axes, grid, np.array([at_kl(rows, kl, name) for kl in grid]).T, colour, **line)
+    return grid[-1], mean[-1], colour
+
+
+def frame(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    """Limit the height to that of what is drawn, `values`, and half of it above and below: with few seeds bars reach
+    so far that nothing else would be seen."""
+    low, high = min(map(np.nanmin, values)), max(map(np.nanmax, values))
+    room = 0.5 * (high - low) or 1.0
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - room), min(top, high + room))
+
+
+def shades(colour: str, count: int) -> list[tuple[float, float, float]]:
+    """So many shades of a colour, from light to the colour itself, as (red, green, blue)."""
+    return [tuple(1 - share * (1 - part) for part in to_rgb(colour)) for share in np.linspace(0.6, 1, count)]
+
+
 def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name: str = "reward",
                  shift: tuple[float, float] = (5, 0), **line: object) -> None:
     """A number of a sweep against KL, in nats, with its band, as far as every seed reaches.
@@ -155,106 +217,6 @@ def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name
     values = np.array([at_kl(rows, kl, name) for kl in grid]).T
     draw_sweep(axes, grid, values, colour, **line)
     label_end(axes, grid, values.mean(0), label, colour, shift)
-
-
-def label_end(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, text: str, colour: str,
-              shift: tuple[float, float] = (5, 0)) -> Annotation:
-    """A label right of the last point of a line x, y (points,), in its colour, moved by `shift` points.
-
-    `label_ends`, called when all is drawn, moves it to where nothing strikes it through. Returns the label.
-    """
-    return axes.annotate(text, (x[-1], y[-1]), textcoords="offset points", xytext=shift, color=colour, va="center",
-                         fontsize=9, path_effects=[withStroke(linewidth=3, foreground="white")], zorder=10, gid=LABEL,
-                         arrowprops={"arrowstyle": "-", "lw": 0.7, "color": colour, "alpha": 0.0, "shrinkA": 0,
-                                     "shrinkB": 3})
-
-
-def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]] | None = None) -> None:
-    """Labels at the ends (x, y, colour) of several lines, and those that `label_end` has put there, moved to where no
-    curve, bar or other label strikes them; call it when all is drawn.
-
-    A label that had to go further away has a thin line to its point. Where there is no room the axes grow to the right.
-    """
-    for name, (x, y, colour) in (ends or {}).items():
-        label_end(axes, [x], [y], name, colour)
-    labels = [text for text in axes.texts if text.get_gid() == LABEL]
-    for _ in range(8):
-        axes.figure.draw_without_rendering()
-        if all(_place(axes, label, labels) for label in sorted(labels, key=lambda label: label.xy[1])):
-            break
-        low, high = axes.get_xlim()
-        axes.set_xlim(low, high + 0.1 * (high - low) if axes.get_xscale() == "linear" else high * (high / low) ** 0.1)
-
-
-def struck_labels(figure: Figure) -> list[str]:
-    """The labels of lines' ends that a curve, a bar or another text goes through, for a test of a figure."""
-    figure.draw_without_rendering()
-    struck = []
-    for axes in figure.axes:
-        segments = _segments(axes)
-        for label in (text for text in axes.texts if text.get_gid() == LABEL):
-            box = Text.get_window_extent(label)
-            others = [Text.get_window_extent(text) for text in axes.texts if text is not label and text.get_text()]
-            if _crossed(segments, box) or any(box.overlaps(other) for other in others):
-                struck.append(label.get_text())
-    return struck
-
-
-def _place(axes: Axes, label: Annotation, labels: Sequence[Annotation]) -> bool:
-    """Move a label to the nearest place that is free; whether there is one."""
-    scale = axes.figure.dpi / 72
-    anchor = axes.transData.transform(label.xy)
-    size = Text.get_window_extent(label)
-    page = axes.get_window_extent()
-    segments, boxes = _segments(axes), [Text.get_window_extent(text) for text in axes.texts if text is not label]
-    if axes.get_legend() is not None:
-        boxes.append(axes.get_legend().get_window_extent())
-    for radius in (6, 9, 13, 18, 24, 32, 42, 54, 68, 84, 102):
-        for degrees in (0, 25, -25, 50, -50, 75, -75, 90, -90, 110, -110, 140, -140, 180):
-            x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
-            across = 0.5 * (1 - math.cos(math.radians(degrees)))  # the share of the label left of its point
-            left, middle = anchor[0] + scale * x - across * size.width, anchor[1] + scale * y
-            box = Bbox.from_bounds(left, middle - size.height / 2, size.width, size.height)
-            if not (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 + 12 * scale):
-                continue
-            if _crossed(segments, box.padded(1.5)) or any(box.padded(1.0).overlaps(other) for other in boxes):
-                continue
-            label.set(ha="left")
-            label.xyann = ((left - anchor[0]) / scale, y)
-            label.arrow_patch.set_alpha(0.6 if radius > 13 else 0.0)
-            return True
-    return False
-
-
-def _segments(axes: Axes) -> np.ndarray:
-    """The lines, bars and outlines of axes that would strike a label, (N, 2, 2), in pixels; faint lines do not."""
-    pieces = [np.empty((0, 2, 2))]
-    for line in axes.lines:
-        if (line.get_alpha() or 1) > FAINT:
-            points = line.get_transform().transform(line.get_xydata())
-            drawn = line.get_linestyle() != "None" and len(points) > 1
-            pieces.append(np.stack([points[:-1], points[1:]], 1) if drawn else np.stack([points, points], 1))
-    for collection in axes.collections:
-        if isinstance(collection, LineCollection) and (collection.get_alpha() or 1) > FAINT:
-            for points in map(collection.get_transform().transform, collection.get_segments()):
-                pieces.append(np.stack([points[:-1], points[1:]], 1))
-    for patch in axes.patches:
-        points = patch.get_transform().transform_path(patch.get_path()).vertices
-        pieces.append(np.stack([points[:-1], points[1:]], 1))
-    segments = np.concatenate(pieces)
-    return segments[np.isfinite(segments).all((1, 2))]
-
-
-def _crossed(segments: np.ndarray, box: Bbox) -> bool:
-    """Whether one of the segments (N, 2, 2) runs through a box (Liang and Barsky's clipping)."""
-    start, step = segments[:, 0], segments[:, 1] - segments[:, 0]                        # (N, 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        edges = np.stack([(np.array([box.x0, box.y0]) - start) / step, (np.array([box.x1, box.y1]) - start) / step])
-    inside = (start >= [box.x0, box.y0]) & (start <= [box.x1, box.y1])
-    still = step == 0
-    first = np.where(still, np.where(inside, -np.inf, np.inf), edges.min(0)).max(1)
-    last = np.where(still, np.where(inside, np.inf, -np.inf), edges.max(0)).min(1)
-    return bool((np.maximum(first, 0) <= np.minimum(last, 1)).any())
 
 
 def draw_limit(axes: Axes, limit: Sequence[dict], label: str = "limit") -> None:
@@ -355,7 +317,7 @@ def sliders(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:
             with contextlib.redirect_stdout(printed):
                 figure = draw(**{name: control.value for name, control in controls.items()})
             page = io.BytesIO()
-            figure.savefig(page, format="png")
+            figure.savefig(page, format="png", bbox_inches=figure.bbox_inches)  # one size wherever the slider stands
             plt.close(figure)  # or the notebook would show it a second time
             picture.value = page.getvalue()
         except Exception:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from ..averaging.state_dicts import Weights
 from ..config import WarpConfig
 from ..evaluation.limit import BETAS, limit_rewards, optimal_front
@@ -65,6 +67,17 @@ class RunningExample:
         """The settings of a single run of the example, but for the changes."""
         return self.config.replace(**{"runs": 1, "iterations": 1, "merge": "none", **changes})
 
+    @cached_property
+    def typical(self) -> WarpResult:
+        """The result of the seed whose first merge has the median reward: what is shown of one seed is no outlier."""
+        rewards = [metrics.reward for metrics in self.measure(result.iterations[0].merged for result in self.results)]
+        return self.results[sorted(range(len(rewards)), key=rewards.__getitem__)[len(rewards) // 2]]
+
+    def leashes(self) -> Experiment:
+        """Single runs with no anchor, and with the SFT policy as anchor at the example's β: the first notebook's."""
+        return self.train({"no anchor": self.one_run(anchor="none"),
+                           f"SFT β={self.config.beta:g}": self.one_run(anchor="sft")})
+
     def train(self, configs: Mapping[str, WarpConfig], seeds: Sequence[int] | None = None) -> Experiment:
         """Settings from the same start, traced, and kept beside the example: a run that was trained before is not
         trained again. Raises what `run_experiment` raises.
@@ -102,6 +115,10 @@ class RunningExample:
         step 0: rows with `seed`, `iteration`, `run`, `step`."""
         return self.from_start(self.experiment)
 
+    def path(self, iteration: int, run: int) -> list[dict]:
+        """Of `paths` those of one iteration, from 1, and of one run of each seed, from 1."""
+        return [row for row in self.paths if (row["iteration"], row["run"]) == (iteration, run)]
+
     def from_start(self, experiment: Experiment) -> list[dict]:
         """The trajectories of an experiment of this task with where each run started as its step 0: rows with
         `config`, `seed`, `iteration`, `run`, `step`."""
@@ -116,9 +133,15 @@ class RunningExample:
                  **of_start.get((config, seed, i), sft).as_dict()} for config, seed, i, m in runs] + rows
 
     @cached_property
+    def sft_rewards(self) -> tuple[Tensor, Tensor | None]:
+        """Rewards, and gold rewards where there are any, (prompts, samples) of completions of the SFT policy."""
+        plans.announce(self.task.policy, self.config, completions=len(self.task.eval_prompts) * self.samples)
+        return limit_rewards(self.task, self.samples)
+
+    @cached_property
     def limit(self) -> list[dict]:
         """The limit of every method on the held-out prompts, as far as it can be trusted (see `optimal_front`)."""
-        rewards, gold = limit_rewards(self.task, self.samples)
+        rewards, gold = self.sft_rewards
         return optimal_front(rewards=rewards, gold=gold, betas=[beta * rewards.std().item() for beta in BETAS])
 
     @cached_property

@@ -23,8 +23,8 @@ from .run import Failure, Run, RunFailed, RunState
 from .run_folder import RunFolder, SaveClock
 
 TRAJECTORY_SAMPLES = 128  # completions a point of a trajectory is measured on, spread over the prompts
-# Of a run that is traced: nats up to which it is measured closely, and nats a step below which KL grows slowly
-CLOSE_UP_TO, SLOW = 5.0, 0.1
+# Of a run that is traced: nats up to which it is measured closely, nats and steps from one point to the next
+CLOSE_UP_TO, CLOSE, WIDEST = 5.0, 0.2, 4
 
 
 @dataclass(frozen=True)
@@ -237,9 +237,9 @@ class MeasuredSteps:
     """After which steps of a run a trajectory has a point: every `eval_every`, as in `measured_steps`, and below
     `CLOSE_UP_TO` nats more often.
 
-    With `traced` only runs 1 … `traced` have any. Theirs are measured after every step, or every second one where KL
-    grows slowly, until a point lies above `CLOSE_UP_TO`: on a straight line between two points that are nats apart,
-    a reward at a KL would be that of no policy.
+    With `traced` only runs 1 … `traced` have any. Until a point lies above `CLOSE_UP_TO` the next follows so soon that
+    KL, at its pace, grows by `CLOSE` at most, and `WIDEST` steps later at the latest; where KL grows fast, after every
+    step. On a straight line between two points that are nats apart, a reward at a KL would be that of no policy.
     """
 
     def __init__(self, run: Run, traced: int | None = None):
@@ -253,8 +253,8 @@ class MeasuredSteps:
 
     def note(self, step: int, kl: float) -> None:
         """Take in a measurement, the KL in nats, to decide when the next is due."""
-        slow = self.kl is not None and kl - self.kl < SLOW * (step - self.step)
-        self.step, self.kl, self.next = step, kl, step + (2 if slow else 1)
+        pace = CLOSE if self.kl is None else max((kl - self.kl) / (step - self.step), CLOSE / WIDEST)
+        self.step, self.kl, self.next = step, kl, step + max(1, int(CLOSE / pace))
         self.close = self.close and kl <= CLOSE_UP_TO
 
 
