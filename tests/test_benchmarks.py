@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from warp_lite.policies import encode_prompts
@@ -11,10 +12,15 @@ from warp_lite.policies import encode_prompts
 BENCH = Path(__file__).parent / "benchmarks" / "bench.py"
 
 
-def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(policy_of, tokenizer):
+@pytest.fixture(scope="module")
+def bench():
     spec = importlib.util.spec_from_file_location("bench", BENCH)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(bench, policy_of, tokenizer):
     model = policy_of("gpt2", dtype=torch.float32, n_positions=40)
     world = SimpleNamespace(
         policy=model, tokenizer=tokenizer, prompts=encode_prompts(tokenizer, ["this film was", "that plot was"]),
@@ -26,3 +32,23 @@ def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(policy_
     assert step.steps == 2 and (step.ensemble.flat - before).norm(dim=1).min() > 0
     assert 0 < (step.anchor.flat - before).norm() < (step.ensemble.flat - before).norm()
     assert step.operations() > 0
+
+
+def test_the_table_says_what_was_missed_and_which_commit_measured_what(bench):
+    faster = bench.row("a step", 1.0, 3.0, 2.0)
+    slower = {"name": "a run", "value": 1.5, "unit": "×", "target": 1.05, "at_most": True, "met": False}
+    text = bench.table({"merge": {"provenance": {"commit": "bbb"}, "rows": [slower]},
+                        "steps": {"provenance": {"commit": "aaa"}, "rows": [faster]},
+                        "growth": {"provenance": {"commit": "aaa"}, "growth": {}}})
+    assert text.splitlines()[2:] == [
+        "| a step | 3.00 × faster | 2 met | 1000.0 ms against 3000.0 ms |",
+        "| a run | 1.50 × | at most 1.05 **missed** |  |", "",
+        "Measured at commit aaa: steps, growth.", "Measured at commit bbb: merge."]
+
+
+def test_growth_is_drawn_for_one_policy_and_one_eta(bench):
+    measured = {key: [(1, 0.2), (2, 0.3), (4, 0.6)] for key in ("E", "batch", "length", "M", "bytes", "etas")}
+    panels = bench.draw_growth(measured).axes
+    drawn = [[round(y, 6) for y in axes.lines[0].get_ydata()] for axes in panels]
+    of_each, of_four, whole = [200.0, 150.0, 150.0], [50.0, 75.0, 150.0], [0.2, 0.3, 0.6]
+    assert drawn == [of_each, of_four, of_four, whole, whole, of_each]

@@ -1,5 +1,6 @@
 """The evidence: effects on hand-made rows, verdicts by their rule, units that are kept, and what is committed."""
 
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from warp_lite.config import WarpConfig
 from warp_lite.evaluation.statistics import VERDICTS, t_interval, verdict
 from warp_lite.evidence import bench, coverage, decisive, effects, load, noise, report, runner, studies, tuning
 from warp_lite.evidence.bench import TUNING_SEEDS, Bench, draw_of, noise_scale
-from warp_lite.evidence.claims import ALL, CLAIMS, HEADLINES, Claim, decide, decide_values
+from warp_lite.evidence.claims import ALL, CLAIMS, HEADLINES, Claim, decide, decide_values, lines_needed
 from warp_lite.evidence.effects import Rows
 from warp_lite.evidence.studies import STUDIES
 from warp_lite.storage import provenance
@@ -220,6 +221,37 @@ def test_units_are_run_once_and_again_where_their_file_is_damaged(tmp_path, monk
     assert units[0].fingerprint() != runner.Unit("fake", "sentiment", 1, (0, 8)).fingerprint()
 
 
+def test_a_unit_with_all_lines_serves_for_one_with_some_and_not_the_other_way_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "studies", lambda: {"fake": fake_study})
+    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: Seeds(seeds)))
+    whole = runner.units_of(["fake"], ["sentiment"], [0])
+    some = runner.units_of(["fake"], ["sentiment"], [0], {("sentiment", "fake"): ("x",)})
+    fake_study.calls = 0
+    for units, calls in ((some, 1), (some, 1), (whole, 2), (some, 2)):
+        runner.run_units(units, tmp_path, workers=1, progress=False)
+        assert fake_study.calls == calls
+    assert runner.units_of(["fake"], ["sentiment"], [0], {("sentiment", "fake"): None}) == whole
+
+
+class Seeds(tuple):
+    """What stands in for a bench: its seeds, and an attribute `lines`."""
+
+
+def test_the_lines_that_claims_need_are_those_they_compare_or_all():
+    by_name = {claim.name: claim for claim in CLAIMS}
+
+    def needed(*names):
+        return lines_needed([by_name[name] for name in names], ["sentiment"])
+
+    assert needed("4-runs-against-1") == {("sentiment", "merging"): ("run", "slerp-4")}
+    assert needed("4-runs-against-1", "liti-trajectory")["sentiment", "merging"] == (
+        "run", "slerp-2", "slerp-4", "trajectory")
+    assert needed("4-runs-against-1", "angle") == {("sentiment", "merging"): None}
+    assert needed("ablation-lerp", "ema-anchor") == {
+        ("sentiment", "iterations"): ("LERP", "WARP"),
+        ("sentiment", "anchors"): ("EMA", f"SFT, β = {tuning.tuned('sentiment', 'SFT anchor').beta:g}")}
+
+
 def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path, monkeypatch):
     unit, tuning_unit = (runner.Unit(name, "sentiment", 1, (0, 4)) for name in ("anchors", "tuning of weak"))
     before = unit.fingerprint(), tuning_unit.fingerprint()
@@ -343,6 +375,26 @@ def test_a_study_has_the_lines_that_its_claims_ask_for(study, world, monkeypatch
         if claim.study == study:
             decided = decide(claim, Rows("sentiment", rows, *bounds))
             assert decided.get("reached") or decided["seeds"] == 1, claim.name
+            lines = lines_needed([claim], ["sentiment"])["sentiment", study]
+            if lines is not None:  # and no others
+                only = [row for row in rows if row["line"] in lines]
+                assert decide(claim, Rows("sentiment", only, *bounds)) == decided
+
+
+@pytest.mark.parametrize("lines", [("run", "slerp-4"), ("average",), ("trajectory",)])
+def test_lines_that_are_not_asked_for_are_not_measured_and_change_no_others(lines, world, monkeypatch):
+    whole = ShortBench("sentiment", 1, (0,), world.measured_on(world.eval_prompts.given[:4]))
+    expected = STUDIES["merging"](whole)
+    some = dataclasses.replace(whole, lines=frozenset(lines))
+    measured = []
+    monkeypatch.setattr(bench, "evaluate_many", lambda task, stacked, original=bench.evaluate_many, **options: (
+        measured.append(len(next(iter(stacked.values())))), original(task, stacked, **options))[1])
+    rows = [row for row in STUDIES["merging"](some) if "value" not in row]
+    assert {row["line"] for row in rows} == set(lines)
+    for row, other in zip(rows, (row for row in expected if row["line"] in lines), strict=True):
+        assert row == pytest.approx(other, abs=2e-5)  # rounded to five places, in batches of other sizes
+    policies = {("run", "slerp-4"): 6 * (5 + 1) + 1, ("average",): 6 * 2 + 1, ("trajectory",): 1}
+    assert sum(measured) == policies[lines]
     assert rows and all(row["line"] for row in rows)
 
 

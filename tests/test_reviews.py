@@ -26,7 +26,7 @@ from warp_lite.worlds.grammar import (
     prompt_texts,
     reviews,
 )
-from warp_lite.worlds.reviews import ReviewsSettings, reviews_world, settings_hash, split_prompts
+from warp_lite.worlds.reviews import ReviewsSettings, reviews_world, settings_hash, sft_hash, split_prompts
 
 SMALL = {"width": 8, "layers": 1, "heads": 2, "sft_steps": 3, "sft_batch": 8, "pairs": 64, "reward_epochs": 1}
 PROMPT = "this new film was"
@@ -233,15 +233,22 @@ def refuse(*args, **kwargs):
     raise AssertionError("it was built again")
 
 
+def kept_in(cache):
+    return {path.name for path in cache.iterdir()}
+
+
+SFT = f"reviews-sft-{sft_hash(ReviewsSettings(**SMALL))}"  # the folder of the SFT policy alone
+
+
 def test_a_world_is_built_once_and_again_only_if_absent(cache, monkeypatch):
     first = reviews_world(progress=False, **SMALL)
     assert first.folder == cache / f"reviews-{settings_hash(ReviewsSettings(**SMALL))}"
-    assert sorted(p.name for p in cache.iterdir()) == [first.folder.name]
+    assert kept_in(cache) == {first.folder.name, SFT}
     with monkeypatch.context() as patch:
         patch.setattr(module, "build", refuse)
         again = reviews_world(progress=False, **SMALL)
     before = (first.folder / "sft" / "model.safetensors").read_bytes()
-    for file in first.folder.rglob("*"):
+    for file in cache.rglob("*"):
         if file.is_file():
             file.unlink()
     rebuilt = reviews_world(progress=False, **SMALL)
@@ -262,7 +269,7 @@ def test_a_half_built_world_is_never_seen(cache, monkeypatch):
         patch.setattr(module.BradleyTerry, "save", refuse)  # after the policy was written
         with pytest.raises(AssertionError):
             reviews_world(progress=False, **SMALL)
-    assert list(cache.iterdir()) == []
+    assert kept_in(cache) == {SFT}
     assert reviews_world(progress=False, **SMALL).folder.is_dir()
 
 
@@ -278,7 +285,24 @@ def test_two_processes_may_build_the_same_world_at_once(cache, monkeypatch):
 
         patch.setattr(module.BradleyTerry, "save", slower)
         world = reviews_world(progress=False, **SMALL)
-    assert [p.name for p in cache.iterdir()] == [world.folder.name]
+    assert kept_in(cache) == {world.folder.name, SFT}
+
+
+def test_worlds_that_differ_in_their_reward_alone_share_the_sft_policy_that_each_would_train(cache, monkeypatch):
+    first = reviews_world(progress=False, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_sft", refuse)
+        others = [reviews_world(progress=False, **{**SMALL, **changed})
+                  for changed in ({"taste": "detail"}, {"reward_seed": 1}, {"label_noise": 2.0, "pairs": 32})]
+        with pytest.raises(AssertionError, match="it was built again"):
+            reviews_world(progress=False, **{**SMALL, "sft_steps": 4})
+    shared = [(world.folder / "sft" / "model.safetensors").read_bytes() for world in (first, *others)]
+    monkeypatch.setenv("WARP_LITE_CACHE", str(cache / "alone"))
+    alone = reviews_world(progress=False, taste="detail", **SMALL)
+    assert {*shared} == {(alone.folder / "sft" / "model.safetensors").read_bytes()}
+    for file in ("reward/model.safetensors", "reward/reward_head.safetensors", "world.json"):
+        assert (alone.folder / file).read_bytes() == (others[0].folder / file).read_bytes()
+    assert first.facts["sft_loss"] == others[0].facts["sft_loss"]
 
 
 def test_an_unknown_architecture_is_refused(cache):

@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("--seed-offset", type=int, default=0, metavar="K",
                         help="the first seed; each block of 16 has policies and reward models of its own (default: 0)")
     claims.add_argument("--only", metavar="NAME", action="append", default=[],
-                        help="decide only this claim; may be repeated")
+                        help="decide only this claim, and measure only what it compares; may be repeated")
     claims.add_argument("--world", metavar="NAME", action="append", default=[],
                         help="sentiment or detail; may be repeated (default: both)")
     claims.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one a core)")

@@ -50,6 +50,7 @@ class Bench:
     draw: int
     seeds: tuple[int, ...]
     world: World
+    lines: frozenset[str] | None = None  # the lines that are asked for; None: all
 
     @classmethod
     def of(cls, taste: str, draw: int, seeds: Sequence[int]) -> Bench:
@@ -77,9 +78,17 @@ class Bench:
                      for m in metrics]
         return rows
 
+    def wants(self, *lines: str) -> bool:
+        """Whether one of those lines is asked for. What only others need is not measured."""
+        return self.lines is None or not self.lines.isdisjoint(lines)
+
     def fronts(self, lines: Sequence[tuple[dict, Weights]], etas: Sequence[float], texts: bool = False,
                samples: int = SAMPLES) -> list[dict]:
-        """The LITI fronts from θ_sft to each of the weights: a row a point, that of η = 0 included."""
+        """The LITI fronts from θ_sft to each of the weights, if their line is asked for: a row a point, that of η = 0
+        included."""
+        lines = [(label, weights) for label, weights in lines if self.wants(label.get("line", ""))]
+        if not lines:
+            return []
         places = [(label, weights, float(eta)) for label, weights in lines for eta in etas]
         states = [self.sft, *(liti(self.sft, weights, eta) for _, weights, eta in places)]
         start, *rest = self.measure(states, samples, texts)
@@ -87,7 +96,10 @@ class Bench:
             {**label, "eta": eta, **row} for (label, _, eta), row in zip(places, rest)]
 
     def trajectories(self, experiment: Experiment, name: str, line: str) -> list[dict]:
-        """What was measured of the first iteration's runs while they trained, from θ_sft on."""
+        """What was measured of the first iteration's runs while they trained, from θ_sft on, if the line is asked
+        for."""
+        if not self.wants(line):
+            return []
         (start,) = self.measure([self.sft])
         rows = [{"line": line, "seed": row["seed"], "run": row["run"], "step": row["step"],
                  **{key: round(value, 5) for key, value in row.items() if isinstance(value, float)}}

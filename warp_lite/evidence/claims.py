@@ -50,6 +50,19 @@ def lines_of(claim: Claim, rows: Rows) -> list:
     return [line_of(line, rows) for line in claim.lines if line is not None]
 
 
+def lines_needed(claims: Sequence[Claim], worlds: Sequence[str]) -> dict[tuple[str, str], tuple[str, ...] | None]:
+    """The names of the lines that claims compare, by world and study; None where a claim names none, and needs all."""
+    needed: dict[tuple[str, str], tuple[str, ...] | None] = {}
+    for world in worlds:
+        for study in {claim.study for claim in claims}:
+            of_study = [claim for claim in claims if claim.study == study]
+            lines = [line(world) if callable(line) else line for claim in of_study for line in claim.lines
+                     if line is not None]
+            names = {line["line"] if isinstance(line, dict) else line for line in lines}
+            needed[world, study] = tuple(sorted(names)) if all(claim.lines for claim in of_study) else None
+    return needed
+
+
 def best_sft(world: str) -> str:
     """The line of the SFT anchor with the β that was chosen."""
     return f"SFT, β = {tuned(world, 'SFT anchor').beta:g}"
@@ -78,7 +91,7 @@ class Claim:
     unit: str = REWARD
     null: float = 0.0
     margin: float = 0.0
-    lines: tuple = ()  # what its figure draws
+    lines: tuple = ()  # what it compares and its figure draws; none: it needs its study whole
     prediction: tuple[float, float] | None = None  # the effects that were expected, where that was written down before
 
     def worth(self, world: str) -> float:

@@ -14,7 +14,7 @@ from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import VERDICTS, t_interval
 from ..storage.files import whole, write_bytes, write_json
 from .bench import TUNING_SEEDS, WORLDS, draw_of
-from .claims import HEADLINES, METHODS, Claim, decide, lines_of
+from .claims import HEADLINES, METHODS, Claim, decide, lines_needed, lines_of
 from .drawing import claim_figure, limit_figure
 from .effects import Rows, share
 from .noise import PREDICTORS, correlations
@@ -29,10 +29,12 @@ def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds:
                workers: int | None = None, whole: bool = True, progress: bool = True) -> str:
     """Decide claims in worlds (all, if none is named) and write the report; returns its table.
 
-    `whole` adds the tables that need every study. Raises ValueError for an unknown world.
+    `whole` adds the tables that need every study; without it, only the lines that the claims compare are measured.
+    Raises ValueError for an unknown world.
     """
     worlds = pick_worlds(worlds)
-    evidence = gather(studies_of(claims, whole), worlds, seeds, out, workers, progress)
+    lines = None if whole else lines_needed(claims, worlds)
+    evidence = gather(studies_of(claims, whole), worlds, seeds, out, workers, progress, lines)
     found = report(claims, evidence, worlds, seeds, whole)
     return f"{write_report(found, claims, evidence, out)}\nwritten: {out / 'claims.json'}, claims.md and figures/"
 
@@ -89,10 +91,14 @@ def pick_worlds(names: Sequence[str]) -> list[str]:
 
 
 def gather(studies: Sequence[str], worlds: Sequence[str], seeds: Sequence[int], folder: Path,
-           workers: int | None = None, progress: bool = True) -> Evidence:
-    """The rows of every study in every world, run where they are missing; the limits of the draws with them."""
+           workers: int | None = None, progress: bool = True,
+           lines: Mapping[tuple[str, str], tuple[str, ...] | None] | None = None) -> Evidence:
+    """The rows of every study in every world, run where they are missing; the limits of the draws with them.
+
+    `lines` are those asked for, by world and study: all, where it has None or nothing.
+    """
     names = [*dict.fromkeys(["limit", *studies])] if {"equal", "best"} & set(studies) else list(studies)
-    units = units_of(names, worlds, seeds)
+    units = units_of(names, worlds, seeds, lines)
     kept: dict[tuple[str, str], list[dict]] = {}
     for unit, found in zip(units, run_units(units, folder, workers, progress)):
         kept.setdefault((unit.world, unit.study), []).append(found)

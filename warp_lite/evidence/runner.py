@@ -6,9 +6,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Unit:
     world: str
     draw: int
     seeds: tuple[int, ...]
+    lines: tuple[str, ...] | None = None  # those that are asked for, sorted; None: all
 
     def file(self, folder: Path) -> Path:
         """Where its rows are kept; the name has the hash of all that they depend on."""
@@ -44,7 +45,9 @@ class Unit:
         shared = {name: repr(value) for name, value in vars(settings).items() if name.isupper()}
         chosen = {} if is_tuning else tuned_configs(self.world)
         seeds = [] if self.study == "limit" else list(self.seeds)
-        return json_hash([self.study, code_of(study), package_versions(), shared, chosen, self.world, self.draw, seeds])
+        lines = [] if self.lines is None else [list(self.lines)]
+        return json_hash([self.study, code_of(study), package_versions(), shared, chosen, self.world, self.draw, seeds,
+                          *lines])
 
 
 def studies() -> dict[str, Callable[[Bench], list[dict]]]:
@@ -61,13 +64,14 @@ def code_of(study: Callable) -> str:
     return source_hash(getattr(study, "func", study).__module__)
 
 
-def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int]) -> list[Unit]:
-    """A unit for every study, world and draw that has seeds."""
+def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int],
+             lines: Mapping[tuple[str, str], tuple[str, ...] | None] | None = None) -> list[Unit]:
+    """A unit for every study, world and draw that has seeds; `lines` are those asked for, by world and study."""
     by_draw: dict[int, list[int]] = {}
     for seed in seeds:
         by_draw.setdefault(draw_of(seed), []).append(seed)
-    return [Unit(name, world, draw, tuple(some)) for name in names for world in worlds
-            for draw, some in by_draw.items()]
+    return [Unit(name, world, draw, tuple(of_draw), (lines or {}).get((world, name)))
+            for name in names for world in worlds for draw, of_draw in by_draw.items()]
 
 
 def run_unit(unit: Unit, folder: Path) -> Path:
@@ -77,7 +81,10 @@ def run_unit(unit: Unit, folder: Path) -> Path:
     study = studies()[unit.study]
     # before it runs: the code may be edited, or another commit checked out, in the meantime
     path, made_by = unit.file(folder), {**provenance(), "code": code_of(study)[:12]}
-    rows = study(Bench.of(unit.world, unit.draw, unit.seeds))
+    bench = Bench.of(unit.world, unit.draw, unit.seeds)
+    if unit.lines is not None:
+        bench.lines = frozenset(unit.lines)
+    rows = study(bench)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"study": unit.study, "world": unit.world, "draw": unit.draw, "seeds": list(unit.seeds),
                       "cpu_seconds": round(time.process_time() - started, 1), "provenance": made_by, "rows": rows})
@@ -87,10 +94,11 @@ def run_unit(unit: Unit, folder: Path) -> Path:
 def run_units(units: Sequence[Unit], folder: Path, workers: int | None = None, progress: bool = True) -> list[dict]:
     """What each unit holds, in order; those that are not in the folder are run first, `workers` at a time.
 
-    Ctrl-C keeps those that are finished. A file that is damaged is run again.
+    Ctrl-C keeps those that are finished. A file that is damaged is run again. A unit with all lines serves for one with
+    some.
     """
     folder = Path(folder)
-    found = {unit: _read(unit.file(folder)) for unit in units}
+    found = {unit: _read(replace(unit, lines=None).file(folder)) or _read(unit.file(folder)) for unit in units}
     missing = [unit for unit in units if found[unit] is None]
     with tqdm(total=len(units), initial=len(units) - len(missing), unit="study", desc="evidence",
               disable=None if progress else True) as bar:

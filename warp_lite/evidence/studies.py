@@ -32,7 +32,7 @@ def merging(bench: Bench) -> list[dict]:
     `angle` in degrees and `norm` of SLERP and of LERP as a share of the mean norm, M = 2, as values.
     """
     kept: dict[tuple, list[Weights]] = {}
-    config = NOISY.replace(runs=5, eval_every=10)
+    config = NOISY.replace(runs=5, eval_every=10 if bench.wants("trajectory", "average") else 0)
 
     def keep(name, seed, iteration, run, step, weights):
         if run <= 2 and 2 * step >= config.steps:
@@ -48,8 +48,8 @@ def merging(bench: Bench) -> list[dict]:
             lines.append(({"line": "run", "seed": seed, "run": m}, policy))
         for m in (1, 2):
             lines.append(({"line": "anchor", "seed": seed, "run": m}, found.anchors[m - 1]))
-            average = lerp(result.sft, kept[seed, m])
-            lines.append(({"line": "average", "seed": seed, "run": m}, average))
+            if bench.wants("average"):
+                lines.append(({"line": "average", "seed": seed, "run": m}, lerp(result.sft, kept[seed, m])))
         for M in (2, 3, 4, 5):
             lines.append(({"line": f"slerp-{M}", "seed": seed}, slerp(result.sft, found.policies[:M])))
             beyond.append(({"line": f"lerp-{M}", "seed": seed}, lerp(result.sft, found.policies[:M])))
@@ -95,6 +95,8 @@ def iterations(bench: Bench) -> list[dict]:
             for i in (1, 2, 3) if name == "WARP" else (2,):
                 lines.append(({"line": name, "seed": seed, "iteration": i}, result.iterations[i - 1].merged))
     rows = bench.fronts(lines, ETAS)
+    if not bench.wants("toward init"):
+        return rows
     places = [(seed, eta, result) for seed, result in zip(bench.seeds, experiment.results["WARP"])
               for eta in (0.0, *ETAS)]
     measured = bench.measure([result.weights(eta, 2, "init") for _, eta, result in places])

@@ -34,7 +34,7 @@ from ..policies.prompts import Prompts, encode_prompts, pad_right
 from ..policies.randomness import WORLD, generator
 from ..policies.sampling import Policies
 from ..rewards.bradley_terry import BradleyTerry, train_bradley_terry
-from ..storage.files import beside, write_json
+from ..storage.files import beside, read_json, write_json
 from ..storage.provenance import cache_folder, writable_cache
 from ..task import World
 from .grammar import MAX_COMPLETION, TASTES, GoldReward, make_tokenizer, prompt_texts, reviews
@@ -128,6 +128,31 @@ def make_model(settings: ReviewsSettings, tokenizer: PreTrainedTokenizerBase) ->
         query_pre_attn_scalar=settings.width // settings.heads, sliding_window=32, max_position_embeddings=48, **ids))
 
 
+def sft_policy(settings: ReviewsSettings, tokenizer: PreTrainedTokenizerBase, folder: Path,
+               progress: tqdm | None = None) -> tuple[PreTrainedModel, float]:
+    """The SFT policy of those settings and its loss in nats a token: from `folder`, where another world with the same
+    language has trained it, or trained now and kept there. `progress` advances by the steps of its training."""
+    if (folder / "sft.json").is_file():
+        if progress is not None:
+            progress.update(settings.sft_steps)
+    else:
+        model = make_model(settings, tokenizer)
+        model.config.pad_token_id = None  # while it trains: the library would warn of padding on the right
+        loss = train_sft(model, tokenizer, settings, progress)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        with beside(folder, stays=lambda there: (there / "sft.json").is_file()) as made:
+            save_policy(model, tokenizer, made)
+            write_json(made / "sft.json", {"loss": loss})
+    return load_policy(folder)[0], read_json(folder / "sft.json")["loss"]
+
+
+def sft_hash(settings: ReviewsSettings) -> str:
+    """The hash of those settings that the SFT policy depends on: the others at their defaults."""
+    of_reward = ("pairs", "reward_epochs", "reward_lr", "label_noise", "eval_prompts", "taste", "reward_seed")
+    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name in of_reward}
+    return settings_hash(dataclasses.replace(settings, **defaults))
+
+
 def train_sft(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ReviewsSettings,
               progress: tqdm | None = None) -> float:
     """Next-token cross-entropy on fresh reviews, in place; returns the mean loss of the last 20 steps in nats a token.
@@ -184,16 +209,14 @@ def stream(settings: ReviewsSettings, use: int) -> tuple[int, ...]:
 def build(settings: ReviewsSettings, folder: Path, progress: bool = True) -> None:
     """Train the SFT policy and the reward model and write them to `folder`, whole or not at all.
 
+    The SFT policy is kept beside it for the worlds that differ in their reward alone: two tastes share one.
     Raises CannotWrite or OSError where that cannot be written.
     """
     tokenizer = make_tokenizer()
-    model = make_model(settings, tokenizer)
-    model.config.pad_token_id = None  # while it trains: the library would warn of padding on the right
     pair_steps = settings.reward_epochs * -(-settings.pairs // 64)
     with tqdm(total=settings.sft_steps + pair_steps, desc="tiny world", disable=None if progress else True) as bar:
         bar.set_description("SFT policy")
-        loss = train_sft(model, tokenizer, settings, bar)
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model, loss = sft_policy(settings, tokenizer, folder.parent / f"reviews-sft-{sft_hash(settings)}", bar)
         bar.set_description("reward model")
         train_prompts, _ = split_prompts(settings)
         prompts, ids, mask = sft_samples(model, tokenizer, train_prompts, 2 * settings.pairs, stream(settings, 3))
