@@ -101,7 +101,8 @@ def limit_figure(found: dict) -> Figure:
         for (left, right), world in zip(panels, worlds):
             limit = found["limits"][world]
             left.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="black", ls="--", lw=1.4)
-            left.annotate("limit", (limit[-1]["kl"], limit[-1]["reward"]), (-4, 6), textcoords="offset points", ha="right")
+            left.annotate("limit", (limit[-1]["kl"], limit[-1]["reward"]), (-4, 6), textcoords="offset points",
+                          ha="right")
             for name, colour in SHOWN.items():
                 (line,) = [c["points"] for c in found["curves"] if (c["world"], c["line"]) == (world, name)
                            and c["study"] == METHODS[name][0]]
