@@ -136,13 +136,10 @@ def test_no_title_states_a_finding_that_was_typed(notebook):
 
 
 def test_no_code_cell_is_longer_than_25_lines(path, notebook):
-    if not path.name.startswith(notebooks.LONG_START):
-        assert not [cell.source for cell in code(notebook) if cell.source.strip().count("\n") >= 25]
+    assert not [cell.source for cell in code(notebook) if cell.source.strip().count("\n") >= 25]
 
 
 def test_no_cell_both_measures_and_draws(path, notebook):
-    if path.name.startswith(notebooks.LONG_START):
-        return
     for cell in code(notebook):
         single = nbformat.v4.new_notebook(cells=[cell])
         names = {getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls(single)}
@@ -152,8 +149,6 @@ def test_no_cell_both_measures_and_draws(path, notebook):
 
 def test_no_cell_asserts_an_effect(path, notebook):
     """What is asserted are identities. An effect is said by its verdict: a reader's run may turn out otherwise."""
-    if path.name.startswith(notebooks.LONG_START):
-        return
     for node in nodes(notebook):
         if isinstance(node, ast.Assert):
             names = {part.attr for part in ast.walk(node.test) if isinstance(part, ast.Attribute)}
