@@ -1,11 +1,17 @@
-"""The checks that grade themselves: what is right passes, and every mistake is named."""
+"""The checks that grade themselves: what is right passes, every mistake is named; the notebooks' stubs say what to
+fill in, and their folded solutions pass."""
 
 import math
+import re
 
+import nbformat
+import numpy as np
 import pytest
 import torch
 
+import warp_lite
 from warp_lite.notebooks import check
+from warp_lite.notebooks.__main__ import paths
 
 CHECKS = {name: value for name, value in vars(check).items() if isinstance(value, check.Check)}
 
@@ -74,7 +80,8 @@ def test_the_right_answers_are_those_of_closed_forms():
     assert check.kl.answers_of(check.kl.right)[0].item() == pytest.approx(((0.2 + 0.5 + 0.4) - 0.5) / 2)
     assert check.crossing.answers_of(check.crossing.right) == pytest.approx([2.5, 0.5, math.nan], nan_ok=True)
     assert check.word.answers_of(check.word.right) == ["holds", "unclear", "unclear", "fails", "fails", "unclear"]
-    assert check.resampled.answers_of(check.resampled.right) == [[0, 0.5, 1], [0, 0.5, 1]]
+    # means .5 and 3.5: Student's t with one degree of freedom is 12.706, their error 1.5
+    assert check.interval.answers_of(check.interval.right)[1] == pytest.approx((2 - 1.5 * 12.7062, 2 + 1.5 * 12.7062))
     assert check.adapters.answers_of(check.adapters.right)[0].tolist() == [[1.5, -1, -0.5], [3, 1, 2]]
 
 
@@ -92,3 +99,52 @@ def test_the_right_loop_of_a_merge_that_is_the_mean_is_a_geometric_series():
     end = check.algorithm(check.vector(0.0, 0.0), check.toy_run, lambda init, policies: sum(policies) / len(policies),
                           iterations=4, runs=2, eta=0.3)
     assert end.tolist() == pytest.approx([(1 - 0.85**4) * goal for goal in (3.5, 2.0)])
+
+
+# What stands in the notebooks
+
+CALL = re.compile(r"^check\.(\w+)\((\w+)\)", re.MULTILINE)
+SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n</details>", re.DOTALL)
+
+
+def exercises():
+    """Each cell of a notebook that calls a check, with the check's name, the function's and the text that follows."""
+    for path in paths():
+        cells = nbformat.read(path, as_version=4).cells
+        for cell, after in zip(cells, cells[1:]):
+            if cell.cell_type == "code" and (call := CALL.search(cell.source)):
+                yield pytest.param(*call.groups(), cell.source, after.source, id=f"{path.stem}-{call[1]}")
+
+
+EXERCISES = list(exercises())
+
+
+def names_of_a_notebook():
+    return {"np": np, "torch": torch, "check": check, **{name: getattr(warp_lite, name) for name in ("lerp", "slerp")}}
+
+
+@pytest.mark.parametrize("name, function, stub, after", EXERCISES)
+def test_a_notebooks_stub_says_what_to_fill_in(name, function, stub, after, capsys):
+    exec(stub, names_of_a_notebook())
+    assert capsys.readouterr().out.startswith(f"not filled in yet: {function}(")
+
+
+@pytest.mark.parametrize("name, function, stub, after", EXERCISES)
+def test_a_notebooks_folded_solution_is_right(name, function, stub, after, capsys):
+    solution = SOLUTION.search(after)[1]
+    namespace = names_of_a_notebook()
+    exec(solution, namespace)
+    assert CHECKS[name](namespace[function]), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, function, stub, after", EXERCISES)
+def test_a_notebooks_stub_has_the_arguments_that_its_check_names(name, function, stub, after):
+    signature = re.search(rf"def {function}\((.*?)\):", stub)[1]
+    assert signature == ", ".join(CHECKS[name].names)
+
+
+def test_every_notebook_that_was_written_for_it_has_checks():
+    counts = {}
+    for exercise in EXERCISES:
+        counts[exercise.id[:2]] = counts.get(exercise.id[:2], 0) + 1
+    assert all(counts[number] >= 2 for number in ("02", "03", "05", "06"))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from warp_lite.notebooks.__main__ import FOR_GPU, LONG_START, paths, widget_errors
+from warp_lite.notebooks.__main__ import FOR_GPU, paths, widget_errors
 
 CPU_SECONDS = 60  # of one notebook in fast mode; CPU time, which other work on the machine does not change
+VARIES = "varies"  # the tag of cells that print times or free memory
 ONCE = {"setup", "parameters"}  # the tags of cells that are not run again: papermill writes after them
 WATCH = """\
 import matplotlib.pyplot as plt
@@ -76,8 +77,7 @@ def shown(cell: dict) -> list:
 @pytest.mark.parametrize("name, kind", list(cases()))
 def test_a_notebook_runs_in_fast_mode_and_a_second_time_shows_the_same(name, kind, environment, model, tmp_path):
     notebook = Path(shutil.copy(NOTEBOOKS[name], tmp_path))
-    converted = not name.startswith(LONG_START)
-    count = twice(notebook) if converted else 0
+    count = twice(notebook)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "papermill", notebook.name, "executed.ipynb", "-p", "MODEL", model(kind),
                "-p", "OUT", str(out), "--kernel", "python3", "--execution-timeout", "300", "--no-progress-bar"]
@@ -97,7 +97,7 @@ def test_a_notebook_runs_in_fast_mode_and_a_second_time_shows_the_same(name, kin
     # the widgets too: what an interaction's callback raises ends in its own output, and papermill goes on
     assert not widget_errors(executed)
     for first, second in zip(code[len(code) - 2 * count:], code[len(code) - count:]):
-        assert shown(first) == shown(second), "".join(first["source"])
+        assert VARIES in first["metadata"].get("tags", ()) or shown(first) == shown(second), "".join(first["source"])
         assert "struck through" not in shown(first)[0], shown(first)[0]
 
 

@@ -101,7 +101,8 @@ def limit_figure(found: dict) -> Figure:
         for (left, right), world in zip(panels, worlds):
             limit = found["limits"][world]
             left.plot([p["kl"] for p in limit], [p["reward"] for p in limit], color="black", ls="--", lw=1.4)
-            left.annotate("limit", (limit[-1]["kl"], limit[-1]["reward"]), (4, 0), textcoords="offset points")
+            left.annotate("limit", (limit[-1]["kl"], limit[-1]["reward"]), (-4, 6), textcoords="offset points",
+                          ha="right")
             for name, colour in SHOWN.items():
                 (line,) = [c["points"] for c in found["curves"] if (c["world"], c["line"]) == (world, name)
                            and c["study"] == METHODS[name][0]]
@@ -115,7 +116,8 @@ def limit_figure(found: dict) -> Figure:
                 colour = SHOWN.get(some["method"], COLOURS["single"])
                 right.barh(y, some["mean"], color=colour, alpha=0.85 if some["method"] in SHOWN else 0.4)
                 right.plot([some["ci_low"], some["ci_high"]], [y, y], color="black", lw=1.2)
-                right.annotate(f"{some['mean']:.0%}", (0.01, y), va="center", color="white", fontsize=9)
+                right.annotate(f"{some['mean']:.0%}", (0.01, y), va="center", fontsize=9,
+                               color="white" if some["method"] in SHOWN else "black")
             right.set(yticks=range(len(shares)), yticklabels=[some["method"] for some in shares], xlim=(0, 1),
                       xlabel="share of the limit's area above SFT, 0 to 4 nats")
             right.set_title(f"{shares[0]['seeds']} seeds; bars: 95 % intervals")

@@ -57,20 +57,6 @@ from warp_lite.notebooks.start import begin
 
 lab = begin("{stem}", MODEL, FAST, SEED, DEVICE, OUT{retrain})
 """
-LONG_START = ("02", "03", "05", "06")  # those whose cells take what they need from names of their own
-LONG = """\
-from warp_lite.notebooks import plans
-from warp_lite.viewing import plots
-from warp_lite.worlds import TINY
-
-MODEL, FAST, world, UNIT = lab.model, lab.fast, lab.world, lab.unit
-KEEP = plans.kept_runs(OUT, world.policy)
-CHECKED = MODEL in TINY and not FAST  # whether the cells that assert a trend do so
-
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-"""
 
 
 def address(root: Path = ROOT) -> str:
@@ -89,9 +75,8 @@ def shared_cells(name: str = "", root: Path = ROOT) -> dict[str, str]:
     """The source of the cells that all notebooks share, by tag; `name` is the notebook's, as its parameters differ."""
     sharing = name.startswith(SHARING)
     parameters = GPU_PARAMETERS if name.startswith(FOR_GPU) else PARAMETERS + (RETRAIN if sharing else "")
-    start = START.format(stem=Path(name).stem, retrain=", RETRAIN" if sharing else "")
     cells = {"setup": SETUP.format(address=address(root)), "parameters": parameters,
-             "start": start + (LONG if name.startswith(LONG_START) else "")}
+             "start": START.format(stem=Path(name).stem, retrain=", RETRAIN" if sharing else "")}
     return {tag: source.rstrip("\n") for tag, source in cells.items()}
 
 

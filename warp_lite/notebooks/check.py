@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from ..averaging import liti as stage_3
@@ -20,7 +21,6 @@ from ..averaging import slerp as stage_2
 from ..evaluation import front, statistics
 
 SLACK = 1e-6  # by how much an answer may be off
-RESAMPLES = 200  # of a random answer, enough to see every value that it can take
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,14 @@ class Check:
     """One exercise: `check(function)` prints one line about a reader's function and returns whether it is right.
 
     returns: what the function should return, in words. right: a function that does. cases: arguments to try.
-    mistakes: by what is said of it, a function that makes that mistake. seen_by: turns a function into what is
-    compared, for one whose answers are random. What the reader's function raises is printed, not raised.
+    mistakes: by what is said of it, a function that makes that mistake. What the reader's function raises is printed,
+    not raised.
     """
 
     returns: str
     right: Callable
     cases: Sequence[tuple]
     mistakes: Mapping[str, Callable]
-    seen_by: Callable[[Callable], Callable] = lambda function: function
 
     def __call__(self, function: Callable) -> bool:
         line = self.verdict(function)
@@ -47,7 +46,7 @@ class Check:
         """The line that is printed: "right", "not filled in yet" or "not yet", and what of it."""
         name = getattr(function, "__name__", "the function")
         try:
-            answers = [self.seen_by(function)(*copy.deepcopy(case)) for case in self.cases]
+            answers = [function(*copy.deepcopy(case)) for case in self.cases]
         except NotImplementedError:
             answers = [None]
         except Exception as error:  # whatever a reader's function may raise
@@ -71,7 +70,7 @@ class Check:
 
     def answers_of(self, function: Callable) -> list:
         """What a function of the table says to every case."""
-        return [self.seen_by(function)(*copy.deepcopy(case)) for case in self.cases]
+        return [function(*copy.deepcopy(case)) for case in self.cases]
 
 
 def same(answer: object, wanted: object) -> bool:
@@ -353,30 +352,42 @@ word = Check(
         lambda low, high, null: "holds" if high > null else "fails"})
 
 
-def support(function: Callable) -> Callable:
-    """The values that a random function takes, sorted, over `RESAMPLES` seeds of its last argument."""
-    def values(groups: Sequence[Sequence[float]]) -> list[float] | None:
-        answers = [function(groups, np.random.default_rng(seed)) for seed in range(RESAMPLES)]
-        return None if None in answers else sorted({round(float(answer), 6) for answer in answers})
-    return values
+def t_of_draws(draws: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean where each draw counts as one: its lower and upper end."""
+    values, groups = zip(*((value, n) for n, draw in enumerate(draws) for value in draw))
+    ends = statistics.t_interval(values, groups)
+    return ends.low, ends.high
 
 
-def resampled_mean(groups: Sequence[Sequence[float]], rng: np.random.Generator) -> float:
-    """The mean of one resample: groups with replacement, then values within each, as many as there are."""
-    drawn = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
-    return float(np.mean([np.mean(rng.choice(values, len(values))) for values in drawn]))
+def ends_by(means: Sequence[float], factor: float, ddof: int = 1, root: bool = True) -> tuple[float, float]:
+    """The mean of some means, less and plus so many of their standard deviations or, with `root`, of their errors."""
+    half = factor * np.std(means, ddof=ddof) / (len(means) ** 0.5 if root else 1)
+    return float(np.mean(means) - half), float(np.mean(means) + half)
 
 
-resampled = Check(
-    "the mean of one resample, a number", resampled_mean,
-    [([[0.0, 0.0], [1.0, 1.0]],), ([[0.0, 1.0]],)],
-    {"all values are resampled as if they were independent; resample the groups first":
-        lambda groups, rng: np.mean(rng.choice(np.concatenate(groups), sum(map(len, groups)))),
-     "the groups are resampled and the values within them are not":
-        lambda groups, rng: np.mean([np.mean(groups[i]) for i in rng.integers(len(groups), size=len(groups))]),
-     "the groups are always the same; resample them too":
-        lambda groups, rng: np.mean([np.mean(rng.choice(values, len(values))) for values in groups]),
-     "one group is drawn; draw as many as there are":
-        lambda groups, rng: np.mean(rng.choice(groups[rng.integers(len(groups))], len(groups[0]))),
-     "nothing is resampled": lambda groups, rng: np.mean(np.concatenate(groups))},
-    seen_by=support)
+def t_factor(n: int) -> float:
+    """The 97.5 % point of Student's distribution with n − 1 degrees of freedom."""
+    return float(stdtrit(n - 1, 0.975))
+
+
+def means_of(draws: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of each draw."""
+    return [float(np.mean(draw)) for draw in draws]
+
+
+interval = Check(
+    "the lower and the upper end of the interval", t_of_draws,
+    [([[1.0, 2.0, 3.0], [5.0, 5.5], [2.0, 4.0, 6.0, 8.0]],), ([[0.0, 1.0], [3.0, 4.0]],)],
+    {"all seeds count as if they were independent; take the mean of each draw first":
+        lambda draws: ends_by(np.concatenate(draws), t_factor(sum(map(len, draws)))),
+     "the factor is 1.96, right for very many draws; Student's t is larger for few":
+        lambda draws: ends_by(means_of(draws), 1.959964),
+     "Student's t has n − 1 degrees of freedom, not n":
+        lambda draws: ends_by(means_of(draws), t_factor(len(draws) + 1)),
+     "the 95 % point leaves 5 % on either side; take the 97.5 % point":
+        lambda draws: ends_by(means_of(draws), float(stdtrit(len(draws) - 1, 0.95))),
+     "the standard deviation is divided by n; divide by n − 1 (ddof=1)":
+        lambda draws: ends_by(means_of(draws), t_factor(len(draws)), ddof=0),
+     "this is the spread of the draws, not of their mean; divide by √n":
+        lambda draws: ends_by(means_of(draws), t_factor(len(draws)), root=False),
+     "these are the least and the largest draw": lambda draws: (min(means_of(draws)), max(means_of(draws)))})

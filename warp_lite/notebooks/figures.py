@@ -84,6 +84,18 @@ def level(*curves: Sequence[dict]) -> float:
     return np.floor(10 * reached) / 10 if reached > 1 else reached
 
 
+def shared_level(*curves: Sequence[dict]) -> float:
+    """The largest KL, in nats, that every run (`run`) of every seed of every sweep or trajectory reaches, in whole
+    tenths where it is over 1."""
+    reached = [{} for _ in curves]
+    for highest, rows in zip(reached, curves):
+        for row in rows:
+            key = row["seed"], row.get("run")
+            highest[key] = max(row["kl"], highest.get(key, 0.0))
+    least = min(min(highest.values()) for highest in reached)
+    return math.floor(10 * least) / 10 if least > 1 else least
+
+
 def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **which: str | int | float) -> np.ndarray:
     """The reward, or another number, where the curve of each seed (see `seed_curves`) first crosses a KL: (seeds,).
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from ..task import World
 from ..viewing import plots
-from ..worlds import load_world
+from ..worlds import HUB, load_world
 from . import figures, plans
 
 TEXTS = {"true": True, "false": False}  # as a shell writes them: papermill hands those on as text
@@ -66,8 +66,9 @@ def begin(name: str, model: str, fast: bool, seed: int, device: str, out: str, r
     model = os.environ.get("WARP_LITE_MODEL") or model
     plt.rcParams.update(plots.STYLE)
     world = load_world(model, device=device, small=fast)
-    print(f"{model}: {plans.size_of(world.policy):,} parameters, {len(world.prompts)} prompts to train on and "
-          f"{len(world.eval_prompts)} held out; {'fast' if fast else 'full'} mode on {world.policy.device}")
+    stand_in = " (a small model of its structure in its place)" if fast and model in HUB else ""
+    print(f"{model}{stand_in}: {plans.size_of(world.policy):,} parameters, {len(world.prompts)} prompts to train on "
+          f"and {len(world.eval_prompts)} held out; {'fast' if fast else 'full'} mode on {world.policy.device}")
     if world.gold is None:
         print("This world has no gold reward: the figures leave it out.")
     plan = plans.plan(name, world.policy, fast) if name in plans.PLANS else None

@@ -1,0 +1,259 @@
+"""The pictures and sentences of the notebook on the evidence, from what claims.json and noise.json hold.
+
+`claims` are the verdicts by name and world. Rewards are in standard deviations of SFT samples, KL in nats per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..evidence import drawing, report
+from ..viewing.plots import COLOURS, KL_LABEL, column
+
+Claims = Mapping[tuple[str, str], Mapping]
+REWARD = "reward (standard deviations of SFT samples)"
+AXES = {"reward": REWARD, "gold": "gold reward (standard deviations)", "perplexity": "perplexity of held-out texts",
+        "length": "length (tokens)", "kl": KL_LABEL}
+WIDTH = 72  # characters of a claim on a line
+
+
+def by_name(evidence: Mapping) -> Claims:
+    """The verdicts of a report by name and world."""
+    return {(claim["name"], claim["world"]): claim for claim in evidence["claims"]}
+
+
+def worlds_of(claims: Claims, name: str) -> list[str]:
+    """The worlds in which a claim has a verdict."""
+    return [world for other, world in claims if other == name]
+
+
+def sentence(claims: Claims, name: str) -> str:
+    """A claim and what became of it in each world, as Markdown."""
+    worlds = worlds_of(claims, name)
+    verdicts = "; ".join(f"{world}: {report.short(claims[name, world])}" for world in worlds)
+    return f"{claims[name, worlds[0]]['statement']} – {verdicts}."
+
+
+def sentences(claims: Claims, names: Sequence[str]) -> str:
+    """A list of `sentence`s, one a line."""
+    return "\n".join(f"- {sentence(claims, name)}" for name in names)
+
+
+def first_measured(evidence: Mapping, world: str) -> str:
+    """From where on the trajectories of the study of merging are known in a world, and not a straight line."""
+    first = next(point for point in curve(evidence, world, "merging", "trajectory") if point["step"] > 0)
+    return f"{world}: at step {first['step']:g}, {first['kl']:.1f} nats"
+
+
+def of_one_unit(claims: Claims, unit: str) -> list[str]:
+    """The names of the claims that are differences in this unit with the null 0 and say "above", in their order."""
+    return list(dict.fromkeys(name for (name, _), claim in claims.items() if claim["unit"] == unit
+                              and claim["rule"] == "above" and claim["null"] == 0 and not name.startswith("no-kl")))
+
+
+def draw_effects(claims: Claims, names: Sequence[str], label: str = f"difference in {REWARD}") -> Figure:
+    """The effect of each claim with its interval, a column a world, coloured by verdict."""
+    worlds = list(dict.fromkeys(world for name in names for world in worlds_of(claims, name)))
+    figure, panels = plt.subplots(1, len(worlds), figsize=(12, 0.42 * len(names) + 1.7), layout="constrained",
+                                  sharey=True, squeeze=False)
+    for axes, world in zip(panels[0], worlds):
+        for y, name in enumerate(reversed(names)):
+            if (name, world) in claims and claims[name, world]["effect"] is not None:
+                _draw_interval(axes, y, claims[name, world])
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set(yticks=range(len(names)), yticklabels=[_broken(claims, name) for name in reversed(names)],
+                 title=f"world: {world}", ylim=(-0.6, len(names) - 0.4))
+        axes.tick_params(axis="y", labelsize=8)
+    for verdict, colour in drawing.VERDICT_COLOURS.items():
+        panels[0][-1].plot([], [], "o-", color=colour, ms=4, label=verdict)
+    figure.supxlabel(f"{label}; bars: 95 % intervals", fontsize=9)
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
+    return figure
+
+
+def _draw_interval(axes: Axes, y: float, claim: Mapping) -> None:
+    colour = drawing.VERDICT_COLOURS[claim["verdict"]]
+    if claim["ci_low"] is not None:
+        axes.plot([claim["ci_low"], claim["ci_high"]], [y, y], color=colour, lw=2.2)
+    axes.plot(claim["effect"], y, "o", color=colour, ms=5)
+
+
+def _broken(claims: Claims, name: str) -> str:
+    words, lines = claims[name, worlds_of(claims, name)[0]]["statement"].split(), [""]
+    for word in words:
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < WIDTH else [*lines, word]
+    return "\n".join(lines)
+
+
+def draw_claim(claims: Claims, name: str) -> Figure:
+    """The effects of single seeds of one claim, by draw, with the interval that decides, in each world."""
+    worlds = worlds_of(claims, name)
+    figure, panels = plt.subplots(1, len(worlds), figsize=(4.4 * len(worlds), 3.8), squeeze=False)
+    for axes, world in zip(panels[0], worlds):
+        drawing.draw_effect(axes, claims[name, world])
+        axes.set_title(f"{world}: {claims[name, world]['verdict']}")
+    figure.suptitle(_broken(claims, name), fontsize=10)
+    figure.subplots_adjust(top=0.78, bottom=0.18, wspace=0.35)
+    return figure
+
+
+def curve(evidence: Mapping, world: str, study: str, line: object) -> list[dict]:
+    """The points of the mean curve of a line of a study. Raises StopIteration where there is none."""
+    return next(c["points"] for c in evidence["curves"] if (c["world"], c["study"], c["line"]) == (world, study, line))
+
+
+def draw_curves(evidence: Mapping, claims: Claims, lines: Mapping[str, tuple[str, object, str]], name: str,
+                what: str = "reward", x: str = "kl", xlim: tuple[float, float] | None = None,
+                ylim: tuple[float, float] | None = None) -> Figure:
+    """The mean curves of `lines`, by label: (study, line, colour), and one claim's verdict in the title, in each world.
+
+    Where the claim compares at one level, a bar shows the interval of the difference, drawn from the second line's
+    curve upward, as that line plus the difference.
+    """
+    worlds = worlds_of(claims, name)
+    figure, panels = plt.subplots(1, len(worlds), figsize=(5.8 * len(worlds), 4.4), layout="constrained", squeeze=False)
+    for axes, world in zip(panels[0], worlds):
+        curves = {label: curve(evidence, world, study, line) for label, (study, line, _) in lines.items()}
+        for (label, points), (_, _, colour) in zip(curves.items(), lines.values()):
+            axes.plot(column(points, x), column(points, what), color=colour, marker="o", ms=3, label=label)
+        if (what, x) == ("reward", "kl"):
+            axes.plot(*(column(evidence["limits"][world], key) for key in ("kl", "reward")), "k--", lw=1, label="limit")
+        _draw_difference(axes, claims[name, world], curves, what, x)
+        axes.set(xlabel="proxy " + REWARD if x == "reward" else AXES[x], ylabel=AXES[what], xlim=xlim, ylim=ylim)
+        axes.set_title(f"{world}: {claims[name, world]['verdict']}\n{_difference(claims[name, world])}", fontsize=10)
+        axes.legend(loc="best", fontsize=8)
+    figure.suptitle(claims[name, worlds[0]]["statement"], x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _difference(claim: Mapping) -> str:
+    text = f"{report.short(claim).replace('**' + claim['verdict'] + '**', '').strip()} {claim['unit']}"
+    level = claim.get("level")
+    where = "" if level is None else f" at {level:g} {'of proxy reward' if claim['study'] == 'weak' else 'nats'}"
+    return f"difference {text}{where}\n{claim['seeds']} seeds on {claim['draws']} draws"
+
+
+def _draw_difference(axes: Axes, claim: Mapping, curves: Mapping[str, Sequence[Mapping]], what: str, x: str) -> None:
+    """At the claim's level: the second curve plus the interval of the difference."""
+    if claim.get("level") is None or claim["ci_low"] is None or len(curves) < 2:
+        return
+    points = list(curves.values())[1]
+    order = np.argsort(column(points, x))
+    base = np.interp(claim["level"], column(points, x)[order], column(points, what)[order])
+    colour = drawing.VERDICT_COLOURS[claim["verdict"]]
+    axes.plot([claim["level"]] * 2, [base + claim["ci_low"], base + claim["ci_high"]], color=colour, lw=3, alpha=0.8,
+              label="interval of the difference")
+
+
+def draw_shares(evidence: Mapping, methods: Sequence[str]) -> Figure:
+    """The share of the limit's area that each method's front attains, with its interval, in each world."""
+    worlds = list(evidence["worlds"])
+    figure, panels = plt.subplots(1, len(worlds), figsize=(5.8 * len(worlds), 3.6), layout="constrained", squeeze=False)
+    for axes, world in zip(panels[0], worlds):
+        rows = sorted((row for row in evidence["limit_share"] if row["world"] == world and row["method"] in methods),
+                      key=lambda row: row["mean"])
+        for y, row in enumerate(rows):
+            colour = COLOURS["slerp"] if row["method"] == "WARP" else COLOURS["single"]
+            axes.barh(y, row["mean"], color=colour, alpha=0.8)
+            axes.plot([row["ci_low"], row["ci_high"]], [y, y], color="black", lw=1.2)
+        axes.set(yticks=range(len(rows)), yticklabels=[row["method"] for row in rows], xlim=(0, 1.05),
+                 xlabel="share of the limit's area, 0 to 4 nats",
+                 title=f"{world}: {rows[0]['seeds']} seeds, bars are 95 % intervals")
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def interval_words(row: Mapping | None, digits: int = 2) -> str:
+    """A mean with its interval, a dash where there is none."""
+    return "–" if not row else f"{row['mean']:.{digits}f} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+
+
+def equal_table(evidence: Mapping) -> str:
+    """The table of methods at equal completions, as Markdown."""
+    columns = ("world", "method", "lr", "β", "share of the limit", "reward at 2 nats", "gold at 2 nats",
+               "steps in sequence", "completions", "exchanges")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in evidence["equal_compute"]:
+        cells = (row["world"], row["method"], f"{row['lr']:g}", f"{row['beta']:g}",
+                 *map(interval_words, (row["share"], row.get("reward at 2"), row.get("gold at 2"))),
+                 str(row["sequential_steps"]), str(row["completions"]), str(row["exchanges"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def folded(title: str, table: str) -> str:
+    """A table that opens on a click, as Markdown."""
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+
+
+PREDICTORS = {"angle": "angle between task vectors (degrees)", "noise over signal": "gradient noise scale / batch size"}
+
+
+def draw_noise_map(noise: Mapping) -> Figure:
+    """Where merging four gains: a map over batch size and learning rate, and the gain against what may explain it."""
+    worlds = noise["worlds"]
+    figure, panels = plt.subplots(len(worlds), 3, figsize=(12, 3.6 * len(worlds)), layout="constrained", squeeze=False)
+    for row, (world, of_world) in zip(panels, worlds.items()):
+        _draw_map(row[0], world, of_world["cells"])
+        for axes, (name, words) in zip(row[1:], PREDICTORS.items()):
+            _draw_predictor(axes, of_world, name, words)
+    return figure
+
+
+def _draw_map(axes: Axes, world: str, cells: Sequence[Mapping]) -> None:
+    batches, rates = sorted({cell["batch"] for cell in cells}), sorted({cell["lr"] for cell in cells})
+    gain_of = {(cell["batch"], cell["lr"]): cell["gain"]["mean"] for cell in cells}
+    gains = np.array([[gain_of[batch, lr] for lr in rates] for batch in batches])
+    most = abs(gains).max()
+    axes.imshow(gains, cmap="PuOr", vmin=-most, vmax=most, origin="lower", aspect="auto")
+    for (i, j), gain in np.ndenumerate(gains):
+        axes.annotate(f"{gain:+.2f}", (j, i), ha="center", va="center", fontsize=9,
+                      color="white" if abs(gain) > 0.6 * most else "black")
+    axes.set(xticks=range(len(rates)), xticklabels=[f"{lr:g}" for lr in rates], yticks=range(len(batches)),
+             yticklabels=batches, xlabel="learning rate", ylabel="batch size", title=f"{world}: gain of merging four")
+    axes.grid(visible=False)
+
+
+def _draw_predictor(axes: Axes, of_world: Mapping, name: str, words: str) -> None:
+    cells, fit = of_world["cells"], of_world["correlations"][name]
+    batches = sorted({cell["batch"] for cell in cells})
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(batches)))
+    for batch, shade in zip(batches, shades):
+        for n, cell in enumerate(cell for cell in cells if cell["batch"] == batch):
+            axes.plot([cell[name]] * 2, [cell["gain"]["ci_low"], cell["gain"]["ci_high"]], color=shade, lw=0.8)
+            axes.plot(cell[name], cell["gain"]["mean"], "o", ms=4, color=shade,
+                      label=f"batch {batch}" if n == 0 else None)
+    axes.set(xlabel=words, ylabel="gain in reward")
+    axes.set_title(f"rank correlation {fit['correlation']:+.2f} [{fit['ci_low']:+.2f}, {fit['ci_high']:+.2f}]")
+    axes.axhline(0, color="black", lw=0.8)
+    axes.legend(fontsize=7, loc="upper left")
+    if name == "noise over signal":
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
+
+
+def opposite_shares(claims: Claims) -> np.ndarray:
+    """For each clear verdict the share of single seeds whose own effect has the other sign, sorted."""
+    shares = []
+    for claim in claims.values():
+        if claim["verdict"] in ("holds", "fails") and claim["rule"] in ("above", "below"):
+            values = np.array(list(claim["values"].values())) - claim["null"]
+            shares.append(np.mean(np.sign(values) != np.sign(claim["effect"] - claim["null"])))
+    return np.sort(shares)
+
+
+def draw_single_seeds(shares: np.ndarray, seeds: int) -> Figure:
+    """How often one seed would say the opposite of a clear verdict; `seeds` is how many each verdict has."""
+    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    axes.step(np.arange(1, len(shares) + 1), 100 * shares, where="mid", color=COLOURS["single"])
+    axes.set(xlabel="clear verdicts, sorted", ylabel="single seeds that\nsay the opposite (%)")
+    axes.set_title(f"In {np.mean(shares > 0):.0%} of {len(shares)} clear verdicts\n"
+                   f"at least one of {seeds} seeds says the opposite")
+    return figure
+
+
