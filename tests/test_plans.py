@@ -39,9 +39,9 @@ def test_the_size_of_the_policy_chooses_the_settings(gpt2_policy, gpt2, gemma):
     assert plans.size_of(gpt2) == 124_439_808 and plans.size_of(gemma) == 268_098_176  # as published
     steps = [plans.plan("running_example", model).steps for model in (gpt2_policy, gpt2, gemma)]
     assert steps == [100, 60, 40]
-    assert plans.plan("running_example", gpt2_policy, fast=True).steps == 30
+    assert plans.plan("running_example", gpt2_policy, fast=True).steps == 20
     fast = plans.plan("running_example", gpt2, fast=True)
-    assert fast.lr == 1e-5 and fast.limit == 128 and fast.steps == 30  # the smaller of both, at its own rate
+    assert fast.lr == 1e-5 and fast.limit == 128 and fast.steps == 20  # the smaller of both, at its own rate
 
 
 def test_a_real_model_is_announced_and_a_tiny_one_is_not(gpt2_policy, gpt2, gemma, capsys):

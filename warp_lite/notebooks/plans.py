@@ -22,8 +22,8 @@ SMALL, MEDIUM = 5_000_000, 200_000_000  # parameters: below, a tiny policy; then
 # name of a setting: for a tiny policy, the same in fast mode, for GPT-2's size, for Gemma's
 PLANS = {
     "running_example": {
-        "steps": (100, 30, 60, 40), "seeds": (6, 2, 1, 1), "runs": (8, 4, 4, 3), "lr": (1e-3, 1e-3, 1e-5, 1e-5),
-        "traced": (2, 2, 1, 1), "eval_every": (20, 20, 20, 20), "limit": (1024, 128, 256, 128)},
+        "steps": (100, 20, 60, 40), "seeds": (6, 2, 1, 1), "runs": (8, 4, 4, 3), "lr": (1e-3, 1e-3, 1e-5, 1e-5),
+        "traced": (2, 1, 1, 1), "eval_every": (20, 10, 20, 20), "limit": (1024, 128, 256, 128)},
     "00_kl_and_reward": {"completions": (512, 256, 128, 64)},
     "01_ema_anchor": {
         "betas": ((0.1, 0.3, 1.0), *3 * ((0.1, 0.3),)), "mus": ((0.003, 0.1), *3 * ((0.1,),)),

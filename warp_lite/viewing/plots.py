@@ -148,8 +148,8 @@ def _label_etas(axes, points, reward) -> None:
     rows = [p for p in points if p["iteration"] == last and p.get(reward) is not None]
     for p in rows:
         if p["eta"] in (0.5, 1.0, max(q["eta"] for q in rows)):
-            axes.annotate(f"η={p['eta']:g}", (p["kl"], p[reward]), textcoords="offset points", xytext=(-5, 6),
-                          ha="right", fontsize=8, color=iteration_colour(last), zorder=6)
+            axes.annotate(f"η={p['eta']:g}", (p["kl"], p[reward]), textcoords="offset points", xytext=(6, -11),
+                          fontsize=8, color=iteration_colour(last), zorder=6)  # best-of-n lies above a front
 
 
 def _set_limits(axes, points, limit, trajectories, best_of_n, reward) -> None:
