@@ -29,8 +29,6 @@ class Scene(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         name, front = self.arguments[0], self.options.get("front", "tiny")
         self.env.metadata[self.env.docname].setdefault("scenes", set()).add(name)
-        if front not in numbers(self.env.srcdir)["fronts"]:
-            return []
         text = (f'<div class="scene" data-scene="{name}" data-front="{front}">'
                 "<noscript>This picture moves with JavaScript only.</noscript></div>")
         return [nodes.raw("", text, format="html")]
@@ -72,8 +70,10 @@ class PublicNames(SphinxDirective):
 
 
 def numbers(source: str | Path) -> dict:
-    """What the scenes read: the committed numbers."""
-    return json.loads((Path(source) / "scenes.json").read_text(encoding="utf-8"))
+    """What the scenes read: the committed numbers, and the fronts of other worlds beside them."""
+    made = json.loads((Path(source) / "scenes.json").read_text(encoding="utf-8"))
+    fronts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in Path(source).glob("fronts/*.json")}
+    return {**made, "fronts": {**made["fronts"], **fronts}}
 
 
 def worded(claim: dict) -> str:

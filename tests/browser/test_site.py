@@ -288,10 +288,25 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
         assert not re.search(r"(url\(|@import )\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
-def test_a_scene_without_its_place_is_named():
+@pytest.fixture
+def build():
+    """The module site/build.py."""
     spec = importlib.util.spec_from_file_location("site_build", ROOT / "site" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_a_scene_of_another_world_stands_where_its_numbers_are_there(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SITE", tmp_path)
+    notebook = {"cells": [{"cell_type": "markdown", "metadata": {}, "source": "## The explorer"}], "metadata": {}}
+    assert len(build.placed(notebook, "07_real")["cells"]) == 1
+    (tmp_path / "fronts").mkdir()
+    (tmp_path / "fronts" / "smollm2.json").write_text("{}")
+    assert ":front: smollm2" in build.placed(notebook, "07_real")["cells"][1]["source"]
+
+
+def test_a_scene_without_its_place_is_named(build):
     bare = {"cells": [{"cell_type": "markdown", "metadata": {}, "source": ["## Something else"]}], "metadata": {}}
     with pytest.raises(ValueError, match="02_slerp has no section 'two vectors' for its scene"):
         build.placed(bare, "02_slerp")
