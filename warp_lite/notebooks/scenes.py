@@ -46,7 +46,8 @@ def write_scenes(path: Path, progress: bool = True) -> None:
         grid = build_grid(result, prompts=PROMPTS, progress=progress)
         parts = {"tilt": tilt_samples(world), "plane": plane(result), "dial": dial(result),
                  "fronts": {"tiny": front(grid, about(settings.config, f"the preset {PRESET}"))},
-                 "unit": world.reward.unit, "preset": PRESET, "config": dataclasses.asdict(settings.config), "provenance": provenance()}
+                 "unit": world.reward.unit, "preset": PRESET, "config": dataclasses.asdict(settings.config),
+                 "provenance": provenance()}
     write_bytes(path, as_lines(parts).encode())
 
 
