@@ -21,9 +21,11 @@ from warp_lite.notebooks.__main__ import address, paths
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 SOURCE_NAME = ".site-source"  # beside the pages, which it makes
-# A notebook's scene, and words of the section it stands in: at the section's widget, or else at its end.
-SCENES = {"00": ("can buy|the limit", "tilt"), "01": ("idea in a picture", "anchor"), "02": ("two vectors", "arc"),
-          "03": ("turn the dial", "dial"), "04": ("explorer", "explorer")}
+# Words of the section that a notebook's scene stands in, at the section's widget or else at its end; the scene; and
+# the committed numbers of another world that it waits for, where it does.
+SCENES = {"00": ("can buy", "tilt"), "01": ("idea in a picture", "anchor"), "02": ("two vectors", "arc"),
+          "03": ("turn the dial", "dial"), "04": ("explorer", "explorer"),
+          "07": ("explorer", "explorer", "smollm2")}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOR_KERNELS = {"setup", "parameters", "about-parameters"}  # tags of cells that mean nothing on a page
 WINGS = {"averaging": "Averaging: the three stages as arithmetic", "training": "Training: the M runs",
@@ -43,9 +45,8 @@ def build(out: Path, *options: str) -> int:
     for path in paths():
         notebook = placed(json.loads(path.read_text(encoding="utf-8")), path.stem)
         (source / path.name).write_text(json.dumps(notebook), encoding="utf-8")
-    glossary = ROOT / "notebooks" / "glossary.md"
-    if glossary.is_file():
-        (source / "glossary.md").write_text(linked(glossary.read_text(encoding="utf-8")), encoding="utf-8")
+    glossary = (ROOT / "notebooks" / "glossary.md").read_text(encoding="utf-8")
+    (source / "glossary.md").write_text(linked(glossary), encoding="utf-8")
     write_api(source / "api")
     shutil.rmtree(out, ignore_errors=True)
     code = sphinx_build(["-q", "-b", "html", "-d", str(source / ".doctrees"), *options, str(source), str(out)])
@@ -62,11 +63,11 @@ def placed(notebook: dict, name: str) -> dict:
         cell["source"] = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             cell["source"] = linked(cell["source"])
-    if name[:2] in SCENES:
-        words, scene = SCENES[name[:2]]
-        at = place(cells, words, name)
-        source = f"```{{scene}} {scene}\n```"
-        cells.insert(at, {"cell_type": "markdown", "id": "scene", "metadata": {}, "source": source})
+    words, scene, *front = SCENES.get(name[:2], ("", ""))
+    if scene and all((SITE / "fronts" / f"{world}.json").is_file() for world in front):
+        source = "\n".join([f"```{{scene}} {scene}", *(f":front: {world}" for world in front), "```"])
+        cells.insert(place(cells, words, name), {"cell_type": "markdown", "id": "scene", "metadata": {},
+                                                 "source": source})
     for cell in cells:
         tags = cell["metadata"].get("tags", [])
         cell["metadata"] = {"tags": ["remove-cell"] if {*tags} & FOR_KERNELS else ["hide-input"] * ("start" in tags)}
@@ -81,7 +82,7 @@ def place(cells: list[dict], words: str, name: str) -> int:
     levels = {n: match for n, cell in enumerate(cells) if cell["cell_type"] == "markdown"
               and (match := re.search(r"^## .*", cell["source"], re.MULTILINE))}
     for n, heading in levels.items():
-        if re.search(words, heading[0].lower()):
+        if words in heading[0].lower():
             end = min((m for m in levels if m > n), default=len(cells))
             widgets = [m for m in range(n, end) if any(WIDGET in output.get("data", {})
                                                        and "%|" not in str(output["data"].get("text/plain"))

@@ -42,6 +42,7 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 
 

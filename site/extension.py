@@ -29,8 +29,6 @@ class Scene(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         name, front = self.arguments[0], self.options.get("front", "tiny")
         self.env.metadata[self.env.docname].setdefault("scenes", set()).add(name)
-        if front not in numbers(self.env.srcdir)["fronts"]:
-            return []
         text = (f'<div class="scene" data-scene="{name}" data-front="{front}">'
                 "<noscript>This picture moves with JavaScript only.</noscript></div>")
         return [nodes.raw("", text, format="html")]
@@ -72,8 +70,10 @@ class PublicNames(SphinxDirective):
 
 
 def numbers(source: str | Path) -> dict:
-    """What the scenes read: the committed numbers."""
-    return json.loads((Path(source) / "scenes.json").read_text(encoding="utf-8"))
+    """What the scenes read: the committed numbers, and the fronts of other worlds beside them."""
+    made = json.loads((Path(source) / "scenes.json").read_text(encoding="utf-8"))
+    fronts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in Path(source).glob("fronts/*.json")}
+    return {**made, "fronts": {**made["fronts"], **fronts}}
 
 
 def worded(claim: dict) -> str:
@@ -158,9 +158,9 @@ def mathml(translator, node: nodes.Element) -> None:
 
 def plain_docstring(app: Sphinx, what: str, name: str, of: object, options: dict, lines: list[str]) -> None:
     """Docstrings are plain text with code in backticks: what RST would take for markup means itself, and paragraphs
-    that are indented as a whole are shown as they stand."""
+    that are indented as a whole are shown as they stand. Each parameter begins a paragraph."""
     made: list[str] = []
-    for paragraph in "\n".join(lines).strip().split("\n\n"):
+    for paragraph in re.split(r"\n\n|\n(?=\w+(?:, \w+)*: )", "\n".join(lines).strip()):
         rows = paragraph.split("\n")
         if all(row.startswith("  ") for row in rows):
             made += ["::", "", *(f"    {row}" for row in rows), ""]
@@ -169,6 +169,12 @@ def plain_docstring(app: Sphinx, what: str, name: str, of: object, options: dict
             made += ["".join(f"`{part}`" if part[:1] == "`" else re.sub(r"([\\*|_])", r"\\\1", part)
                              for part in parts if part), ""]
     lines[:] = made
+
+
+def short_names(app: Sphinx, what: str, name: str, of: object, options: dict, signature: str | None,
+                returns: str | None) -> tuple[str | None, str | None]:
+    """Signatures without the modules of types: where a default has no source, autodoc leaves them in."""
+    return tuple(re.sub(r"~(?:\w+\.)+", "", text) if text else text for text in (signature, returns))
 
 
 def setup(app: Sphinx) -> dict:
@@ -180,4 +186,5 @@ def setup(app: Sphinx) -> dict:
     app.connect("builder-inited", write_numbers)
     app.connect("html-page-context", add_scripts)
     app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("autodoc-process-signature", short_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from short_run import short_run
+from short_run import score, short_run
 
-from warp_lite import ParetoExplorer
+from warp_lite import ParetoExplorer, load_result
 from warp_lite.notebooks import __main__ as notebooks
 from warp_lite.notebooks import scenes
 from warp_lite.notebooks.scenes import ETAS, as_lines, dial, flat, front, marked, moved, plane
@@ -47,6 +47,17 @@ def test_the_dial_and_the_front_have_what_the_scenes_read(result):
             assert [point["eta"] for point in line["points"]] == of["etas"]
             assert all({"kl", "kl_se", "reward", "reward_se", "length"} <= point.keys() for point in line["points"])
     assert made.keys() == COMMITTED["fronts"]["tiny"].keys()
+
+
+def test_a_run_folders_front_is_written_under_its_name(result, tmp_path, monkeypatch, capsys):
+    result.save(tmp_path / "mine")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr("warp_lite.reopen.load_result", lambda folder: load_result(folder, score))
+    assert notebooks.main(["scenes", str(tmp_path / "mine")]) == 0
+    made = json.loads((tmp_path / "site" / "fronts" / "mine.json").read_text(encoding="utf-8"))
+    assert made.keys() == COMMITTED["fronts"]["tiny"].keys() and "One WARP of mine, seed 0" in made["about"]
+    assert notebooks.main(["scenes", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
 
 
 def test_changed_words_are_masked():

@@ -2,10 +2,10 @@
 "use strict";
 
 scene("anchor", [
-  {name: "beta", label: "β, how hard the anchor pulls back", min: 0.01, max: 0.2, step: 0.005, value: 0.05, says: v => v.toFixed(3)},
-  {name: "mu", label: "μ, how fast the anchor follows", min: 0, max: 0.1, step: 0.002, value: 0.02, says: v => v.toFixed(3)},
+  {name: "beta", label: "β, how hard the anchor pulls back", min: 0.005, max: 0.1, step: 0.005, value: 0.02, says: v => v.toFixed(3)},
+  {name: "mu", label: "μ, how fast the anchor follows", min: 0, max: 0.1, step: 0.002, value: 0.01, says: v => v.toFixed(3)},
 ], ({beta, mu}, width) => {
-  const a = 0.01, steps = 400, {ema, sft, single} = WARP.colours;
+  const a = 0.01, steps = 600, {ema, sft, none} = WARP.colours;
   const walk = rate => {
     let theta = 0, anchor = 0;
     const path = [[0, 0]], behind = [[0, 0]];
@@ -16,13 +16,13 @@ scene("anchor", [
     return {path, behind, end: theta, pace: theta - path[steps - 1][1]};
   };
   const still = walk(0), moving = walk(mu), limit = a / beta;
-  const plane = new Plane(width, Math.min(320, 0.6 * width + 60), [0, steps], [0, 4.2], ["step", "weight (arbitrary units)"]);
-  plane.line([[0, 0], [steps, a * steps]], single, {width: 1, dash: "4 4"});
+  const plane = new Plane(width, Math.min(320, 0.6 * width + 60), [0, steps], [0, 6.3], ["step", "weight (arbitrary units)"]);
+  plane.line([[0, 0], [steps, a * steps]], none, {width: 1, dash: "4 4"});
   plane.line(moving.behind, ema, {width: 1.5, dash: "5 4"});
   plane.line(moving.path, ema, {width: 3});
   plane.line(still.path, sft, {width: 3, dash: mu === 0 ? "2 6" : ""});
-  plane.text([steps, a * steps], "no anchor", single, {anchor: "end", dx: -24, dy: 2});
-  plane.text([250, moving.path[250][1]], "policy, moving anchor", ema, {anchor: "end", dx: -6, dy: -8});
+  plane.text([steps, a * steps], "no anchor", none, {anchor: "end", dx: -24, dy: 2});
+  plane.text([380, moving.path[380][1]], "policy, moving anchor", ema, {anchor: "end", dx: -6, dy: -8});
   plane.text([steps, moving.behind[steps][1]], "its anchor", ema, {anchor: "end", dy: 18});
   plane.text([steps, still.end], "policy, fixed anchor", sft, {anchor: "end", dy: still.end < 0.3 ? -8 : 18});
   const pace = mu > 0 ? a / (1 + beta / mu) : 0;

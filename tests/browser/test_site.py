@@ -214,14 +214,14 @@ def test_the_lengths_of_the_arc_are_those_of_slerp_and_lerp(reader):
 
 def test_the_moving_anchor_goes_where_the_packages_anchor_lets_it_go(reader):
     scene = reader.open("index.html").locator("[data-scene=anchor]")
-    for beta, mu in ((0.05, 0.02), (0.1, 0.05)):
+    for beta, mu in ((0.05, 0.02), (0.1, 0.04)):
         put(scene, s0=beta, s1=mu)
         theta, anchor = torch.zeros(1, dtype=torch.float64), EMAAnchor({"w": torch.zeros(1, dtype=torch.float64)}, mu)
-        for _ in range(400):
+        for _ in range(600):
             held = anchor.state_dict()["w"].clone()
             anchor.update({"w": theta})
             theta = theta + 0.01 - beta * (theta - held)
-        shown = re.search(r"= ([\d.]+) a step, and after 400 steps is at ([\d.]+)", reader.readout(scene))
+        shown = re.search(r"= ([\d.]+) a step, and after 600 steps is at ([\d.]+)", reader.readout(scene))
         assert float(shown[1]) == pytest.approx(0.01 / (1 + beta / mu), abs=6e-5)
         assert float(shown[2]) == pytest.approx(theta.item(), abs=0.006)
 
@@ -288,10 +288,25 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
         assert not re.search(r"(url\(|@import )\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
 
 
-def test_a_scene_without_its_place_is_named():
+@pytest.fixture
+def build():
+    """The module site/build.py."""
     spec = importlib.util.spec_from_file_location("site_build", ROOT / "site" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_a_scene_of_another_world_stands_where_its_numbers_are_there(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SITE", tmp_path)
+    notebook = {"cells": [{"cell_type": "markdown", "metadata": {}, "source": "## The explorer"}], "metadata": {}}
+    assert len(build.placed(notebook, "07_real")["cells"]) == 1
+    (tmp_path / "fronts").mkdir()
+    (tmp_path / "fronts" / "smollm2.json").write_text("{}")
+    assert ":front: smollm2" in build.placed(notebook, "07_real")["cells"][1]["source"]
+
+
+def test_a_scene_without_its_place_is_named(build):
     bare = {"cells": [{"cell_type": "markdown", "metadata": {}, "source": ["## Something else"]}], "metadata": {}}
     with pytest.raises(ValueError, match="02_slerp has no section 'two vectors' for its scene"):
         build.placed(bare, "02_slerp")

@@ -4,6 +4,7 @@
     python -m warp_lite.notebooks run [NAME…]    # full mode; outputs written back; time and peak memory printed
 
     python -m warp_lite.notebooks scenes         # site/scenes.json, from a seeded run of the tiny world; some minutes
+    python -m warp_lite.notebooks scenes DIR…    # site/fronts/, from run folders, named as these
 
 All work on a checkout of the repository. Three leading code cells are the same in
 all notebooks and are found by their tags: `setup`, `parameters`, `start`.
@@ -165,6 +166,22 @@ def run(path: Path) -> int:
     return code
 
 
+def write_numbers(folders: Sequence[str]) -> int:
+    """The site's numbers: of the tiny world, or of run folders. Returns the exit code: 0 done, 2 no run folder."""
+    from ..reopen import load_result
+    from .scenes import write_front, write_scenes
+
+    if not folders:
+        write_scenes(ROOT / "site" / "scenes.json")
+    for folder in map(Path, folders):
+        try:
+            write_front(load_result(folder), folder.resolve().name, ROOT / "site" / "fronts")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of those arguments, or of the process's; returns its exit code: 0 done, 2 no such notebook."""
     parser = argparse.ArgumentParser(prog="python -m warp_lite.notebooks", description=__doc__.splitlines()[0])
@@ -175,10 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         execute(Path(given.names[0]).resolve())
         return 0
     if given.what == "scenes":
-        from .scenes import write_scenes
-
-        write_scenes(ROOT / "site" / "scenes.json")
-        return 0
+        return write_numbers(given.names)
     try:
         notebooks = paths(given.names)
     except ValueError as error:

@@ -45,14 +45,21 @@ def write_scenes(path: Path, progress: bool = True) -> None:
         result = run_warp(world, config=settings.config, progress=progress)
         grid = build_grid(result, prompts=PROMPTS, progress=progress)
         parts = {"tilt": tilt_samples(world), "plane": plane(result), "dial": dial(result),
-                 "fronts": {"tiny": front(grid, about(settings.config))}, "unit": world.reward.unit, "preset": PRESET,
-                 "config": dataclasses.asdict(settings.config), "provenance": provenance()}
+                 "fronts": {"tiny": front(grid, about(settings.config, f"the preset {PRESET}"))},
+                 "unit": world.reward.unit, "preset": PRESET, "config": dataclasses.asdict(settings.config),
+                 "provenance": provenance()}
     write_bytes(path, as_lines(parts).encode())
 
 
-def about(config: WarpConfig) -> str:
+def write_front(result: WarpResult, name: str, folder: Path, progress: bool = True) -> None:
+    """Measure a result for the explorer's scene, into folder/NAME.json. Raises CannotWrite."""
+    grid = build_grid(result, prompts=PROMPTS, progress=progress)
+    write_bytes(folder / f"{name}.json", as_lines(front(grid, about(result.config, name))).encode())
+
+
+def about(config: WarpConfig, name: str) -> str:
     """What was run, as a sentence."""
-    return (f"One WARP of the preset {PRESET}, seed {config.seed}: {config.iterations} iterations of {config.runs} "
+    return (f"One WARP of {name}, seed {config.seed}: {config.iterations} iterations of {config.runs} "
             f"runs of {config.steps} steps, {config.batch_size} completions a step.")
 
 
