@@ -199,3 +199,13 @@ def test_torch_reads_how_threads_wait_after_the_package_has_set_it():
     if "GOMP" not in done.stderr:
         pytest.skip("torch runs on another OpenMP than libgomp")
     assert "GOMP_SPINCOUNT = '3000'" in done.stderr
+
+
+@pytest.mark.slow
+def test_tests_have_the_same_names_in_every_process():
+    """Else the processes that share them out refuse to start: a name may hold no address and no order of a set."""
+    collecting = [subprocess.Popen(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True) for seed in ("0", "1")]
+    first, second = (process.communicate()[0].splitlines()[:-1] for process in collecting)
+    assert len(first) > 1000 and first == second
