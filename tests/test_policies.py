@@ -337,7 +337,7 @@ def alter_weights(path, change):
 
 BREAKS = {
     "missing": (lambda d: d.rename(d.with_name("elsewhere")), "there is no such folder"),
-    "a file": (lambda d: (d.rename(d.with_name("elsewhere")), d.write_text("")), "a file, not a folder"),
+    "a file": (lambda d: (d.rename(d.with_name("elsewhere")), d.write_text("")), "neither a folder nor in GGUF"),
     "empty": (lambda d: [path.unlink() for path in d.iterdir()], "no config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "truncated"),

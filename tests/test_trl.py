@@ -360,9 +360,9 @@ def compared(theirs, ours):
 @pytest.mark.slow
 def test_trls_front_and_ours_agree_within_their_intervals(world, tmp_path):
     """KL and reward at η = ½ and 1, over seeds; the same comparison tells an anchor that never moves."""
-    theirs, ours = by_trl(world, SETTINGS, 8, 3, tmp_path), by_us(world, SETTINGS, 6)
+    theirs, ours = by_trl(world, SETTINGS, 8, 3, tmp_path), by_us(world, SETTINGS, 18)
     assert (np.abs(apart(theirs, ours)) < 4).all(), compared(theirs, ours)
-    still = by_us(world, SETTINGS.replace(anchor="sft"), 6)
+    still = by_us(world, SETTINGS.replace(anchor="sft"), 18)
     assert np.abs(apart(theirs, still)).max() > 4, "the comparison cannot tell a moving anchor from one that stays"
 
 

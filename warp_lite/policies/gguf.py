@@ -49,11 +49,11 @@ def is_converted(folder: Path) -> bool:
 
 def convert(path: Path, folder: Path, save: Callable) -> None:
     """Write the policy of a GGUF file as a folder of the library's. Raises what the library and `gguf` raise."""
-    where = {"gguf_file": path.name, "trust_remote_code": False}
     with tqdm(total=3, desc=f"converting {path.name}, once", disable=None) as bar:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         bar.update()
-        quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False)
         bar.update()
         # the library does not save what it has read from GGUF, so the weights move into a model of its config alone
         config = copy.deepcopy(quantised.config)
