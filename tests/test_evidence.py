@@ -157,8 +157,8 @@ def test_seeds_of_verdicts_share_neither_seed_nor_draw_with_those_of_tuning():
     reported = range(0, 400)
     assert not set(reported) & set(TUNING_SEEDS)
     assert not {draw_of(seed) for seed in reported} & {draw_of(seed) for seed in TUNING_SEEDS}
-    assert {draw_of(seed) for seed in range(16)} == {1, 2, 3, 4}
-    assert {draw_of(seed) for seed in range(16, 32)} == {5, 6, 7, 8}
+    assert [draw_of(seed) for seed in range(16)] == [draw_of(seed) for seed in range(16, 32)] == list(range(1, 17))
+    assert len({draw_of(seed) for seed in TUNING_SEEDS}) == len(TUNING_SEEDS) >= 3
 
 
 def test_the_noise_scale_of_gradients_whose_noise_and_signal_are_known():
@@ -249,7 +249,7 @@ def test_the_lines_that_claims_need_are_those_they_compare_or_all():
     assert needed("4-runs-against-1", "angle") == {("sentiment", "merging"): None}
     assert needed("ablation-lerp", "ema-anchor") == {
         ("sentiment", "iterations"): ("LERP", "WARP"),
-        ("sentiment", "anchors"): ("EMA", f"SFT, β = {tuning.tuned('sentiment', 'SFT anchor').beta:g}")}
+        ("sentiment", "anchors"): ("EMA", "SFT")}
 
 
 def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path,
         patched.setattr(runner, "package_versions", lambda: {"torch": "9"})
         assert unit.fingerprint() != before[0]
     with monkeypatch.context() as patched:
-        patched.setattr(runner.settings, "SFT_BETAS", (0.5,))
+        patched.setattr(runner.settings, "ANCHOR_BETAS", (0.5,))
         assert unit.fingerprint() != before[0]
     with monkeypatch.context() as patched:  # what was chosen counts where it is used, and not while it is chosen
         patched.setattr(runner, "tuned_configs", lambda world: {"EMA anchor": {"beta": 9}})

@@ -32,7 +32,6 @@ from .effects import (
     under_the_chord,
 )
 from .settings import EQUAL, REFRESH_BETAS, area
-from .tuning import tuned
 
 # The smallest difference worth having, by unit, written down before it was asked of any result.
 WORTH = {REWARD: 0.05, "gold reward": 0.05, "nats": 0.1, "tokens": 0.5, "share of pairs": 0.01, "per token": 0.1,
@@ -61,11 +60,6 @@ def lines_needed(claims: Sequence[Claim], worlds: Sequence[str]) -> dict[tuple[s
             names = {line["line"] if isinstance(line, dict) else line for line in lines}
             needed[world, study] = tuple(sorted(names)) if all(claim.lines for claim in of_study) else None
     return needed
-
-
-def best_sft(world: str) -> str:
-    """The line of the SFT anchor with the β that was chosen."""
-    return f"SFT, β = {tuned(world, 'SFT anchor').beta:g}"
 
 
 def it(name: str, iteration: int) -> dict:
@@ -116,7 +110,7 @@ def _claim(name, figure, statement, study, kind, a, b, rule="above", null=0.0, m
 CLAIMS: tuple[Claim, ...] = (
     # stage 1
     _claim("ema-anchor", "3b", "An EMA anchor gives more reward than an SFT anchor (each with its best β) at one KL",
-           "anchors", at_one_kl, "EMA", best_sft),
+           "anchors", at_one_kl, "EMA", "SFT"),
     _claim("no-kl-proxy", "3b", "Without a KL penalty the proxy reward rises", "anchors", ends, "no KL", None),
     _claim("no-kl-gold", "–", "Without a KL penalty the gold reward falls below that of the SFT policy", "anchors",
            ends, "no KL", None, "below", what="gold"),

@@ -20,25 +20,25 @@ from ..policies.prompts import Prompts
 from ..rewards.bradley_terry import BradleyTerry
 from ..worlds.reviews import reviews_world
 from .bench import Bench
-from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH_BETAS, SFT_BETAS, TAX_ETAS, WEAK_ETAS
+from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH_BETAS, TAX_ETAS, WEAK_ETAS
 from .tuning import tuned
 
 
 def merging(bench: Bench) -> list[dict]:
     """Five runs in the noisy setting, and every way to merge them.
 
-    Lines: `run` (each alone), `trajectory`, `anchor` and `average` (of runs 1 and 2: the moving
-    average, and the mean of the checkpoints of the second half), `slerp-M` and `lerp-M` for M = 2 … 5;
+    Lines: `run` (each alone), `trajectory` (of runs 1 and 2), `anchor` and `average` (of the same: the moving
+    average, and the mean of the checkpoints of the second half, every ten steps), `slerp-M` and `lerp-M` for M = 2 … 5;
     `angle` in degrees and `norm` of SLERP and of LERP as a share of the mean norm, M = 2, as values.
     """
     kept: dict[tuple, list[Weights]] = {}
     config = NOISY.replace(runs=5, eval_every=10 if bench.wants("trajectory", "average") else 0)
 
     def keep(name, seed, iteration, run, step, weights):
-        if run <= 2 and 2 * step >= config.steps:
+        if step % 10 == 0 and 2 * step >= config.steps:
             kept.setdefault((seed, run), []).append(weights)
 
-    experiment = bench.train({"runs": config}, checkpoints=keep)
+    experiment = bench.train({"runs": config}, checkpoints=keep, traced=2)
     rows = bench.trajectories(experiment, "runs", "trajectory")
     lines: list[tuple[dict, Weights]] = []
     beyond: list[tuple[dict, Weights]] = []
@@ -107,13 +107,13 @@ def iterations(bench: Bench) -> list[dict]:
 def anchors(bench: Bench) -> list[dict]:
     """Trajectories of one long run a seed under each anchor.
 
-    Lines: `EMA`, `EMA, half μ`, `EMA, double β`, `SFT, β = …` for each β tried, and `no KL`.
+    Lines: `EMA`, `EMA, half μ`, `EMA, double β`, `SFT` (each anchor with the β chosen for it), and `no KL`.
     """
     best = tuned(bench.taste, "EMA anchor")
     configs = {"EMA": best, "EMA, half μ": best.replace(mu=best.mu / 2),
                "EMA, double β": best.replace(beta=2 * best.beta), "no KL": ANCHORS.replace(anchor="none")}
-    configs |= {f"SFT, β = {beta:g}": ANCHORS.replace(anchor="sft", beta=beta) for beta in SFT_BETAS}
-    experiment = bench.train(configs, trajectory_samples=2)
+    configs["SFT"] = tuned(bench.taste, "SFT anchor")
+    experiment = bench.train(configs, trajectory_samples=2, traced=1)
     return [row for name in configs for row in bench.trajectories(experiment, name, name)]
 
 

@@ -13,14 +13,14 @@ from ..config import WarpConfig
 from ..storage.files import read_json
 from .bench import TUNING_SEEDS, Bench
 from .settings import (
+    ANCHOR_BETAS,
     ANCHORS,
-    EMA_BETAS,
     EQUAL,
     EQUAL_BETAS,
     EQUAL_LRS,
     ETAS,
     LARGE,
-    SFT_BETAS,
+    LARGE_BETAS,
     WEAK,
     WEAK_ETAS,
     WEAK_LRS,
@@ -37,15 +37,15 @@ WEAK_PURPOSES = [f"{name}, β = {beta:g}" for beta in (0.0, 0.01) for name in ("
 def grids(part: str | None = None) -> dict[str, dict[str, WarpConfig]]:
     """The settings that are tried, by what they are for and by name; of one part of them, or of all."""
     found: dict[str, dict[str, dict[str, WarpConfig]]] = {"anchors": {
-        "EMA anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta) for beta in EMA_BETAS},
-        "SFT anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor="sft") for beta in SFT_BETAS}}}
+        f"{anchor.upper()} anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor=anchor) for beta in ANCHOR_BETAS}
+        for anchor in ("ema", "sft")}}
     found["equal"] = {name: {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
                              for lr in EQUAL_LRS for beta in EQUAL_BETAS}
                       for name, config in EQUAL.items()}
     found["weak"] = {f"{name}, β = {beta:g}": {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
                                                for lr in WEAK_LRS}
                      for beta in (0.0, 0.01) for name, config in (("merged", WEAK), ("batch of 32", WIDE))}
-    found["best"] = {"best WARP": {f"β={beta:g}": LARGE.replace(beta=beta) for beta in (0.6, 1.0)}}
+    found["best"] = {"best WARP": {f"β={beta:g}": LARGE.replace(beta=beta) for beta in LARGE_BETAS}}
     if part is not None:
         return found[part]
     return {purpose: some for purposes in found.values() for purpose, some in purposes.items()}
@@ -57,8 +57,9 @@ def tuning(bench: Bench, part: str) -> list[dict]:
     The score is the area of the front up to 4 nats; for an anchor that of the trajectory; under weak
     regularisation how much gold reward is left. None where a front does not get as far as is asked.
     """
-    configs = {(purpose, name): config for purpose, some in grids(part).items() for name, config in some.items()}
-    experiment = bench.train(configs, trajectory_samples=2)
+    configs = {(purpose, name): config if part == "anchors" else config.replace(eval_every=0)
+               for purpose, some in grids(part).items() for name, config in some.items()}
+    experiment = bench.train(configs, trajectory_samples=2, traced=1)
     rows = []
     for (purpose, name), results in experiment.results.items():
         if purpose.endswith("anchor"):
