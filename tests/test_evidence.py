@@ -15,10 +15,33 @@ from scipy import stats
 from warp_lite.cli import main
 from warp_lite.config import WarpConfig
 from warp_lite.evaluation.statistics import VERDICTS, t_interval, verdict
-from warp_lite.evidence import bench, coverage, decisive, effects, load, noise, report, runner, studies, tuning
+from warp_lite.evidence import (
+    bench,
+    coverage,
+    decisive,
+    effects,
+    law,
+    load,
+    noise,
+    report,
+    runner,
+    studies,
+    tuning,
+    waiting,
+)
 from warp_lite.evidence.bench import TUNING_SEEDS, Bench, draw_of, noise_scale
-from warp_lite.evidence.claims import ALL, CLAIMS, HEADLINES, Claim, decide, decide_values, lines_needed
+from warp_lite.evidence.claims import (
+    ALL,
+    CLAIMS,
+    HEADLINES,
+    Claim,
+    decide,
+    decide_values,
+    lines_needed,
+    verdicts_of_halves,
+)
 from warp_lite.evidence.effects import Rows
+from warp_lite.evidence.settings import NOISE_GRID
 from warp_lite.evidence.studies import STUDIES
 from warp_lite.storage import provenance
 
@@ -42,10 +65,12 @@ def two_lines(seeds=range(8), reach=4.0):
 
 def test_two_lines_are_compared_at_the_highest_kl_that_every_seed_reaches():
     effect = effects.at_one_kl("a", "b")(two_lines(reach=2.6))
-    assert effect.level == 2.5 and effect.reached == {"4": 7, "3.5": 7, "3": 7, "2.5": 8}
+    assert effect.level == 2.5
+    assert effect.reached == {"4": 7, "3.5": 7, "3": 7, "2.5": 8, "2": 8, "1.5": 8, "1": 8, "0.5": 8}
+    assert effect.means == pytest.approx(dict.fromkeys(effect.reached, 0.5))  # what other levels would say
     assert effect.values == pytest.approx({seed: 0.5 for seed in range(8)})
     nowhere = effects.at_one_kl("a", "b")(two_lines(reach=0.1))
-    assert nowhere.level is None and nowhere.values == {}
+    assert nowhere.level is None and nowhere.values == {} and nowhere.reached["0.5"] == 7
 
 
 def test_the_runs_of_a_seed_count_as_their_mean():
@@ -88,7 +113,7 @@ def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
     found = decide(Claim("c", "3b", "words", "s", effects.at_one_kl("a", "b"), "above"), two_lines())
     assert {"name", "world", "paper_figure", "statement", "effect", "ci_low", "ci_high", "unit", "null", "margin",
             "rule", "seeds", "verdict"} <= set(found)
-    assert (found["verdict"], found["seeds"], found["draws"], found["level"]) == ("holds", 8, 4, 4)
+    assert (found["verdict"], found["seeds"], found["draws"], found["level"]) == ("holds", 8, 8, 4)
     assert decide(Claim("c", "", "", "", effects.at_one_kl("b", "a"), "above"), two_lines())["verdict"] == "fails"
     missing = decide(Claim("c", "", "", "", effects.at_one_kl("a", "b"), "above"), two_lines(reach=0.1))
     assert (missing["verdict"], missing["effect"], missing["seeds"]) == ("unclear", None, 0)
@@ -157,7 +182,8 @@ def test_seeds_of_verdicts_share_neither_seed_nor_draw_with_those_of_tuning():
     reported = range(0, 400)
     assert not set(reported) & set(TUNING_SEEDS)
     assert not {draw_of(seed) for seed in reported} & {draw_of(seed) for seed in TUNING_SEEDS}
-    assert [draw_of(seed) for seed in range(16)] == [draw_of(seed) for seed in range(16, 32)] == list(range(1, 17))
+    assert len({draw_of(seed) for seed in reported}) == len(reported)
+    assert [draw_of(seed) for seed in range(16)] == list(range(1, 17))
     assert len({draw_of(seed) for seed in TUNING_SEEDS}) == len(TUNING_SEEDS) >= 3
 
 
@@ -179,11 +205,75 @@ def test_what_predicts_the_gain_is_found_and_what_does_not_is_not():
             for lr in (1e-4, 1e-3):
                 rows.append({"batch": batch, "lr": lr, "seed": seed, "gain": 1 / batch + lr + rng.normal(0, 1e-3),
                              "noise over signal": 9 / batch + lr, "angle": -9 / batch - lr,
-                             "noise scale": rng.normal()})
+                             "noise scale": rng.normal(), "short angle": 1.0})
                 draws.append(seed % 4)
     found = noise.correlations(rows, draws, resamples=200)
     assert found["noise over signal"]["correlation"] > 0.95 and found["angle"]["correlation"] < -0.95
     assert found["noise scale"]["ci_low"] < 0.6 and found["noise over signal"]["ci_low"] > 0.8
+
+
+def noise_rows(law, draws=range(6), spread=0.0):
+    """Rows of the noise map in which a law holds, but for some noise."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for draw in draws:
+        for config in NOISE_GRID:
+            cell = {"batch": config.batch_size, "lr": config.lr, "reach": 2.0 + config.lr * 300, "steps": 100,
+                    "short angle": 88 - 9 * math.log2(config.batch_size) - config.lr * 2000}
+            rows.append({**cell, "draw": draw, "gain": float(law.mean_gain([cell])[0] + rng.normal(0, spread))})
+    return rows
+
+
+def test_what_merging_adds_to_the_share_of_signal():
+    M, rng = 4, np.random.default_rng(0)
+    signal = np.zeros(20_000)
+    signal[0] = 50.0                                          # squared: 2,500 against 20,000 · .25 = 5,000 of noise
+    runs = signal + rng.normal(0, 0.5, (M, len(signal)))
+    rho = float(np.mean([runs[a] @ runs[b] / np.linalg.norm(runs[a]) / np.linalg.norm(runs[b])
+                         for a, b in product(range(M), repeat=2) if a < b]))
+    assert rho == pytest.approx(1 / 3, abs=0.02)
+    aligned = [np.linalg.norm(v @ signal / 50) / np.linalg.norm(v) for v in (runs.mean(0), *runs)]  # cos with signal
+    assert law.merging_gain(rho, M) == pytest.approx(aligned[0] - np.mean(aligned[1:]), abs=0.01)
+    assert law.merging_gain([0.0, 1.0]) == pytest.approx(0)
+    assert law.share_of_signal(60, law.SHORT, 0.7) == pytest.approx(0.5)      # cos 60°, and as many steps
+    assert law.share_of_signal(60, 3 * law.SHORT, 1.0) == pytest.approx(0.75)  # odds of 1 become 3
+
+
+def test_a_law_that_holds_is_found_and_one_that_does_not_is_seen_to_fail():
+    truth = law.Law(0.8, 0.5)
+    rows = {"here": noise_rows(truth, spread=0.002), "there": noise_rows(truth, spread=0.002)}
+    found = law.tested_law(rows, "here", resamples=40)
+    assert found["c"]["value"] == pytest.approx(0.8, abs=0.1) and found["alpha"]["value"] == pytest.approx(0.5, abs=0.2)
+    assert set(found["tests"]) == {"other half", "there"}
+    assert all(test["r_squared"]["value"] > 0.9 for test in found["tests"].values())
+    assert found["c"]["ci_low"] <= found["c"]["value"] <= found["c"]["ci_high"]
+    for row in rows["there"]:
+        row["gain"] = 0.2 - row["gain"]
+    assert law.tested_law(rows, "here", resamples=5)["tests"]["there"]["rank_correlation"]["value"] < -0.5
+    halves = [law.fitting_cells({"batch": c.batch_size, "lr": c.lr}) for c in NOISE_GRID]
+    assert sum(halves) == 8 and halves[0] and not halves[1]
+
+
+def test_what_an_exchange_must_cost_for_workers_that_exchange_once_to_wait_less():
+    steps, areas = np.array([0, 50, 100, 200]), np.array([0, 1.0, 2.0, 2.5])
+    # 1.5 is reached after 75 steps: 200 + c = 75 + 75 c, so c = 125 / 74
+    assert waiting.cost_of_exchange(steps, areas, 1.5) == pytest.approx(125 / 74)
+    assert waiting.cost_of_exchange(steps, areas, 3.0) == 0   # never reached: no longer to wait
+    rows = [row for n, area_ in ((50, 0.5), (200, 1.0)) for seed in range(2) for row in (
+        *front("merged", seed, [0, 4], [0, area_], workers=4, batch=2, steps=n),
+        *front("shared batch", seed, [0, 4], [0, 2 * area_], completions=8, steps=n))]
+    rows = Rows("sentiment", rows)
+    one = waiting.areas_by_steps(rows, waiting.both(4, 2)[0], 0)[1][-1]
+    assert waiting.at_the_end(4, 2)(rows).values == pytest.approx({0: -one, 1: -one})
+    assert waiting.break_even(4, 2)(rows).values == pytest.approx({seed: 150 / 49 for seed in range(2)})
+
+
+def test_verdicts_of_two_halves_of_the_draws_are_counted_where_they_differ():
+    claim = Claim("c", "", "", "", effects.at_one_kl("a", "b"), "above")
+    turning = {seed: (1.0 if draw_of(seed) <= 4 else -1.0) + seed / 100 for seed in range(8)}
+    assert verdicts_of_halves(claim, "sentiment", turning) == ["holds", "fails"]
+    pairs = (["holds", "fails"], ["holds", "holds"], ["holds", "unclear"], ["fails", "holds"])
+    assert report.stability([{"halves": pair} for pair in pairs]) == {"same": 1, "moved": 3, "turned": 2}
 
 
 def test_the_gain_of_a_merge_is_the_mean_over_the_kl_that_all_reach():
@@ -210,10 +300,10 @@ def test_units_are_run_once_and_again_where_their_file_is_damaged(tmp_path, monk
     fake_study.calls = 0
     monkeypatch.setattr(runner, "studies", lambda: {"fake": fake_study})
     monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: seeds))
-    units = runner.units_of(["fake"], ["sentiment"], range(8))
-    assert [(unit.draw, unit.seeds) for unit in units] == [(1, (0, 4)), (2, (1, 5)), (3, (2, 6)), (4, (3, 7))]
+    units = runner.units_of(["fake"], ["sentiment"], range(4))
+    assert [(unit.draw, unit.seeds) for unit in units] == [(draw_of(seed), (seed,)) for seed in range(4)]
     first = runner.run_units(units, tmp_path, workers=1, progress=False)
-    assert fake_study.calls == 4 and [row["seed"] for row in first[1]["rows"]] == [1, 5]
+    assert fake_study.calls == 4 and [row["seed"] for row in first[1]["rows"]] == [1]
     assert runner.run_units(units, tmp_path, workers=1, progress=False) == first and fake_study.calls == 4
     units[2].file(tmp_path).write_text('{"rows": [')
     again = runner.run_units(units, tmp_path, workers=1, progress=False)
@@ -307,7 +397,7 @@ def test_the_table_and_the_figure_say_what_the_json_says(tmp_path):
     found = report.report([claim], {("sentiment", "s"): rows}, ["sentiment"], range(8), whole=False)
     text = report.write_report(found, [claim], {("sentiment", "s"): rows}, tmp_path)
     assert "| a is above b | 3b | **holds** +0.50 [+0.50, +0.50] reward, at 2.5 nats (8 reach it) |" in text
-    assert "8 seeds on 4 draws" in text and "Of 1 verdicts 1 hold, 0 fail, 0 say" in text
+    assert "8 seeds on 8 draws" in text and "Of 1 verdicts 1 hold, 0 fail, 0 say" in text
     assert json.loads((tmp_path / "claims.json").read_text())["claims"][0]["verdict"] == "holds"
     assert (tmp_path / "figures" / "c.png").stat().st_size > 5000
 
@@ -362,7 +452,7 @@ class ShortBench(Bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", [*STUDIES, *decisive.DECISIVE])
+@pytest.mark.parametrize("study", [*STUDIES, *decisive.DECISIVE, "waiting"])
 def test_a_study_has_the_lines_that_its_claims_ask_for(study, world, monkeypatch):
     for module in (studies, decisive):  # one world for all settings: what is asked is only whether lines are there
         monkeypatch.setattr(module, "reviews_world", lambda **settings: world)
@@ -415,15 +505,20 @@ def test_committed_verdicts_follow_from_their_values_by_their_rule(committed):
         assert entry["verdict"] in VERDICTS and entry["headline"] == (entry["name"] in HEADLINES)
 
 
-def test_the_committed_evidence_is_of_every_claim_sixteen_seeds_and_four_draws(committed):
+def test_the_committed_evidence_is_of_every_claim_and_sixteen_draws(committed):
     assert {claim["name"] for claim in committed["claims"]} == {claim.name for claim in CLAIMS}
-    assert len(committed["seeds"]) == 16 and len(committed["draws"]) == 4
+    assert len(committed["seeds"]) == len(committed["draws"]) == 16
     assert not set(committed["seeds"]) & set(committed["tuning_seeds"])
     assert not set(committed["draws"]) & set(committed["tuning_draws"])
     for line in report.made_by(committed):
         assert re.fullmatch(r"torch [\w.+]+, transformers [\w.]+, warp-lite [\w.]+ at commit [0-9a-f]{10}(: .*)?", line)
     counts = report.chance(committed["claims"])
     assert committed["chance"] == counts and counts["verdicts"] == len(committed["claims"])
+    by_name = {claim.name: claim for claim in CLAIMS}
+    for entry in committed["claims"]:
+        values = {int(seed): value for seed, value in entry["values"].items()}
+        assert entry["halves"] == verdicts_of_halves(by_name[entry["name"]], entry["world"], values)
+    assert committed["stability"] == report.stability(committed["claims"])
 
 
 def test_committed_settings_are_the_best_of_those_that_were_tried():

@@ -142,11 +142,14 @@ def parser() -> argparse.ArgumentParser:
         "claims", help="decide the paper's claims with error bars",
         description="Train what the claims need, for many seeds and draws of two tiny worlds, and write claims.json, "
                     "a table and a figure for each. What is finished in DIR is not run again.")
-    claims.add_argument("--seeds", type=int, default=16, metavar="N", help="how many RL seeds (default: 16)")
+    claims.add_argument("--seeds", type=int, default=16, metavar="N",
+                        help="how many RL seeds, each with an SFT policy and a reward model of its own (default: 16)")
     claims.add_argument("--seed-offset", type=int, default=0, metavar="K",
-                        help="the first seed; each block of 16 has policies and reward models of its own (default: 0)")
+                        help="the first seed: 16 for sixteen others (default: 0)")
     claims.add_argument("--only", metavar="NAME", action="append", default=[],
                         help="decide only this claim, and measure only what it compares; may be repeated")
+    claims.add_argument("--decisive", action="store_true",
+                        help="decide where merging would win, which was predicted, in place of the paper's claims")
     claims.add_argument("--world", metavar="NAME", action="append", default=[],
                         help="sentiment or detail; may be repeated (default: both)")
     claims.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one a core)")
@@ -345,14 +348,15 @@ def claims_command(arguments: argparse.Namespace) -> int:
     from .evidence.claims import pick
     from .evidence.report import run_claims, run_noise_map, run_tuning
 
-    chosen = pick(arguments.only)
+    chosen = pick(arguments.only, arguments.decisive)
+    whole = not arguments.only and not arguments.decisive
     with keeping(f"every finished study is kept in {out}; the same command goes on from there"):
         if arguments.tune:
             text = run_tuning(out, arguments.world, arguments.workers)
         elif arguments.noise_map:
             text = run_noise_map(out, arguments.world, seeds, arguments.workers)
         else:
-            text = run_claims(out, chosen, arguments.world, seeds, arguments.workers, whole=not arguments.only)
+            text = run_claims(out, chosen, arguments.world, seeds, arguments.workers, whole=whole)
     print(text)
     return 0
 

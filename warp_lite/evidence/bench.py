@@ -23,19 +23,18 @@ from ..training.reinforce import advantages, regularised_rewards, reinforce_loss
 from ..worlds.reviews import reviews_world
 
 WORLDS = {"sentiment": "film reviews that should praise", "detail": "film reviews that should go into detail"}
-DRAWS = 16  # draws of SFT policy and reward model among which seeds are shared out
 TUNING_SEEDS = (9000, 9001, 9002)  # on which settings are chosen, never reported
-TUNING_DRAW = 101  # of the first of them, and the next draws of the others: draws that no reported seed has
+TUNING_DRAW = 101  # of the first of them; the others have the next. No reported seed has one of these draws
 LIMIT_SAMPLES = 4096  # completions a prompt: the limit is known to 4 nats, and more move its area by 0.2 % at most
 SAMPLES = 1  # completions a held-out prompt and point of a front: seeds are the error bars
 
 
 def draw_of(seed: int) -> int:
-    """The draw of SFT policy and reward model that an RL seed belongs to: sixteen, which seeds from 16 on have again,
-    and one of its own for each seed on which settings are chosen."""
+    """The draw of SFT policy and reward model that an RL seed belongs to: each has one of its own, since the spread
+    between draws is most of the spread there is."""
     if seed in TUNING_SEEDS:
         return TUNING_DRAW + TUNING_SEEDS.index(seed)
-    return 1 + seed % DRAWS
+    return 1 + seed if 1 + seed < TUNING_DRAW else 1 + seed + len(TUNING_SEEDS)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..evaluation.statistics import t_interval
+from . import waiting
 from .bench import draw_of
 from .decisive import LONG_BETAS, QUALITIES, SIZES, best_of_others, difference_of_gains
 from .effects import (
@@ -35,7 +36,7 @@ from .settings import EQUAL, REFRESH_BETAS, area
 
 # The smallest difference worth having, by unit, written down before it was asked of any result.
 WORTH = {REWARD: 0.05, "gold reward": 0.05, "nats": 0.1, "tokens": 0.5, "share of pairs": 0.01, "per token": 0.1,
-         "share of the mean norm": 0.02}
+         "share of the mean norm": 0.02, "steps an exchange": 0.25}
 WORTH_AREA = {"sentiment": 0.08, "detail": 0.11}  # 2 % of the limit's area, which is 3.9 and 5.5 reward × nats
 # The claims that count most, named before the evidence was made; the README shows them.
 HEADLINES = ("ema-anchor", "no-kl-gold", "4-runs-against-1", "liti-trajectory", "average-two", "slerp-lerp-reward",
@@ -226,8 +227,8 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-def _predicted(name, statement, study, effect, prediction, rule="above", unit=REWARD, lines=()) -> Claim:
-    return Claim(name, "–", statement, study, effect, rule, unit, lines=lines, prediction=prediction)
+def _predicted(name, statement, study, effect, prediction, rule="above", unit=REWARD, null=0.0, lines=()) -> Claim:
+    return Claim(name, "–", statement, study, effect, rule, unit, null, lines=lines, prediction=prediction)
 
 
 _SMALL, _LARGE = list(SIZES)[0], list(SIZES)[-1]
@@ -255,6 +256,14 @@ WOULD_WIN: tuple[Claim, ...] = (
                "is best on the other seeds) at one KL", "long anchor",
                best_of_others([f"EMA, β = {beta:g}" for beta in LONG_BETAS["ema"]],
                               [f"SFT, β = {beta:g}" for beta in LONG_BETAS["sft"]]), (-0.10, 0.30)),
+    *(_predicted(f"waiting-{workers}-of-{batch}", f"After {waiting.STEPS} steps {workers} workers with batches of "
+                 f"{batch}, merged once, are above one run with batches of {workers * batch}", "waiting",
+                 waiting.at_the_end(workers, batch), (-1.0, -0.1), unit=AREA, lines=waiting.both(workers, batch))
+      for workers, batch in waiting.CASES),
+    *(_predicted(f"exchange-{workers}-of-{batch}", f"{workers} workers with batches of {batch}, merged once, wait less "
+                 f"than one run with batches of {workers * batch} only where an exchange costs more than a step",
+                 "waiting", waiting.break_even(workers, batch), (0.5, 4.0), unit="steps an exchange", null=1.0,
+                 lines=waiting.both(workers, batch)) for workers, batch in waiting.CASES),
 )
 ALL = (*CLAIMS, *WOULD_WIN)
 
@@ -264,7 +273,7 @@ def decide(claim: Claim, rows: Rows) -> dict:
     effect = claim.effect(rows)
     decided = decide_values(claim, rows.world, effect.values)
     if effect.reached:
-        decided |= {"level": effect.level, "reached": effect.reached}
+        decided |= {"level": effect.level, "reached": effect.reached, "effect_at": effect.means}
     return decided
 
 
@@ -286,17 +295,25 @@ def decide_values(claim: Claim, world: str, values: Mapping[int, float]) -> dict
             for name, value in decided.items()}
 
 
-def pick(only: Sequence[str] | None) -> list[Claim]:
-    """The claims of those names, or the paper's and its reviewers'. Raises ValueError that lists the names there are.
+def verdicts_of_halves(claim: Claim, world: str, values: Mapping[int, float]) -> list[str]:
+    """The verdicts on the first half of the draws and on the others, which have nothing in common."""
+    draws = sorted({draw_of(seed) for seed in values})
+    halves = draws[:len(draws) // 2], draws[len(draws) // 2:]
+    return [decide_values(claim, world, {seed: value for seed, value in values.items() if draw_of(seed) in half})[
+        "verdict"] for half in halves]
 
-    The claims of `WOULD_WIN` are asked by name.
+
+def pick(only: Sequence[str] | None, decisive: bool = False) -> list[Claim]:
+    """The claims of those names; or the paper's and its reviewers'; or with `decisive` those of `WOULD_WIN`.
+
+    Raises ValueError that lists the names there are.
     """
     names = [claim.name for claim in ALL]
     for name in only or ():
         if name not in names:
             raise ValueError(f"there is no claim {name!r}; there are {', '.join(names)}")
     if not only:
-        return list(CLAIMS)
+        return list(WOULD_WIN if decisive else CLAIMS)
     return [claim for claim in ALL if claim.name in only]
 
 

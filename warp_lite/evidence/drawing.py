@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.statistics import VERDICTS
 from ..viewing.plots import COLOURS, KL_LABEL, iteration_colour, style
-from .bench import DRAWS, draw_of
+from .bench import draw_of
 from .claims import METHODS, Claim, lines_of
 from .effects import Rows
 
@@ -77,7 +77,7 @@ def draw_effect(axes: Axes, found: dict) -> None:
         some = [value for seed, value in sorted(values.items()) if draw_of(seed) == draw]
         axes.plot(np.full(len(some), n), some, "o", color=colour, alpha=0.4, ms=4, mew=0)
     if found["effect"] is not None:
-        x = DRAWS + 0.3
+        x = found["draws"] + 0.3
         if found["ci_low"] is not None:
             axes.plot([x, x], [found["ci_low"], found["ci_high"]], color=colour, lw=2.5)
         axes.plot([x], [found["effect"]], "D", color=colour, ms=6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -60,12 +60,16 @@ class Rows:
 
 @dataclass
 class Effect:
-    """A number a seed, and at which KL or proxy reward it was taken; `reached` says for each level tried
-    how many seeds get there on both sides."""
+    """A number a seed, and at which KL or proxy reward it was taken.
+
+    Of each level tried, `reached` says how many seeds get there on both sides and `means` what the mean over those
+    seeds would be: what was not chosen, since a level that some seeds do not reach compares the others alone.
+    """
 
     values: dict[int, float]
     level: float | None = None
     reached: dict[str, int] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
 
 
 def gold_at_proxy(front: Sequence[dict], proxy: float) -> float:
@@ -88,13 +92,17 @@ def compare(rows: Rows, a: str | dict, b: str | dict, levels: Sequence[float],
 def compare_values(rows: Rows, levels: Sequence[float], values_at: Callable[[float], dict[int, float]]) -> Effect:
     """The values, a number a seed, at the highest level at which every seed has one that is finite."""
     reached: dict[str, int] = {}
+    means: dict[str, float] = {}
+    chosen: Effect | None = None
     for level in levels:
         values = values_at(level)
-        there = sum(math.isfinite(value) for value in values.values())
-        reached[f"{level:g}"] = there
-        if there == len(rows.seeds):
-            return Effect({seed: float(value) for seed, value in values.items()}, level, reached)
-    return Effect({}, None, reached)
+        there = [value for value in values.values() if math.isfinite(value)]
+        reached[f"{level:g}"] = len(there)
+        if there:
+            means[f"{level:g}"] = round(float(np.mean(there)), 5)
+        if chosen is None and len(there) == len(rows.seeds):
+            chosen = Effect({seed: float(value) for seed, value in values.items()}, level)
+    return replace(chosen or Effect({}), reached=reached, means=means)
 
 
 def at_one_kl(a: Line, b: Line, kind: str = "reward") -> Callable[[Rows], Effect]:

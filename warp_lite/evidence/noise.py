@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..averaging.slerp import slerp
+from ..averaging.state_dicts import Weights
 from ..evaluation.front import reward_at_kl
 from ..policies.randomness import generator
 from .bench import Bench
-from .settings import ETAS, NOISE_GRID
+from .settings import ETAS, NOISE_GRID, SHORT
 from .studies import geometry
 
-PREDICTORS = ("noise over signal", "angle", "noise scale")
+PREDICTORS = ("noise over signal", "angle", "noise scale", "short angle")
 
 
 def noise(bench: Bench) -> list[dict]:
@@ -22,12 +23,14 @@ def noise(bench: Bench) -> list[dict]:
     A row a cell and seed: `gain`, the mean over KL of the reward of LITI of the merge less the mean of
     LITI of the single runs, from 0 to the KL that all five fronts reach; `reach`, that KL; `angle`,
     degrees; `noise scale` of the last policy's gradient, completions; `noise over signal`, the same
-    over the batch size.
+    over the batch size; `short angle`, that of two runs of `SHORT` steps; `steps`, of the runs.
     """
-    experiment = bench.train({f"{config.batch_size}, {config.lr:g}": config for config in NOISE_GRID})
+    names = [f"{config.batch_size}, {config.lr:g}" for config in NOISE_GRID]
+    short = {name: config.replace(runs=2, steps=SHORT) for name, config in zip(names, NOISE_GRID)}
+    experiment, first = bench.train(dict(zip(names, NOISE_GRID))), bench.train(short)
     rows = []
-    for config, results in zip(NOISE_GRID, experiment.results.values()):
-        for seed, result in zip(bench.seeds, results):
+    for name, config in zip(names, NOISE_GRID):
+        for seed, result, start in zip(bench.seeds, experiment.results[name], first.results[name]):
             found = result.iterations[0]
             lines = [({"run": m}, policy) for m, policy in enumerate([slerp(result.sft, found.policies),
                                                                       *found.policies])]
@@ -36,11 +39,18 @@ def noise(bench: Bench) -> list[dict]:
             gain, reach = mean_gain(fronts[0], fronts[1:])
             scale = float(np.mean([bench.noise_scale(policy, anchor, config.beta, (seed, m)) for m, (policy, anchor)
                                    in enumerate(zip(found.policies[:2], found.anchors[:2]))]))
-            (angle,) = [row["value"] for row in geometry(result.sft, found.policies, seed) if row["line"] == "angle"]
+            angle, short_angle = (angle_between(result.sft, policies, seed)
+                                  for policies in (found.policies, start.iterations[0].policies))
             rows.append({"batch": config.batch_size, "lr": config.lr, "seed": seed, "gain": round(gain, 5),
                          "reach": round(reach, 4), "angle": round(angle, 3), "noise scale": min(scale, 1e6),
-                         "noise over signal": min(scale, 1e6) / config.batch_size})
+                         "noise over signal": min(scale, 1e6) / config.batch_size,
+                         "short angle": round(short_angle, 3), "steps": config.steps})
     return rows
+
+
+def angle_between(init: Weights, policies: list[Weights], seed: int) -> float:
+    """The mean angle between task vectors over weight matrices, in degrees."""
+    return next(row["value"] for row in geometry(init, policies, seed) if row["line"] == "angle")
 
 
 def mean_gain(merged: Sequence[dict], singles: Sequence[Sequence[dict]]) -> tuple[float, float]:

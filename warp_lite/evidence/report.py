@@ -14,9 +14,10 @@ from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import VERDICTS, t_interval
 from ..storage.files import whole, write_bytes, write_json
 from .bench import TUNING_SEEDS, WORLDS, draw_of
-from .claims import HEADLINES, METHODS, Claim, decide, lines_needed, lines_of
+from .claims import HEADLINES, METHODS, Claim, decide, lines_needed, lines_of, verdicts_of_halves
 from .drawing import claim_figure, limit_figure
 from .effects import Rows, share
+from .law import tested_law
 from .noise import PREDICTORS, correlations
 from .runner import provenances, run_units, units_of
 from .settings import EQUAL, KL_MAX
@@ -65,9 +66,15 @@ def run_noise_map(out: Path, worlds: Sequence[str], seeds: Sequence[int], worker
         rows[unit["world"]] += [{**row, "draw": unit["draw"]} for row in unit["rows"]]
     found = {world: {"correlations": correlations(some, [row["draw"] for row in some]), "cells": cells(some)}
              for world, some in rows.items()}
-    write_json(out / "noise.json", {"worlds": found, "seeds": list(seeds), "provenance": provenances(kept)})
+    laws = [tested_law(rows, world) for world in worlds]
+    write_json(out / "noise.json", {"worlds": found, "laws": laws, "seeds": list(seeds),
+                                    "provenance": provenances(kept)})
     lines = [f"{world:10} gain against {name:18} {c['correlation']:+.2f} [{c['ci_low']:+.2f}, {c['ci_high']:+.2f}]"
              for world, some in found.items() for name, c in some["correlations"].items()]
+    lines += [f"law fitted in {law['fitted_in']}: c {law['c']['value']:.2f}, α {law['alpha']['value']:.2f}; {name}: "
+              + ", ".join(f"{measure.replace('_', ' ')} {v['value']:.2f} [{v['ci_low']:.2f}, {v['ci_high']:.2f}]"
+                          for measure, v in tests.items())
+              for law in laws for name, tests in law["tests"].items()]
     return "\n".join([*lines, f"written: {out / 'noise.json'}"])
 
 
@@ -77,7 +84,7 @@ def cells(rows: Sequence[dict]) -> list[dict]:
     for batch, lr in sorted({(row["batch"], row["lr"]) for row in rows}):
         some = [row for row in rows if (row["batch"], row["lr"]) == (batch, lr)]
         found.append({"batch": batch, "lr": lr, "gain": interval_of({row["seed"]: row["gain"] for row in some}),
-                      "reach": min(row["reach"] for row in some),
+                      "reach": min(row["reach"] for row in some), "steps": some[0]["steps"],
                       **{name: float(np.median([row[name] for row in some])) for name in PREDICTORS}})
     return found
 
@@ -132,6 +139,11 @@ def report(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str], s
         "provenance": provenances([unit for rows in evidence.values() for unit in rows.kept]),
         "cpu_minutes": {f"{world}, {study}": round(rows.cpu_seconds / 60, 1)
                         for (world, study), rows in evidence.items()}}
+    by_name = {claim.name: claim for claim in claims}
+    for entry in found["claims"]:
+        entry["halves"] = verdicts_of_halves(by_name[entry["name"]], entry["world"],
+                                             {int(seed): value for seed, value in entry["values"].items()})
+    found["stability"] = stability(found["claims"])
     found["chance"] = chance(found["claims"])
     if whole:
         found["limit_share"] = limit_shares(evidence, worlds)
@@ -160,6 +172,14 @@ def made_by(found: dict) -> list[str]:
         if len(sources) > 1:
             lines[-1] += f": {'; '.join(source['studies'])}"
     return lines
+
+
+def stability(verdicts: Sequence[dict]) -> dict[str, int]:
+    """How many verdicts are `same` on the two halves of the draws, `moved` to another, or `turned`: holds on one half
+    and fails on the other. Those that moved have those that turned among them."""
+    pairs = [tuple(v["halves"]) for v in verdicts]
+    return {"same": sum(a == b for a, b in pairs), "moved": sum(a != b for a, b in pairs),
+            "turned": sum({a, b} == {"holds", "fails"} for a, b in pairs)}
 
 
 def chance(verdicts: Sequence[dict]) -> dict:
@@ -272,13 +292,15 @@ def table(found: dict) -> str:
 
 
 def summary(found: dict) -> str:
-    """How many verdicts are of each kind and how far they can be trusted, in two sentences."""
-    counts = found["chance"]
+    """How many verdicts are of each kind and how far they can be trusted, in three sentences."""
+    counts, halves = found["chance"], found["stability"]
     return (f"Of {counts['verdicts']} verdicts {counts['holds']} hold, {counts['fails']} fail, "
             f"{counts['no difference']} say that there is no difference worth having, and {counts['unclear']} are "
             f"unclear. If nothing had any effect about {counts['expected_clear_by_chance']:g} would be clear by "
             f"chance; where at most one in twenty of the clear ones is to be false (Benjamini and Hochberg), "
-            f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear.")
+            f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear. Decided on each half "
+            f"of the draws alone, {halves['same']} verdicts are the same on both, {halves['moved']} differ, and "
+            f"{halves['turned'] or 'none'} of these turn round, from holds to fails.")
 
 
 def headlines(found: dict) -> str:

@@ -55,8 +55,10 @@ def studies() -> dict[str, Callable[[Bench], list[dict]]]:
     from .decisive import DECISIVE
     from .noise import noise
     from .studies import STUDIES
+    from .waiting import waiting
 
-    return STUDIES | DECISIVE | {"noise": noise} | {f"tuning of {part}": partial(tuning, part=part) for part in PARTS}
+    tunings = {f"tuning of {part}": partial(tuning, part=part) for part in PARTS}
+    return STUDIES | DECISIVE | {"noise": noise, "waiting": waiting} | tunings
 
 
 def code_of(study: Callable) -> str:

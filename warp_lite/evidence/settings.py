@@ -22,6 +22,7 @@ ANCHORS = WarpConfig(iterations=1, runs=1, steps=240, batch_size=8, lr=1e-3, bet
 ANCHOR_BETAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of either anchor
 # The noise map: batch size × learning rate.
 NOISE_GRID = tuple(NOISY.replace(batch_size=batch, lr=lr) for batch in (2, 4, 8, 16, 32) for lr in (3e-4, 1e-3, 3e-3))
+SHORT = 20  # steps of the two runs whose angle predicts what longer ones gain
 # Equal compute: 3,200 completions each, by name.
 EQUAL = {
     "WARP": NOISY.replace(iterations=2),
