@@ -11,7 +11,8 @@ from ..storage.files import read_json
 
 
 def load(name: str = "claims") -> dict:
-    """The committed results: "claims" (verdicts and tables), "tuned" (chosen settings), "noise" (the noise map).
+    """The committed results: "claims" (verdicts and tables), "tuned" (chosen settings), "noise" (the noise map
+    and the law), "coverage" (of intervals, by simulation), "four_draws" (the verdicts that fewer draws gave).
 
     Raises ValueError for a name that has none.
     """

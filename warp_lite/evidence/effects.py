@@ -14,6 +14,7 @@ from .settings import KL_MAX, area
 
 KLS = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5)  # nats at which fronts are compared, highest first
 PROXIES = (1.6, 1.2, 0.8, 0.4)  # proxy rewards at which gold is compared
+POINTS = 60  # of a mean trajectory
 REWARD, AREA = "reward", "reward × nats"
 # A line of a study by its name, by that and what else its rows must have, or by a function of the world.
 Line = str | dict | Callable[[str], str]
@@ -46,11 +47,22 @@ class Rows:
         return row["value"]
 
     def mean_curve(self, line: str | dict, seeds: Sequence[int] | None = None) -> list[dict]:
-        """The mean over seeds and runs of every number at each η, or step."""
+        """The mean over seeds and runs of every number at each η, or step.
+
+        Runs are measured after steps of their own (see `MeasuredSteps`), so their numbers are taken on straight lines
+        between these, at `POINTS` steps at most, up to where the first of them ends.
+        """
         fronts = [front for seed in seeds or self.seeds for front in self.fronts(line, seed)]
-        place = "step" if "step" in fronts[0][0] else "eta"
         numbers = ("kl", "reward", "gold", "length", "distinct", "perplexity")
-        found = []
+        if "step" in fronts[0][0]:
+            steps = sorted({row["step"] for front in fronts for row in front})
+            steps = [step for step in steps if step <= min(max(row["step"] for row in front) for front in fronts)]
+            steps = sorted({*steps[::math.ceil(len(steps) / POINTS)], steps[-1]})
+            columns = {name: np.mean([np.interp(steps, *zip(*sorted((row["step"], row[name]) for row in front)))
+                                      for front in fronts], 0) for name in numbers if name in fronts[0][0]}
+            return [{"step": step, **{name: round(float(column[n]), 5) for name, column in columns.items()}}
+                    for n, step in enumerate(steps)]
+        place, found = "eta", []
         for at in sorted({row[place] for front in fronts for row in front}):
             some = [row for front in fronts for row in front if row[place] == at]
             found.append({place: at, **{name: round(float(np.mean([row[name] for row in some])), 5)

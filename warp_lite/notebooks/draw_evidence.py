@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evidence import drawing, report
+from ..evidence import drawing, law, report
 from ..viewing.plots import COLOURS, KL_LABEL, column
 
 Claims = Mapping[tuple[str, str], Mapping]
@@ -48,6 +48,29 @@ def first_measured(evidence: Mapping, world: str) -> str:
     """From where on the trajectories of the study of merging are known in a world, and not a straight line."""
     first = next(point for point in curve(evidence, world, "merging", "trajectory") if point["step"] > 0)
     return f"{world}: at step {first['step']:g}, {first['kl']:.1f} nats"
+
+
+def changed(claims: Claims, four: Mapping) -> str:
+    """What became of the verdicts that four draws gave, as Markdown: how many moved, which turned, and why."""
+    before = {(old["name"], old["world"]): old for old in four["claims"] if (old["name"], old["world"]) in claims}
+    pairs = {key: (old["by_percentile_bootstrap"], old["by_t"], claims[key]["verdict"]) for key, old in before.items()}
+    clear = ("holds", "fails")
+
+    def counted(index: int) -> str:
+        first = [key for key, verdicts in pairs.items() if verdicts[index] in clear]
+        turned = [key for key in first if pairs[key][2] in clear and pairs[key][2] != pairs[key][index]]
+        lost = [key for key in first if pairs[key][2] not in clear]
+        kept = len(first) - len(turned) - len(lost)
+        names = "; ".join(f"{claims[key]['statement']} ({key[1]})" for key in turned)
+        return (f"{len(first)} verdicts were clear. Now {kept} of them say the same, {len(lost)} are no longer clear "
+                f"and {len(turned) or 'none'} turned round{': ' + names if names else ''}.")
+
+    unclear = [sum(verdicts[index] == "unclear" for verdicts in pairs.values()) for index in (1, 2)]
+    draws = max(claim["draws"] for claim in claims.values())
+    return (f"The same {len(pairs)} claims were once decided on {four['draws']} draws with {four['seeds']} seeds.\n\n"
+            f"- With the percentile bootstrap that was in use: {counted(0)}\n"
+            f"- With Student's t on the means of the same {four['draws']} draws: {counted(1)}\n"
+            f"- Unclear on {four['draws']} draws by t: {unclear[0]}; on {draws} draws: {unclear[1]}.")
 
 
 def of_one_unit(claims: Claims, unit: str) -> list[str]:
@@ -235,6 +258,48 @@ def _draw_predictor(axes: Axes, of_world: Mapping, name: str, words: str) -> Non
     if name == "noise over signal":
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("")
+
+
+def draw_law(noise: Mapping) -> Figure:
+    """The gain that the law says against the gain measured, in each world: fitted cells, and those that test it."""
+    laws = noise["laws"]
+    figure, panels = plt.subplots(1, len(laws), figsize=(5.4 * len(laws), 4.2), layout="constrained", squeeze=False)
+    for axes, of_law in zip(panels[0], laws):
+        fitted = law.Law(of_law["c"]["value"], of_law["alpha"]["value"])
+        for world, of_world in noise["worlds"].items():
+            for half in (True, False):
+                cells = [cell for cell in of_world["cells"] if law.fitting_cells(cell) == half]
+                said = fitted.mean_gain([{**cell, "reach": cell["mean reach"]} for cell in cells])
+                is_fit = half and world == of_law["fitted_in"]
+                colour = COLOURS["slerp" if world == of_law["fitted_in"] else "single"]
+                axes.scatter(said, [cell["gain"]["mean"] for cell in cells], s=28, edgecolors=colour,
+                             facecolors="none" if is_fit else colour,
+                             label=None if half and not is_fit else f"{world}, {'fitted' if is_fit else 'tested'}")
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color="black", lw=0.8, ls=":", label="as the law says")
+        axes.set(xlabel="gain that the law says", ylabel="gain measured", title=f"fitted in {of_law['fitted_in']}")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def law_sentences(noise: Mapping) -> str:
+    """What the law is and how well it says what it was not fitted on, as Markdown: a line a test."""
+    lines = []
+    for of_law in noise["laws"]:
+        words = f"Fitted in {of_law['fitted_in']}: c = {_value(of_law['c'])}, α = {_value(of_law['alpha'])}."
+        for name, test in of_law["tests"].items():
+            rank, squared = test["rank_correlation"], test["r_squared"]
+            where = "On the other half of its cells" if name == "other half" else f"In {name}"
+            says = "it says neither which gain more nor how much"
+            if rank["ci_low"] > 0:
+                says = f"it says which gain more, {'and' if squared['ci_low'] > 0 else 'but not'} how much"
+            words += f" {where} {says} (rank correlation {_value(rank)}, R² {_value(squared)})."
+        lines.append(f"- {words}")
+    return "\n".join(lines)
+
+
+def _value(interval: Mapping) -> str:
+    return f"{interval['value']:.2f} [{interval['ci_low']:.2f}, {interval['ci_high']:.2f}]"
 
 
 def opposite_shares(claims: Claims) -> np.ndarray:
