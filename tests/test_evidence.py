@@ -530,9 +530,19 @@ def test_committed_settings_are_the_best_of_those_that_were_tried():
             assert WarpConfig(**chosen["config"]) == tuning.grids()[purpose][chosen["chosen"]]
 
 
+def test_a_setting_at_the_edge_of_what_was_tried_is_named():
+    found = load("tuned")
+    for purpose, name, value in (("WARP", "lr", 7.5e-5), ("one long run", "beta", 2.4)):
+        moved = json.loads(json.dumps(found))
+        moved["worlds"]["detail"][purpose]["config"][name] = value
+        assert f"detail, {purpose}: {name} = {value:g}" in report.at_an_edge(moved)
+    moved["worlds"] = {"detail": {"WARP": {"config": {"lr": 3e-4, "beta": 0.3}}}}
+    assert report.at_an_edge(moved) == []
+
+
 def test_the_readme_says_what_the_committed_evidence_says(committed):
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert report.headlines(committed) in text
+    assert report.headlines(committed) in text and report.summary(committed) in text
 
 
 def test_evidence_that_is_not_there_is_named():

@@ -21,7 +21,7 @@ from .law import tested_law
 from .noise import PREDICTORS, correlations
 from .runner import provenances, run_units, units_of
 from .settings import EQUAL, KL_MAX
-from .tuning import PARTS, chosen_settings, tuned
+from .tuning import PARTS, chosen_settings, grids, tuned
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
 
@@ -53,6 +53,21 @@ def run_tuning(out: Path, worlds: Sequence[str], workers: int | None = None, pro
     lines = [f"{world:10} {purpose:24} {some['chosen']}" for world, found in chosen.items()
              for purpose, some in found.items()]
     return "\n".join([*lines, f"written: {out / 'tuned.json'}; the claims read warp_lite/evidence/tuned.json"])
+
+
+def at_an_edge(found: dict) -> list[str]:
+    """What was chosen at the edge of what was tried, as "world, purpose: setting": a better one may lie outside.
+
+    `found` is what tuned.json holds.
+    """
+    edges = []
+    for world, purposes in found["worlds"].items():
+        for purpose, chosen in purposes.items():
+            for name in ("lr", "beta"):
+                tried = sorted({getattr(config, name) for config in grids()[purpose].values()})
+                if len(tried) > 1 and chosen["config"][name] in (tried[0], tried[-1]):
+                    edges.append(f"{world}, {purpose}: {name} = {chosen['config'][name]:g}")
+    return edges
 
 
 def run_noise_map(out: Path, worlds: Sequence[str], seeds: Sequence[int], workers: int | None = None,

@@ -68,12 +68,15 @@ def code_of(study: Callable) -> str:
 
 def units_of(names: Sequence[str], worlds: Sequence[str], seeds: Sequence[int],
              lines: Mapping[tuple[str, str], tuple[str, ...] | None] | None = None) -> list[Unit]:
-    """A unit for every study, world and draw that has seeds; `lines` are those asked for, by world and study."""
+    """A unit for every study, world and draw that has seeds; `lines` are those asked for, by world and study.
+
+    Draw by draw, so that what was stopped has every study of the first draws.
+    """
     by_draw: dict[int, list[int]] = {}
     for seed in seeds:
         by_draw.setdefault(draw_of(seed), []).append(seed)
     return [Unit(name, world, draw, tuple(of_draw), (lines or {}).get((world, name)))
-            for name in names for world in worlds for draw, of_draw in by_draw.items()]
+            for draw, of_draw in by_draw.items() for world in worlds for name in names]
 
 
 def run_unit(unit: Unit, folder: Path) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import WarpConfig
 from ..storage.files import read_json
-from .bench import TUNING_SEEDS, Bench
+from .bench import TUNING_SEEDS, Bench, draw_of
 from .settings import (
     ANCHOR_BETAS,
     ANCHORS,
@@ -104,6 +104,7 @@ def chosen_settings(rows: list[dict]) -> dict[str, dict]:
                 scores.setdefault(row["name"], []).extend(row["scores"])
         name = choose(scores)
         found[purpose] = {"chosen": name, "config": dataclasses.asdict(configs[name]), "seeds": list(TUNING_SEEDS),
+                          "draws": [draw_of(seed) for seed in TUNING_SEEDS],
                           "scores": {n: None if None in s else round(float(np.mean(s)), 4) for n, s in scores.items()}}
     return found
 

@@ -209,6 +209,19 @@ def equal_table(evidence: Mapping) -> str:
     return "\n".join(lines)
 
 
+def how_chosen(chosen: Mapping) -> str:
+    """On how many draws the settings were chosen, and which lie at an edge of what was tried; `chosen` is what
+    tuned.json holds."""
+    draws: dict[int, list[str]] = {}
+    for world, purposes in chosen["worlds"].items():
+        for purpose, setting in purposes.items():
+            draws.setdefault(len(setting["draws"]), []).append(f"{world}, {purpose}")
+    few = [f"on {count}: {'; '.join(names)}" for count, names in sorted(draws.items()) if count < max(draws)]
+    edges = report.at_an_edge(chosen)
+    return (f"Settings were chosen on {max(draws)} draws that no verdict uses" + "".join(f", some {one}" for one in few)
+            + f". At an edge of what was tried, where a better one may lie outside: {'; '.join(edges) or 'none'}.")
+
+
 def folded(title: str, table: str) -> str:
     """A table that opens on a click, as Markdown."""
     return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
