@@ -300,3 +300,14 @@ def test_a_point_far_beyond_the_merges_stays_visible_at_the_edge(explorer):
 def test_labels_are_spread_apart_and_keep_their_order():
     assert spread([0.0, 1.0, 50.0], 12) == [0.0, 12.0, 50.0]
     assert spread([5.0, 0.0], 12) == [12.0, 0.0]
+
+
+def test_no_curve_strikes_a_name_through(explorer):
+    explorer.grid = {**explorer.grid, "limit": [{"kl": 0.0, "reward": 0.0, "gold": 0.0},
+                                                {"kl": 1.0, "reward": 1.0, "gold": 1.0}]}
+    axes = draw_picture(explorer.grid, explorer.view, explorer.point()).axes[0]
+    names = {text.get_text(): text for text in axes.texts}
+    names = {name: names[name] for name in ("iteration 1", "iteration 2", "limit")}
+    assert all(text.get_path_effects() for text in names.values())
+    highest = max(line.get_zorder() for line in axes.lines)
+    assert all(text.get_zorder() > highest for text in names.values())

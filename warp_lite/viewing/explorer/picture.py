@@ -15,6 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from ..plots import COLOURS, KL_LABEL, column, iteration_colour, style
@@ -22,6 +23,7 @@ from .grid import View, line_at, shown_kl
 
 ROOT_LABEL = "√(KL to the SFT policy, in nats per sequence)"
 SIZE, DPI = (7.2, 4.6), 100
+HALO = [withStroke(linewidth=3, foreground="white")]  # no curve strikes a name through
 PLACE = (0.1, 0.13, 0.87, 0.7)  # of the axes in the figure: left, bottom, width, height
 
 
@@ -94,7 +96,8 @@ def draw_ground(axes: Axes, grid: dict, view: View) -> None:
         kl, value = across(column(grid["limit"], "kl"), view), column(grid["limit"], name)
         axes.plot(kl, value, color=COLOURS["limit"], ls="--", lw=1.4)
         words = "limit" if name == "reward" else "optimum of the proxy"
-        axes.annotate(words, (kl[-1], value[-1]), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        axes.annotate(words, (kl[-1], value[-1]), xytext=(5, 4), textcoords="offset points", fontsize=9,
+                      path_effects=HALO, zorder=10)
     margin = 0.08 * (high - low) or 1.0
     axes.set(xlim=across(np.array([0.0, widest]), view), ylim=(low - margin, high + margin),
              xlabel=ROOT_LABEL if view.root else KL_LABEL,
@@ -118,6 +121,7 @@ def draw_view(axes: Axes, grid: dict, view: View, point: dict) -> list[Artist]:
         away = (height - axes.transData.transform(ends[i])[1]) * 72 / DPI
         artists.append(axes.annotate(f"iteration {i}", ends[i], xytext=(7, away), va="center", fontsize=9,
                                      textcoords="offset points", color=iteration_colour(i), annotation_clip=False,
+                                     path_effects=HALO, zorder=10,
                                      alpha=1 if i == view.iteration else 0.6))
     kl, value, error, height = (point[key] for key in ("kl", name, "kl_se", f"{name}_se"))
     ends = across(np.array([kl - error, kl, kl + error]), view)
