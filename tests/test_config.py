@@ -6,7 +6,7 @@ import math
 import pytest
 
 from warp_lite import PRESETS, WarpConfig, preset
-from warp_lite.worlds import HUB, TINY
+from warp_lite.worlds import HUB, REAL, TINY
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(WarpConfig)}
 
@@ -18,7 +18,7 @@ def test_the_defaults_and_every_preset_are_valid_and_frozen():
     for name in PRESETS:
         assert preset(name) is PRESETS[name]
         assert dataclasses.replace(preset(name).config) == preset(name).config
-        assert preset(name).world in (*TINY, *HUB) and preset(name).about
+        assert preset(name).world in (*TINY, REAL, *HUB) and preset(name).about
     with pytest.raises(ValueError, match="no preset 'tin'; there are tiny, "):
         preset("tin")
 

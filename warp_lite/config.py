@@ -229,6 +229,12 @@ PRESETS = {
         WarpConfig(steps=100, batch_size=4, lr=1e-3, eta=0.3),
         "batches of 4, so that gradient noise rules and merging gains most",
     ),
+    "smollm2": Preset(
+        "smollm2",
+        WarpConfig(steps=30, batch_size=4, lr=2e-5, beta=0.1, mu=0.02, eta=0.4, max_new_tokens=16, warmup_steps=4,
+                   eval_every=15),
+        "openings of film reviews in plain English, SmolLM2 (135M) by `make real-model`; an hour of two cores",
+    ),
     "gpt2-imdb": Preset("gpt2-imdb", IMDB, "GPT-2 (124M) on film reviews, from the hub; for a GPU", "auto"),
     "gemma-imdb": Preset("gemma-imdb", IMDB, "Gemma 3 (270M) on the same, after a short SFT; for a GPU", "auto"),
 }

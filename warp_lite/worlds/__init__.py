@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 TINY = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3"}
 HUB = ("gpt2-imdb", "gemma-imdb")
+REAL = "smollm2"
 
 
 def load_world(name: str, progress: bool = True, device: str | torch.device = "cpu", small: bool = False) -> World:
-    """The world of that name: "tiny-gpt2", "tiny-gemma", "gpt2-imdb", "gemma-imdb", or a folder that holds one.
+    """The world of that name: "tiny-gpt2", "tiny-gemma", "smollm2", "gpt2-imdb", "gemma-imdb", or a folder that holds
+    one.
 
     A folder has `policy/` (a causal LM with its tokenizer), `reward/` (a reward model or a sequence
     classifier) and `prompts.jsonl` (a "prompt" in each line; as many as `hold_out` says are held out, or what
@@ -34,6 +36,10 @@ def load_world(name: str, progress: bool = True, device: str | torch.device = "c
     device = pick_device(device)
     if name in TINY:
         return reviews_world(TINY[name], progress=progress).to(device)
+    if name == REAL:
+        from .english import english_world
+
+        return english_world(progress, device)
     if name in HUB:
         from .imdb import IMDB, imdb_world
 
@@ -44,7 +50,8 @@ def load_world(name: str, progress: bool = True, device: str | torch.device = "c
         return imdb_world(IMDB[name], progress, device)
     folder = Path(name)
     if not folder.is_dir():
-        raise ValueError(f"there is no world {name!r}: it is neither one of {', '.join([*TINY, *HUB])} nor a folder")
+        names = ", ".join([*TINY, REAL, *HUB])
+        raise ValueError(f"there is no world {name!r}: it is neither one of {names} nor a folder")
     missing = [part for part in ("policy", "reward", "prompts.jsonl") if not (folder / part).exists()]
     if missing:
         raise ValueError(f"the world in {folder} lacks {', '.join(missing)}")
