@@ -142,8 +142,9 @@ def parser() -> argparse.ArgumentParser:
         "claims", help="decide the paper's claims with error bars",
         description="Train what the claims need, for many seeds and draws of two tiny worlds, and write claims.json, "
                     "a table and a figure for each. What is finished in DIR is not run again.")
-    claims.add_argument("--seeds", type=int, default=16, metavar="N",
-                        help="how many RL seeds, each with an SFT policy and a reward model of its own (default: 16)")
+    claims.add_argument("--seeds", type=int, metavar="N",
+                        help="how many RL seeds, each with an SFT policy and a reward model of its own (default: 16); "
+                             "of smollm2, which has one of each, 3")
     claims.add_argument("--seed-offset", type=int, default=0, metavar="K",
                         help="the first seed: 16 for sixteen others (default: 0)")
     claims.add_argument("--only", metavar="NAME", action="append", default=[],
@@ -151,7 +152,8 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("--decisive", action="store_true",
                         help="decide where merging would win, which was predicted, in place of the paper's claims")
     claims.add_argument("--world", metavar="NAME", action="append", default=[],
-                        help="sentiment or detail; may be repeated (default: both)")
+                        help="sentiment or detail; may be repeated (default: both). Or smollm2: a real language "
+                             "model, in hours (`make real-model` installs it)")
     claims.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one a core)")
     claims.add_argument("--tune", action="store_true", help="choose the settings again; writes DIR/tuned.json")
     claims.add_argument("--noise-map", action="store_true",
@@ -338,10 +340,16 @@ def claims_command(arguments: argparse.Namespace) -> int:
     is_ours = (out / "units").is_dir()
     if out.exists() and not is_ours and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there and holds no evidence; name a new folder, or an earlier one to continue")
-    seeds = range(arguments.seed_offset, arguments.seed_offset + arguments.seeds)
-    if arguments.seeds < 1 or arguments.seed_offset < 0:
-        raise ValueError(f"--seeds must be 1 or more and --seed-offset 0 or more, not {arguments.seeds} and "
+    is_real = "smollm2" in arguments.world
+    count = (3 if is_real else 16) if arguments.seeds is None else arguments.seeds
+    if count < 1 or arguments.seed_offset < 0:
+        raise ValueError(f"--seeds must be 1 or more and --seed-offset 0 or more, not {count} and "
                          f"{arguments.seed_offset}")
+    if is_real and (len(arguments.world) > 1 or arguments.only or arguments.tune or arguments.noise_map
+                    or arguments.decisive):
+        raise ValueError("--world smollm2 is an experiment of its own; it takes --seeds, --seed-offset, --workers and "
+                         "--out")
+    seeds = range(arguments.seed_offset, arguments.seed_offset + count)
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers must be 1 or more, not {arguments.workers}")
 
@@ -351,7 +359,11 @@ def claims_command(arguments: argparse.Namespace) -> int:
     chosen = pick(arguments.only, arguments.decisive)
     whole = not arguments.only and not arguments.decisive
     with keeping(f"every finished study is kept in {out}; the same command goes on from there"):
-        if arguments.tune:
+        if is_real:
+            from .evidence.real import run_real
+
+            text = run_real(out, seeds, arguments.workers)
+        elif arguments.tune:
             text = run_tuning(out, arguments.world, arguments.workers)
         elif arguments.noise_map:
             text = run_noise_map(out, arguments.world, seeds, arguments.workers)

@@ -114,7 +114,8 @@ def phases_of(seeds: Sequence[int]) -> list[list[RealUnit]]:
                    RealUnit("geometry", seed, "WARP", 1), RealUnit("texts", seed, "WARP", 1)]
         third += [RealUnit("front", seed, "WARP", 2), RealUnit("front", seed, "batch of 16", 2),
                   RealUnit("texts", seed, "WARP", 2)]
-    return [sorted(units, key=RealUnit.completions, reverse=True) for units in ([RealUnit("sft")], first, second, third)]
+    phases = [RealUnit("sft")], first, second, third
+    return [sorted(units, key=RealUnit.completions, reverse=True) for units in phases]
 
 
 # --- what a unit does ---------------------------------------------------------------------------
