@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evidence import drawing, law, report
+from ..evidence import drawing, report
 from ..viewing.plots import COLOURS, KL_LABEL, column
 
 Claims = Mapping[tuple[str, str], Mapping]
@@ -271,48 +271,6 @@ def _draw_predictor(axes: Axes, of_world: Mapping, name: str, words: str) -> Non
     if name == "noise over signal":
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("")
-
-
-def draw_law(noise: Mapping) -> Figure:
-    """The gain that the law says against the gain measured, in each world: fitted cells, and those that test it."""
-    laws = noise["laws"]
-    figure, panels = plt.subplots(1, len(laws), figsize=(5.4 * len(laws), 4.2), layout="constrained", squeeze=False)
-    for axes, of_law in zip(panels[0], laws):
-        fitted = law.Law(of_law["c"]["value"], of_law["alpha"]["value"])
-        for world, of_world in noise["worlds"].items():
-            for half in (True, False):
-                cells = [cell for cell in of_world["cells"] if law.fitting_cells(cell) == half]
-                said = fitted.mean_gain([{**cell, "reach": cell["mean reach"]} for cell in cells])
-                is_fit = half and world == of_law["fitted_in"]
-                colour = COLOURS["slerp" if world == of_law["fitted_in"] else "single"]
-                axes.scatter(said, [cell["gain"]["mean"] for cell in cells], s=28, edgecolors=colour,
-                             facecolors="none" if is_fit else colour,
-                             label=None if half and not is_fit else f"{world}, {'fitted' if is_fit else 'tested'}")
-        ends = axes.get_xlim()
-        axes.plot(ends, ends, color="black", lw=0.8, ls=":", label="as the law says")
-        axes.set(xlabel="gain that the law says", ylabel="gain measured", title=f"fitted in {of_law['fitted_in']}")
-        axes.legend(fontsize=8)
-    return figure
-
-
-def law_sentences(noise: Mapping) -> str:
-    """What the law is and how well it says what it was not fitted on, as Markdown: a line a test."""
-    lines = []
-    for of_law in noise["laws"]:
-        words = f"Fitted in {of_law['fitted_in']}: c = {_value(of_law['c'])}, α = {_value(of_law['alpha'])}."
-        for name, test in of_law["tests"].items():
-            rank, squared = test["rank_correlation"], test["r_squared"]
-            where = "On the other half of its cells" if name == "other half" else f"In {name}"
-            says = "it says neither which gain more nor how much"
-            if rank["ci_low"] > 0:
-                says = f"it says which gain more, {'and' if squared['ci_low'] > 0 else 'but not'} how much"
-            words += f" {where} {says} (rank correlation {_value(rank)}, R² {_value(squared)})."
-        lines.append(f"- {words}")
-    return "\n".join(lines)
-
-
-def _value(interval: Mapping) -> str:
-    return f"{interval['value']:.2f} [{interval['ci_low']:.2f}, {interval['ci_high']:.2f}]"
 
 
 def opposite_shares(claims: Claims) -> np.ndarray:
