@@ -1,8 +1,12 @@
-"""A real language model from its package: loaded, trained for two steps, merged, measured, and opened again."""
+"""A real language model from its package: loaded, trained for two steps, merged, measured, and opened again.
+
+It takes some 100 seconds of one core and 8.6 GB of memory.
+"""
 
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,7 +18,8 @@ pytest.importorskip("gguf", reason="needs gguf: make real-model")
 pytest.importorskip("vaderSentiment", reason="needs vaderSentiment: make real-model")
 FILE = english.gguf_file()
 pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(FILE is None, reason=f"needs the package {english.PACKAGE_NAME}: make real-model")]
+              pytest.mark.skipif(FILE is None, reason=f"needs the package {english.PACKAGE_NAME}: make real-model"),
+              pytest.mark.skipif(psutil.virtual_memory().available < 9e9, reason="needs 9 GB of free memory")]
 
 SMALL = {"eval_prompts": 4, "max_new_tokens": 5, "samples": 24, "pairs": 16, "judged": 16, "texts": 4, "layers": 1,
          "reward_epochs": 1}
@@ -46,15 +51,16 @@ def test_two_steps_of_two_runs_merge_into_a_front_and_a_folder_that_another_proc
 
     config = WarpConfig(iterations=1, runs=2, steps=2, batch_size=2, lr=2e-5, beta=0.1, max_new_tokens=5, eval_every=0,
                         warmup_steps=0)
-    result = run_warp(world, config=config, out=tmp_path / "run", executor="serial")
+    result = run_warp(world, config=config, executor="serial")
     first, last = result.sft, result.iterations[0].merged
     assert all(torch.isfinite(tensor).all() for tensor in last.values())
     assert any(not torch.equal(first[name], last[name]) for name in first)
-    points = result.front((0, 0.5, 1), samples=1)
+    points = [point for eta in (0, 0.5, 1) for point in result.front((eta,), samples=1)]  # one in memory at a time
     assert [point["eta"] for point in points] == [0, 0.5, 1] and abs(points[0]["kl"]) < 1e-6 < points[2]["kl"]
     assert all({"reward", "gold", "perplexity", "distinct"} <= point.keys() for point in points)
 
-    folder = tmp_path / "run" / "iteration-1" / "merged"
+    folder = tmp_path / "merged"
+    result.save_policy(folder)
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = logits(result.policy(1.0))[0, -1, :8]
