@@ -1,29 +1,33 @@
 """The claims on a real language model, on rows that were invented: no model is needed."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 
 from warp_lite.cli import main
 from warp_lite.evidence import load, real
-from warp_lite.evidence.real_units import LINES, SFT_BETAS_REAL, RealUnit, phases_of
+from warp_lite.evidence.real_units import LINES, PILOT_SEED, SFT_BETAS_REAL, TRACED, RealUnit, mean_angle, phases_of
 from warp_lite.evidence.report import cell
 from warp_lite.storage.provenance import provenance
+from warp_lite.worlds import english
 
 SEEDS = (0, 1, 2)
-NUMBERS = {"gold": 0.0, "length": 12.0, "distinct": 0.6, "perplexity": 9.0}
+LAWS = {"laws": [{"fitted_in": "detail", "c": {"value": 0.9}, "alpha": {"value": 0.0}}]}
 
 
 def numbers(kl, reward, drift):
     """What is measured of a policy; gold follows the reward at half its pace."""
-    return {"kl": kl, "reward": reward, "gold": reward / 2, "length": 12 - drift, "distinct": 0.6 - drift / 10,
-            "perplexity": 9 + drift}
+    return {"kl": kl, "reward": reward, "gold": reward / 2, "length": 12 - drift, "distinct": 0.6 - drift / 10}
 
 
 def front(line, seed, slope, end, **more):
-    return [{"line": line, "seed": seed, "eta": eta, **numbers(end * eta**2, slope * eta + seed / 100, eta), **more}
+    """A front; perplexity is measured of merges and of the larger batch alone."""
+    rows = [{"line": line, "seed": seed, "eta": eta, **numbers(end * eta**2, slope * eta + seed / 100, eta), **more}
             for eta in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    return rows if more else [{**row, "perplexity": 9 * math.exp(row["eta"] / 4)} for row in rows]
 
 
 def path(line, seed, slope, run):
@@ -33,19 +37,22 @@ def path(line, seed, slope, run):
 
 def invented():
     """Units of three seeds: merging gains .5 at the end, a second iteration .25 more, the larger batch as much."""
-    rows = {RealUnit("sft"): [{"line": "θ_sft", "seed": None, "eta": 0.0, **numbers(0.0, 0.0, 0.0)}],
+    rows = {RealUnit("sft"): [{"line": "θ_sft", "seed": None, "eta": 0.0, **numbers(0.0, 0.0, 0.0), "perplexity": 9.0}],
+            RealUnit("pilot", PILOT_SEED, "WARP", 1): [{"line": "short angle", "seed": None, "value": 60.0}],
             RealUnit("limit"): [{"line": "limit", "seed": None, "kl": 1.0, "reward": 2.0},
                                 {"line": "best of n", "seed": None, "kl": 1.0, "reward": 1.5}]}
     for seed in SEEDS:
-        rows |= {RealUnit("front", seed, "WARP", 1, m): front("run", seed, 1.0, 4.0, run=m) for m in (1, 2)}
+        rows |= {RealUnit("front", seed, "WARP", 1, m): front("run", seed, 1.0, 4.0, run=m) for m in (1, 2, 3, 4)}
         rows |= {RealUnit("front", seed, "WARP", 1): front("slerp-4", seed, 1.5, 4.0),
                  RealUnit("front", seed, "LERP", 1): front("lerp-4", seed, 1.25, 3.0),
                  RealUnit("front", seed, "WARP", 2): front("WARP, 2", seed, 1.75, 4.5),
                  RealUnit("front", seed, "batch of 16", 2): front("batch of 16, 2", seed, 1.75, 4.5),
-                 RealUnit("geometry", seed, "WARP", 1): [{"line": "angle", "seed": seed, "value": 80.0 + seed}],
+                 RealUnit("geometry", seed, "WARP", 1): [{"line": "angle", "seed": seed, "value": 80.0 + seed},
+                                                        {"line": "norm of LERP", "seed": seed, "value": 0.65}],
                  RealUnit("texts", seed, "WARP", 2): [{"line": "completion", "seed": seed, "eta": 0.5,
                                                        "prompt": "I saw", "completion": " it.", "reward": 1.0}]}
-        rows |= {RealUnit("run", seed, "WARP", i, m): path("trajectory", seed, 0.8, m) if i == 1 and m <= 2 else []
+        rows |= {RealUnit("run", seed, "WARP", i, m):
+                 path("trajectory", seed, 0.8, m) if i == 1 and m <= TRACED["WARP"] else []
                  for i in (1, 2) for m in (1, 2, 3, 4)}
         rows |= {RealUnit("run", seed, f"SFT, β = {beta:g}", 1, 1): path(f"SFT, β = {beta:g}", seed, 0.4 + beta, 1)
                  for beta in SFT_BETAS_REAL}
@@ -65,9 +72,11 @@ def test_every_claim_is_decided_with_a_statement_and_seeds_are_what_the_interval
     assert all(claim["statement"] and claim["seeds"] == claim["draws"] == 3 for claim in by_name.values())
     verdicts = {name: claim["verdict"] for name, claim in by_name.items()}
     assert verdicts["4-runs-against-1"] == verdicts["iteration-2-reach"] == verdicts["gold"] == "holds"
+    assert verdicts["liti-one"] == verdicts["norm-lerp"] == "holds"
     assert verdicts["diversity"] == verdicts["forgetting"] == "holds" and verdicts["length"] == "fails"
     assert verdicts["equal-batch-of-16"] == "no difference"
     assert by_name["angle"]["effect"] == pytest.approx(81.0)
+    assert by_name["forgetting"]["effect"] == pytest.approx(0.25)  # nats a token
     assert "seeds, which share" in report["interval"]
 
 
@@ -83,7 +92,11 @@ def test_every_front_and_path_starts_at_the_sft_policy(report):
         first = [row for row in rows if row["line"] == line and row["seed"] == 1 and row["eta"] == 0]
         assert first and all(row["kl"] == row["reward"] == 0 for row in first)
     starts = [row for row in rows if row["line"] == "trajectory" and row["seed"] == 2 and row["step"] == 0]
-    assert [row["run"] for row in starts] == [1, 2]
+    assert [row["run"] for row in starts] == [1]
+    for row in rows:  # a start has the numbers of its line, so that a mean curve finds them in every row
+        same = [other for other in rows if other.get("kl") is not None and (other["line"], other["seed"]) == (
+            row["line"], row["seed"]) and other["seed"] is not None]
+        assert all(other.keys() == same[0].keys() for other in same)
     assert report["curves"]["slerp-4"][0]["eta"] == 0 and len(report["completions"]) == len(SEEDS)
     assert report["limit"][0]["reward"] == 2.0 and report["best_of_n"][0]["reward"] == 1.5
 
@@ -95,22 +108,88 @@ def test_what_a_line_costs_is_of_one_seed(report):
     assert warp["steps_in_sequence"] == LINES["WARP"].iterations * LINES["WARP"].steps
 
 
-def test_a_prediction_holds_what_both_tiny_worlds_say_and_came_true_where_the_effect_lies_in_it():
-    entry = {"name": "4-runs-against-1", "unit": "reward", "ci_low": 0.1, "ci_high": 0.3}
-    tiny = {"draws": [1], "claims": [entry, {**entry, "ci_low": 0.2, "ci_high": 0.6},
-                                     {**entry, "name": "length", "unit": "tokens", "ci_low": -2, "ci_high": 3},
-                                     {**entry, "name": "liti-one", "ci_low": None, "ci_high": None}]}
-    laws = [{"fitted_in": "detail", "c": {"value": 0.9}, "alpha": {"value": 0.0}}]
-    predicted = real.predictions(tiny, {"laws": laws})
-    assert predicted["claims"] == {"4-runs-against-1": {"low": 0.1, "high": 0.6, "sign": "above"},
-                                   "length": {"low": -2, "high": 3, "sign": "either"}}
+def curve(study, line, **ends):
+    return {"study": study, "line": line, "points": [{"eta": eta, **{name: value[n] for name, value in ends.items()}}
+                                                     for n, eta in enumerate((0.0, 1.0))]}
+
+
+def tiny(low=0.1, high=0.3, angles=(60.0, 90.0)):
+    """What claims.json holds where two worlds give every claim two intervals, and the curves two ends."""
+    names = {claim.name for claim in real.REAL_CLAIMS}
+    second = {"line": "WARP", "iteration": 2}
+    return {"draws": [1, 2], "claims": [
+        *({"name": name, "ci_low": low, "ci_high": high} for name in names - {"angle"}),
+        *({"name": name, "ci_low": 2 * low, "ci_high": 2 * high} for name in names - {"angle"}),
+        {"name": "angle", "ci_low": angles[0], "ci_high": angles[1]},
+        {"name": "length", "ci_low": None, "ci_high": None}],  # of one draw alone
+        "curves": [curve("equal", "WARP", perplexity=(4, 8)), curve("equal", "WARP", perplexity=(4, 6)),
+                   curve("iterations", second, gold=(0.5, 1.5)), curve("iterations", second, gold=(0, 2))]}
+
+
+def test_a_prediction_holds_what_both_tiny_worlds_say_and_gives_its_reason_and_sign():
+    predicted = real.predictions(tiny())["claims"]
+    assert set(predicted) == {claim.name for claim in real.REAL_CLAIMS}
+    assert all(one["low"] <= one["high"] and one["because"] and "\n" not in one["because"]
+               for one in predicted.values())
+    assert (predicted["liti-one"]["low"], predicted["liti-one"]["high"], predicted["liti-one"]["sign"]) == (
+        0.1, 0.6, "above")
+    interval = {name: [one["low"], one["high"]] for name, one in predicted.items()}
+    assert interval["equal-batch-of-16"] == [0.025, 0.15]  # areas over 4 nats
+    assert interval["norm-lerp"] == [0.5, round(math.sqrt(2.5 / 4), 4)]  # at right angles, and at 60°
+    assert interval["forgetting"] == pytest.approx([math.log(1.5), math.log(2)], abs=1e-4)
+    assert interval["gold"] == [1.0, 2.0]
+    assert real.predictions(tiny(-0.1))["claims"]["length"]["sign"] == "either"
+    assert real.predictions(tiny(-0.3, -0.1))["claims"]["length"]["sign"] == "below"
+    with pytest.raises(ValueError, match="no interval of the claim '4-runs-against-1'"):
+        real.predictions({"draws": [], "claims": [], "curves": []})
+
+
+def test_the_committed_predictions_are_of_every_claim_and_of_the_evidence_that_they_name():
+    committed = load("predictions")
+    assert set(committed["claims"]) == {claim.name for claim in real.REAL_CLAIMS}
+    if committed["draws"] == load("claims")["draws"]:  # else of evidence as it was before the experiment ran
+        assert committed == real.predictions(load("claims"))
+
+
+def test_a_prediction_came_true_where_the_effect_lies_in_it_and_its_sign_where_on_its_side():
+    def came(**changed):
+        predicted = real.predictions(tiny())
+        predicted["claims"]["length"] |= changed  # the invented lengths fall by one token
+        return next((claim["came_true"], claim["sign_came_true"])
+                    for claim in real.real_report(invented(), SEEDS, predicted)["claims"] if claim["name"] == "length")
+
+    assert came(low=-2, high=-0.5, sign="below") == (True, True)
+    assert came(low=-0.5, high=-0.1, sign="below") == (False, True)
+    assert came(low=0.5, high=1, sign="above") == (False, False)
+    assert came(low=-2, high=1, sign="either") == (True, None)
+
+
+def test_a_claim_without_an_effect_has_no_outcome():
+    low = [{**unit, "rows": [{**row, "kl": row["kl"] / 100} if "kl" in row else row for row in unit["rows"]]}
+           for unit in invented()]  # no front gets to the lowest KL
+    found = real.real_report(low, SEEDS, load("predictions"), LAWS)
+    claim = next(claim for claim in found["claims"] if claim["name"] == "4-runs-against-1")
+    assert claim["verdict"] == "unclear" and claim["came_true"] is claim["sign_came_true"] is None
+    assert found["law"]["predicted"] is None and "no KL that every seed reaches" in real.real_table(found)
+
+
+def test_the_law_says_what_merging_gains_by_the_angle_of_the_pilot():
     share = 0.5 / (0.5 + 0.5 / 4)  # two short runs at 60°
-    assert real.predicted_gains(predicted["laws"], 60.0, 4.0) == pytest.approx(
-        {"detail": 0.9 * 2 * (np.sqrt(share) - np.sqrt(0.5))})
-    came = {claim["name"]: claim["came_true"] for claim in real.real_report(invented(), SEEDS, predicted)["claims"]}
-    assert came["4-runs-against-1"] is True and came["length"] is True and came["liti-one"] is None
-    predicted["claims"]["length"]["low"] = 0.0
-    assert real.real_report(invented(), SEEDS, predicted)["claims"][10]["came_true"] is False
+    gain = 0.9 * 2 * (np.sqrt(share) - np.sqrt(0.5))
+    assert real.predicted_gain(60.0, 32, 4.0, LAWS) == {"detail": pytest.approx(gain, abs=1e-4)}
+    assert real.predicted_gain(60.0, 32, 4.0, {"worlds": {}}) is None
+    found = real.real_report(invented(), SEEDS, load("predictions"), LAWS)
+    law = found["law"]
+    assert law["short_angle"] == 60.0 and law["kl"] == 4.0 and law["predicted"] == {"detail": round(float(gain), 4)}
+    assert law["measured"] == pytest.approx(0.5) and "it gained +0.50" in real.real_table(found)
+    without = real.real_report(invented(), SEEDS, load("predictions"), {"worlds": {}})
+    assert without["law"]["predicted"] is None and "noise map has none" in real.real_table(without)
+
+
+def test_the_mean_angle_is_of_weight_matrices_alone():
+    init = {"matrix": torch.zeros(1, 2), "bias": torch.zeros(2)}
+    along, across = ({"matrix": torch.tensor([row]), "bias": torch.ones(2)} for row in ([1.0, 0.0], [0.0, 3.0]))
+    assert mean_angle(init, [along, across]) == pytest.approx(90.0)
 
 
 def test_the_table_has_a_row_a_claim_with_what_was_predicted(report, tmp_path, monkeypatch):
@@ -120,8 +199,10 @@ def test_the_table_has_a_row_a_claim_with_what_was_predicted(report, tmp_path, m
     assert (tmp_path / "smollm2.md").read_text() in text
     for claim in found["claims"]:
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {claim['statement']} |")]
-        assert cell(claim) in row
-    assert "| WARP | 80 | 320 | 1280 | 0.2 |" in text
+        assert cell(claim) in row and claim["because"] in row and f"{claim['prediction'][0]:+.2f} to" in row
+    steps = 2 * LINES["WARP"].steps
+    assert f"| WARP | {steps} | 320 | 1280 | 0.2 |" in text
+    assert f"{found['cpu_hours']:g} hours of one core in all" in text
 
 
 def test_units_depend_on_none_of_their_own_phase_or_later():
@@ -145,3 +226,15 @@ def test_the_command_refuses_options_that_the_real_world_has_not(tmp_path, capsy
         error = capsys.readouterr().err
         assert "--world smollm2 is an experiment of its own" in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "vaderSentiment"])
+def test_the_command_without_the_package_is_one_line_and_writes_nothing(part, monkeypatch, tmp_path, capsys):
+    spec = english.find_spec
+    monkeypatch.setattr(english, "find_spec", lambda name: None if name == part else spec(name) or True)
+    monkeypatch.setattr(english, "gguf_file", lambda: None)
+    monkeypatch.setattr(english, "FeelingReward", english.FeelingReward if part != "model" else lambda: None)
+    monkeypatch.setattr(english, "HUB_REPOSITORY", "nobody/absent")
+    assert main(["claims", "--world", "smollm2", "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and english.INSTALL in error and not (tmp_path / "new").exists()

@@ -6,7 +6,8 @@ noise of the RL runs alone. With three seeds it is 4.3 standard errors wide on e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,117 +16,210 @@ from ..worlds import REAL
 from . import load
 from .claims import Claim, decide
 from .decisive import best_of_others
-from .effects import Rows, at_one_kl, ends, plain
+from .effects import Effect, Rows, at_one_kl, ends, plain
 from .law import Law
 from .real_units import LINES, SFT_BETAS_REAL, WARP, run_real_units
 from .report import cell
 from .runner import provenances
-from .settings import SHORT
+from .settings import KL_MAX
 
 SECOND = "WARP, 2"  # the line of the second iteration's merge
+ONE = {"line": "run", "run": 1}  # the front of the run whose trajectory is measured
 COVERS = ("Student's t over seeds, which share one SFT policy and one reward model: it covers the noise of the RL "
           "runs, not what another model or reward model would do")
 
 
-def _claim(name, statement, effect, rule="above", unit="reward", null=0.0, margin=0.0, lines=()) -> Claim:
-    return Claim(name, "–", statement, "real", effect, rule, unit, null, margin, lines)
+def _claim(name, statement, effect, rule="above", unit="reward", null=0.0, margin=0.0) -> Claim:
+    return Claim(name, "–", statement, "real", effect, rule, unit, null, margin)
+
+
+def growth(line: str, kind: str) -> Callable[[Rows], Effect]:
+    """The effect of a line: the logarithm of a number at η = 1 over that at η = 0. Of a perplexity: the nats a token
+    that a held-out text costs more."""
+    def effect(rows: Rows) -> Effect:
+        found = {}
+        for seed in rows.seeds:
+            (front,) = rows.fronts(line, seed)
+            at = {row["eta"]: row[kind] for row in front}
+            found[seed] = math.log(at[1.0] / at[0])
+        return Effect(found)
+    return effect
 
 
 REAL_CLAIMS: tuple[Claim, ...] = (
-    _claim("4-runs-against-1", "LITI of 4 merged policies is above that of 1 at one KL", at_one_kl("slerp-4", "run"),
-           lines=("slerp-4", "run")),
-    _claim("liti-trajectory-4", "LITI of four merged policies is above the runs' trajectories at one KL",
-           at_one_kl("slerp-4", "trajectory"), lines=("slerp-4", "trajectory")),
-    _claim("liti-one", "LITI of one run is above its own trajectory at one KL", at_one_kl("run", "trajectory"),
-           lines=("run", "trajectory")),
-    _claim("slerp-lerp-reward", "At η = 1 SLERP of four has more reward than LERP", ends("slerp-4", "lerp-4", "reward"),
-           lines=("slerp-4", "lerp-4")),
+    _claim("4-runs-against-1", "LITI of 4 merged policies is above that of 1 at one KL", at_one_kl("slerp-4", "run")),
+    _claim("liti-trajectory-4", "LITI of four merged policies is above a run's trajectory at one KL",
+           at_one_kl("slerp-4", "trajectory")),
+    _claim("liti-one", "LITI of one run is above its own trajectory at one KL", at_one_kl(ONE, "trajectory")),
+    _claim("slerp-lerp-reward", "At η = 1 SLERP of four has more reward than LERP",
+           ends("slerp-4", "lerp-4", "reward")),
     _claim("slerp-lerp-front", "At one KL SLERP of four has more reward than LERP, η past 1 included",
-           at_one_kl("slerp-4", "lerp-4"), lines=("slerp-4", "lerp-4")),
+           at_one_kl("slerp-4", "lerp-4")),
     _claim("iteration-2-reach", "Iteration 2 reaches a higher reward than iteration 1",
-           ends(SECOND, "slerp-4", "reward"), lines=(SECOND, "slerp-4")),
-    _claim("iteration-2-front", "Iteration 2 is above iteration 1 at one KL", at_one_kl(SECOND, "slerp-4"),
-           lines=(SECOND, "slerp-4")),
+           ends(SECOND, "slerp-4", "reward")),
+    _claim("iteration-2-front", "Iteration 2 is above iteration 1 at one KL", at_one_kl(SECOND, "slerp-4")),
     _claim("ema-anchor", "An EMA anchor gives more reward than an SFT anchor (the β that is best on the other seeds) "
            "at one KL", best_of_others(["trajectory"], [f"SFT, β = {beta:g}" for beta in SFT_BETAS_REAL])),
     _claim("equal-batch-of-16", "At equal samples WARP is above one run with batches of 16 at one KL",
-           at_one_kl(SECOND, "batch of 16, 2"), lines=(SECOND, "batch of 16, 2")),
+           at_one_kl(SECOND, "batch of 16, 2")),
     _claim("angle", "Task vectors of weight matrices are at right angles (to 15°)", plain("angle"), "within", "degrees",
            90.0, 15.0),
-    _claim("length", "Length grows along the front", ends(SECOND, None, "length"), unit="tokens", lines=(SECOND,)),
-    _claim("diversity", "Diversity falls along the front", ends(SECOND, None, "distinct"), "below", "share of pairs",
-           lines=(SECOND,)),
-    _claim("forgetting", "Perplexity of the SFT policy's own samples grows along the front",
-           ends(SECOND, None, "perplexity"), unit="per token", lines=(SECOND,)),
-    _claim("gold", "Gold reward rises with the proxy along the front", ends(SECOND, None, "gold"), unit="gold reward",
-           lines=(SECOND,)),
+    _claim("norm-lerp", "LERP of four loses norm", plain("norm of LERP"), "below", "share of the mean norm", 1.0),
+    _claim("length", "Length grows along the front", ends(SECOND, None, "length"), unit="tokens"),
+    _claim("diversity", "Diversity falls along the front", ends(SECOND, None, "distinct"), "below", "share of pairs"),
+    _claim("forgetting", "The SFT policy's own samples cost more nats a token along the front",
+           growth(SECOND, "perplexity"), unit="nats"),
+    _claim("gold", "Gold reward rises with the proxy along the front", ends(SECOND, None, "gold"), unit="gold reward"),
 )
 
 
-def predictions(evidence: Mapping, noise: Mapping | None = None) -> dict:
-    """What the tiny worlds predict, by claim: an interval that holds the intervals of both, and its sign.
+# --- what the tiny worlds predict ---------------------------------------------------------------
 
-    `evidence` is what claims.json holds. Claims that it lacks, or decides in another unit, have no prediction. `noise`
-    is what noise.json holds: its law predicts the gain of merging from the angle of two short runs.
+
+def hull(evidence: Mapping, name: str) -> tuple[float, float]:
+    """The least interval that holds those of a claim in both tiny worlds; `evidence` is what claims.json holds.
+
+    Raises ValueError where neither world has one.
+    """
+    tiny = [entry for entry in evidence["claims"] if entry["name"] == name and entry["ci_low"] is not None]
+    if not tiny:
+        raise ValueError(f"the tiny worlds have no interval of the claim {name!r}, so nothing is predicted by it")
+    return min(entry["ci_low"] for entry in tiny), max(entry["ci_high"] for entry in tiny)
+
+
+def along_the_front(evidence: Mapping, study: str, line: str | dict, kind: str,
+                    change: Callable[[float, float], float]) -> tuple[float, float]:
+    """The least interval that holds, in both tiny worlds, the `change` of a number from η = 0 to 1 of a mean front.
+
+    Mean curves have no interval of their own, so this one is narrower than those of claims.
+    """
+    found = [change(*({point["eta"]: point[kind] for point in curve["points"]}[eta] for eta in (0.0, 1.0)))
+             for curve in evidence["curves"] if (curve["study"], curve["line"]) == (study, line)]
+    return min(found), max(found)
+
+
+def four_at(degrees: float) -> float:
+    """The norm of the mean of four vectors of one length at that angle to one another, as a share of theirs."""
+    return math.sqrt((1 + 3 * math.cos(math.radians(degrees))) / 4)
+
+
+def _batch_of_16(evidence: Mapping) -> tuple[float, float]:
+    low, high = hull(evidence, "equal-batch-of-16")
+    return low / KL_MAX, high / KL_MAX
+
+
+def _norm(evidence: Mapping) -> tuple[float, float]:
+    low, high = hull(evidence, "angle")
+    return four_at(high), four_at(low)
+
+
+# What predicts a claim that the tiny worlds decide in another way, and why; the others have the hull of their own.
+_SAME = "holds the 95 % intervals of this claim in both tiny worlds"
+_OTHERWISE: Mapping[str, tuple[Callable[[Mapping], tuple[float, float]], str]] = {
+    "equal-batch-of-16": (_batch_of_16, f"holds the intervals of the difference in area, over its {KL_MAX:g} nats"),
+    "norm-lerp": (_norm, "what four vectors at the angles predicted leave: √((1 + 3 cos α) / 4)"),
+    "forgetting": (lambda evidence: along_the_front(evidence, "equal", "WARP", "perplexity",
+                                                    lambda start, end: math.log(end / start)),
+                   "holds both worlds' means for WARP of two iterations, settings of equal samples"),
+    "gold": (lambda evidence: along_the_front(evidence, "iterations", {"line": "WARP", "iteration": 2}, "gold",
+                                              lambda start, end: end - start),
+             "holds both worlds' means for the second iteration of WARP"),
+}
+
+
+def predictions(evidence: Mapping) -> dict:
+    """What the tiny worlds predict of each claim: the interval `low` to `high` of effects, why, and the side of the
+    claim's null that all of it lies on ("above", "below" or "either"). By which draws of them, in `draws`.
+
+    `evidence` is what claims.json holds. The committed predictions.json was made by this before the experiment ran, and
+    is made again only before it. Raises ValueError for evidence that lacks a claim.
     """
     found = {}
     for claim in REAL_CLAIMS:
-        tiny = [entry for entry in evidence["claims"] if entry["name"] == claim.name and entry["unit"] == claim.unit
-                and entry["ci_low"] is not None]
-        if tiny:
-            low, high = min(entry["ci_low"] for entry in tiny), max(entry["ci_high"] for entry in tiny)
-            sign = "either" if low <= claim.null <= high else "above" if low > claim.null else "below"
-            found[claim.name] = {"low": round(low, 4), "high": round(high, 4), "sign": sign}
-    laws = {law["fitted_in"]: {"c": law["c"]["value"], "alpha": law["alpha"]["value"]}
-            for law in (noise or {}).get("laws", [])}
-    return {"from_draws": len(evidence["draws"]), "claims": found, "laws": laws, "short_steps": SHORT}
+        interval, because = _OTHERWISE.get(claim.name, (lambda evidence, name=claim.name: hull(evidence, name), _SAME))
+        low, high = interval(evidence)
+        sign = "either" if low <= claim.null <= high else "above" if low > claim.null else "below"
+        found[claim.name] = {"low": round(low, 4), "high": round(high, 4), "sign": sign, "because": because}
+    return {"draws": evidence["draws"], "claims": found}
 
 
-def predicted_gains(laws: Mapping[str, Mapping], short_angle: float, kl: float) -> dict[str, float]:
-    """The reward at `kl` nats that merging four adds, by the law fitted in each tiny world, from the angle in degrees
-    of two runs of `SHORT` steps of the real model."""
-    return {world: float(Law(law["c"], law["alpha"]).gain(short_angle, WARP.steps, kl)) for world, law in laws.items()}
+def predicted_gain(short_angle: float, steps: int, kl: float, noise: Mapping | None = None) -> dict[str, float] | None:
+    """The reward that merging four adds at `kl` nats over single runs of so many steps, by the law that each tiny world
+    fits, from the angle in degrees of two runs of `settings.SHORT` steps.
+
+    `noise` is what noise.json holds, the committed one where it is None. None where that has no law.
+    """
+    laws = (load("noise") if noise is None else noise).get("laws")
+    if not laws:
+        return None
+    return {law["fitted_in"]: round(float(Law(law["c"]["value"], law["alpha"]["value"]).gain(short_angle, steps, kl)),
+                                    4) for law in laws}
+
+
+# --- and what came of it ------------------------------------------------------------------------
 
 
 def with_starts(kept: Sequence[Mapping]) -> list[dict]:
-    """The rows of all units; every front and trajectory starts at θ_sft, which is measured once."""
+    """The rows of all units; every front and trajectory starts at θ_sft, which is measured once.
+
+    A start has the numbers that the rest of its line has: perplexity is measured of few.
+    """
     rows = [row for unit in kept for row in unit["rows"]]
     start = next(row for row in rows if row["line"] == "θ_sft")
-    numbers = {name: value for name, value in start.items() if name not in ("line", "seed", "eta")}
     found = []
     for place in ("eta", "step"):
-        lines = {(row["line"], row["seed"], row.get("run")) for row in rows
+        lines = {(row["line"], row["seed"], row.get("run")): row for row in rows
                  if place in row and "kl" in row and row["seed"] is not None}
-        found += [{"line": line, "seed": seed, **({} if run is None else {"run": run}), place: 0, **numbers}
-                  for line, seed, run in sorted(lines, key=str)]
+        found += [{**{name: start[name] for name in row if name in start}, "line": line, "seed": seed,
+                   **({} if run is None else {"run": run}), place: 0}
+                  for (line, seed, run), row in sorted(lines.items(), key=lambda item: str(item[0]))]
     return found + [row for row in rows if row["line"] != "θ_sft"]
 
 
-def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mapping) -> dict:
+def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mapping,
+                noise: Mapping | None = None) -> dict:
     """What smollm2.json holds: verdicts beside predictions, curves, completions, the limit, and what each line cost.
 
-    A claim `came_true` where its effect lies in the interval that was predicted; None without a prediction or effect.
+    A claim `came_true` where its effect lies in the interval that was predicted, and its `sign_came_true` where it lies
+    on the side of the null that all of that interval does. Both are None without an effect, the latter also where the
+    interval has both sides. `noise` is what noise.json holds, the committed one where it is None.
     """
     rows = with_starts(kept)
     by_seed = [row for row in rows if row["seed"] is not None and row["line"] != "completion"]
     evidence = Rows(REAL, by_seed)
-    claims = []
-    for claim in REAL_CLAIMS:
-        expected = predicted["claims"].get(claim.name)
-        if expected:
-            claim = replace(claim, prediction=(expected["low"], expected["high"]))
-        entry = decide(claim, evidence)
-        known = expected and entry["effect"] is not None
-        claims.append({**entry, "came_true": expected["low"] <= entry["effect"] <= expected["high"] if known else None})
+    claims = [outcome_of(decide(replace(claim, prediction=(expected["low"], expected["high"])), evidence), expected)
+              for claim in REAL_CLAIMS for expected in (predicted["claims"][claim.name],)]
     lines = sorted({row["line"] for row in by_seed if "kl" in row})
     return {
-        "world": REAL, "seeds": list(seeds), "interval": COVERS, "claims": claims, "predictions": dict(predicted),
+        "world": REAL, "seeds": list(seeds), "interval": COVERS, "claims": claims,
+        "predicted_by_draws": predicted["draws"], "law": law_outcome(rows, claims, noise),
         "curves": {line: evidence.mean_curve(line) for line in lines},
         "limit": [row for row in rows if row["line"] == "limit"],
         "best_of_n": [row for row in rows if row["line"] == "best of n"],
         "completions": [row for row in rows if row["line"] == "completion"], "costs": costs(kept),
+        "cpu_hours": round(sum(unit["cpu_seconds"] for unit in kept) / 3600, 2),
         "provenance": provenances([{"world": REAL, "study": unit["unit"]["kind"], "provenance": unit["provenance"]}
                                    for unit in kept])}
+
+
+def outcome_of(entry: dict, expected: Mapping) -> dict:
+    """A claim decided on the real model, with why its effect was expected and whether that came true."""
+    effect, side = entry["effect"], expected["sign"]
+    came_true = None if effect is None else expected["low"] <= effect <= expected["high"]
+    sign = None if effect is None or side == "either" else (effect > entry["null"]) == (side == "above")
+    return {**entry, "because": expected["because"], "sign": side, "came_true": came_true, "sign_came_true": sign}
+
+
+def law_outcome(rows: Sequence[Mapping], claims: Sequence[Mapping], noise: Mapping | None = None) -> dict:
+    """What the law says that merging four gains, from the pilot's angle, beside what was measured at the same KL.
+
+    `predicted` is None where the noise map has no law, or no level is reached by all seeds.
+    """
+    gain = next(claim for claim in claims if claim["name"] == "4-runs-against-1")
+    angle, kl = next(row["value"] for row in rows if row["line"] == "short angle"), gain.get("level")
+    return {"short_angle": angle, "steps": WARP.steps, "kl": kl, "measured": gain["effect"],
+            "ci_low": gain["ci_low"], "ci_high": gain["ci_high"],
+            "predicted": None if kl is None else predicted_gain(angle, WARP.steps, kl, noise)}
 
 
 def costs(kept: Sequence[Mapping]) -> list[dict]:
@@ -143,18 +237,30 @@ def costs(kept: Sequence[Mapping]) -> list[dict]:
 
 
 def real_table(found: Mapping) -> str:
-    """Claims, predictions and outcomes as Markdown, and what each line cost."""
-    lines = ["| claim | predicted by the tiny worlds | on the real model | came true |", "|---|---|---|---|"]
-    for claim in found["claims"]:
-        prediction = claim.get("prediction")
-        words = f"{prediction[0]:+.2f} to {prediction[1]:+.2f}" if prediction else "–"
-        lines.append(f"| {claim['statement']} | {words} | {cell(claim)} | "
-                     f"{ {True: 'yes', False: 'no', None: '–'}[claim['came_true']]} |")
-    lines += ["", f"{len(found['seeds'])} seeds. Intervals: {found['interval']}.", "",
-              "| line | steps in sequence | steps | samples | hours of one core |", "|---|---|---|---|---|"]
+    """Claims, predictions and outcomes as Markdown, what the law said, and what each line cost."""
+    lines = ["| claim | predicted by the tiny worlds | why | on the real model | came true | its sign |",
+             "|---|---|---|---|---|---|"]
+    words = {True: "yes", False: "no", None: "–"}
+    lines += [f"| {claim['statement']} | {claim['prediction'][0]:+.2f} to {claim['prediction'][1]:+.2f} | "
+              f"{claim['because']} | {cell(claim)} | {words[claim['came_true']]} | {words[claim['sign_came_true']]} |"
+              for claim in found["claims"]]
+    lines += ["", f"{len(found['seeds'])} seeds. Intervals: {found['interval']}.", "", law_sentence(found["law"]), "",
+              "| line | steps in sequence | steps | samples | hours of one core, trajectories measured |",
+              "|---|---|---|---|---|"]
     lines += [f"| {row['line']} | {row['steps_in_sequence']} | {row['steps']} | {row['samples']} | {row['cpu_hours']} |"
               for row in found["costs"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"{found['cpu_hours']:g} hours of one core in all."]) + "\n"
+
+
+def law_sentence(law: Mapping) -> str:
+    """What the law of the noise map said of merging four, beside what it gained."""
+    if law["kl"] is None:
+        return "The law says nothing: there is no KL that every seed reaches."
+    if law["predicted"] is None:
+        return "The law says nothing: the committed noise map has none."
+    said = ", ".join(f"{gain:+.2f} (fitted in {world})" for world, gain in law["predicted"].items())
+    return (f"By two runs at {law['short_angle']:.0f}° in the pilot, merging four was to gain {said} at "
+            f"{law['kl']:g} nats; it gained {law['measured']:+.2f}.")
 
 
 def run_real(out: Path, seeds: Sequence[int], workers: int | None = None, progress: bool = True) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import multiprocessing
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,17 +35,19 @@ from ..training.iteration import MeasuredSteps
 from ..training.run import Run
 from ..warp import finish_iteration
 from ..worlds import REAL, load_world
+from .settings import SHORT
 
 HELD_OUT, TEXTS, LIMIT_SAMPLES_REAL = 48, 32, 96  # prompts and texts measured on, completions a prompt for the limit
-# Settings chosen by a pilot on seed 9000, which is never reported. μ · steps = 1, as in the tiny worlds.
-WARP = WarpConfig(iterations=2, runs=4, steps=40, batch_size=4, lr=2e-5, beta=0.1, mu=0.025, eta=0.4,
+PILOT_SEED = 9000  # chose the settings, and has the short runs whose angle the law reads; no claim is decided by it
+# μ · steps = 1, as in the tiny worlds.
+WARP = WarpConfig(iterations=2, runs=4, steps=32, batch_size=4, lr=2e-5, beta=0.1, mu=0.03, eta=0.4,
                   max_new_tokens=16, warmup_steps=4, eval_every=0)
 WIDE = WARP.replace(runs=1, batch_size=16, merge="none")  # as many samples an iteration, in one run
 SFT_BETAS_REAL = (0.03, 0.1, 0.3)
 LINES = {"WARP": WARP, "batch of 16": WIDE, **{
     f"SFT, β = {beta:g}": WARP.replace(iterations=1, runs=1, merge="none", anchor="sft", beta=beta)
     for beta in SFT_BETAS_REAL}}
-TRACED = {"WARP": 2, "batch of 16": 0, **{name: 1 for name in LINES if name.startswith("SFT")}}  # runs with a path
+TRACED = {"WARP": 1, "batch of 16": 0, **{name: 1 for name in LINES if name.startswith("SFT")}}  # runs with a path
 FRONT_ETAS, FAR_ETAS = (0.2, 0.4, 0.6, 0.8, 1.0), (0.3, 0.6, 1.0, 1.4, 1.8)  # the latter for LERP: shorter steps
 SHOWN_ETAS, SHOWN_PROMPTS = (0.0, 0.25, 0.5, 1.0), 12  # of whose policies the completions are kept
 
@@ -79,10 +81,12 @@ class RealUnit:
         """What it costs, in completions sampled and scored as a measurement does it: a training step of B took as long
         as 5 + 1.6 B of them, where B is 4 and 16."""
         points = {"front": len(FRONT_ETAS), "sft": 1, "texts": 1, "geometry": 0.5, "limit": 0.5 * LIMIT_SAMPLES_REAL}
-        if self.kind != "run":
+        if self.kind in points:
             return round(HELD_OUT * points[self.kind])
         config = LINES[self.line]
-        traced = config.steps / 2 if self.run <= TRACED[self.line] and self.iteration == 1 else 0
+        if self.kind == "pilot":
+            return round(2 * SHORT * (5 + 1.6 * config.batch_size))
+        traced = config.steps if self.run <= TRACED[self.line] and self.iteration == 1 else 0
         return round(config.steps * (5 + 1.6 * config.batch_size) + traced * HELD_OUT)
 
 
@@ -102,7 +106,7 @@ def real_world() -> World:
 
 def phases_of(seeds: Sequence[int]) -> list[list[RealUnit]]:
     """Every unit of those seeds, in groups: those of one depend on the groups before alone. The longest first."""
-    first, second, third = [RealUnit("limit")], [], []
+    first, second, third = [RealUnit("limit"), RealUnit("pilot", PILOT_SEED, "WARP", 1)], [], []
     for seed in seeds:
         for name, config in LINES.items():
             runs = [RealUnit("run", seed, name, i, m) for i in range(1, config.iterations + 1)
@@ -114,7 +118,7 @@ def phases_of(seeds: Sequence[int]) -> list[list[RealUnit]]:
                    RealUnit("geometry", seed, "WARP", 1), RealUnit("texts", seed, "WARP", 1)]
         third += [RealUnit("front", seed, "WARP", 2), RealUnit("front", seed, "batch of 16", 2),
                   RealUnit("texts", seed, "WARP", 2)]
-    phases = [RealUnit("sft")], first, second, third
+    phases = ([RealUnit("sft")], first, second, third)
     return [sorted(units, key=RealUnit.completions, reverse=True) for units in phases]
 
 
@@ -175,8 +179,8 @@ def front_unit(unit: RealUnit, folder: Path) -> list[dict]:
         label = {"line": "run", "run": unit.run}
     else:
         theta = outcome(unit.seed, unit.line, unit.iteration, folder)[0]
-        label = {"line": "slerp-4" if (unit.line, unit.iteration) == ("WARP", 1) else f"{unit.line}, 2"
-                 if unit.iteration == 2 else unit.line}
+        name = "slerp-4" if unit.line == "WARP" else unit.line
+        label = {"line": name if unit.iteration == 1 else f"{unit.line}, 2"}
     rows = measured((liti(sft, theta, eta) for eta in etas), texts)
     return [{**label, "seed": unit.seed, "eta": eta, **row} for eta, row in zip(etas, rows)]
 
@@ -187,19 +191,35 @@ def sft_unit(unit: RealUnit, folder: Path) -> list[dict]:
 
 
 def geometry_unit(unit: RealUnit, folder: Path) -> list[dict]:
-    """Values: the mean angle between the task vectors of four runs over weight matrices, and what SLERP and LERP of the
-    first two leave of their mean norm."""
+    """Values: the mean angle between the task vectors of four runs over weight matrices, in degrees, and what LERP of
+    the four leaves of their mean norm."""
     sft, policies = real_world().sft, policies_of(unit.seed, "WARP", 1, folder)
     matrices = [name for name, tensor in sft.items() if tensor.dim() > 1]
-    degrees = angles({name: sft[name] for name in matrices},
-                     [{name: policy[name] for name in matrices} for policy in policies])
-    apart = ~torch.eye(len(policies), dtype=torch.bool)
-    mean = float(torch.stack([degrees[name][apart].mean() for name in matrices]).mean())
     shorter = task_vector(lerp(sft, policies), sft)
     norms = [task_vector(policy, sft) for policy in policies]
     ratios = [shorter[name].norm() / torch.stack([norm[name].norm() for norm in norms]).mean() for name in matrices]
-    return [{"line": "angle", "seed": unit.seed, "value": mean},
+    return [{"line": "angle", "seed": unit.seed, "value": mean_angle(sft, policies)},
             {"line": "norm of LERP", "seed": unit.seed, "value": float(torch.stack(ratios).mean())}]
+
+
+def pilot_unit(unit: RealUnit, folder: Path) -> list[dict]:
+    """A value: the mean angle between the task vectors of two runs of `SHORT` steps, in degrees."""
+    world, config = real_world(), WARP.replace(seed=unit.seed, steps=SHORT)
+    policies = []
+    for number in (1, 2):  # one after the other: together they need a third more memory
+        run = Run(config, 1, number, world.sft, world.sft, world.reward)
+        (state,) = train_batched(world.policy, world.tokenizer, world.prompts, [run])
+        policies.append(dict(state.policy))
+    return [{"line": "short angle", "seed": None, "value": mean_angle(world.sft, policies)}]
+
+
+def mean_angle(init: Weights, policies: Sequence[Weights]) -> float:
+    """The angle in degrees between two task vectors, in the mean over pairs of policies and weight matrices."""
+    matrices = [name for name, tensor in init.items() if tensor.dim() > 1]
+    degrees = angles({name: init[name] for name in matrices},
+                     [{name: policy[name] for name in matrices} for policy in policies])
+    apart = ~torch.eye(len(policies), dtype=torch.bool)
+    return float(torch.stack([degrees[name][apart].mean() for name in matrices]).mean())
 
 
 def texts_unit(unit: RealUnit, folder: Path) -> list[dict]:
@@ -210,7 +230,8 @@ def texts_unit(unit: RealUnit, folder: Path) -> list[dict]:
     rows = []
     for eta in SHOWN_ETAS:
         (texts,) = sample_completions(world, [liti(world.sft, theta, eta)])
-        judged = [world.reward(prompts, texts), world.gold(prompts, texts)]
+        cut_off = world.tokenizer(texts, add_special_tokens=False)["input_ids"]  # else each would count as ended
+        judged = [world.reward(prompts, texts, cut_off), world.gold(prompts, texts)]
         rows += [{"line": "completion", "seed": unit.seed, "iteration": unit.iteration, "eta": eta, "prompt": prompt,
                   "completion": text, "reward": round(reward, 3), "gold": round(gold, 3)}
                  for prompt, text, reward, gold in zip(prompts, texts, *judged)]
@@ -227,7 +248,7 @@ def limit_unit(unit: RealUnit, folder: Path) -> list[dict]:
               for point in best_of_n_front(rewards=rewards))]
 
 
-def measured(states: object, texts: bool = False) -> list[dict]:
+def measured(states: Iterable[Weights], texts: bool = False) -> list[dict]:
     """Metrics of weights, an iterable of them, one by one, on the held-out prompts: a dict each; with the perplexity of
     the held-out texts or not."""
     return [{name: round(value, 5) for name, value in
@@ -235,8 +256,8 @@ def measured(states: object, texts: bool = False) -> list[dict]:
             for state in states]
 
 
-KINDS = {"run": train_unit, "front": front_unit, "sft": sft_unit, "geometry": geometry_unit, "texts": texts_unit,
-         "limit": limit_unit}
+KINDS = {"run": train_unit, "front": front_unit, "sft": sft_unit, "geometry": geometry_unit, "pilot": pilot_unit,
+         "texts": texts_unit, "limit": limit_unit}
 
 
 # --- and how they are run ---------------------------------------------------------------------
@@ -283,9 +304,9 @@ def run_real_units(seeds: Sequence[int], folder: Path, workers: int = 2, progres
     return [found[unit] for units in phases for unit in units]
 
 
-def in_processes(units: Sequence[RealUnit], folder: Path, workers: int) -> object:
-    """Run units, one process each time, or several; gives each with what it holds as it ends. Ctrl-C keeps those that
-    are finished."""
+def in_processes(units: Sequence[RealUnit], folder: Path, workers: int) -> Iterator[tuple[RealUnit, dict]]:
+    """Run units in this process or in several; gives each with what it holds as it ends. Ctrl-C keeps those that are
+    finished."""
     if workers == 1 or len(units) < 2:
         for unit in units:
             yield unit, run_real_unit(unit, folder)
