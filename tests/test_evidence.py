@@ -546,5 +546,6 @@ def test_the_readme_says_what_the_committed_evidence_says(committed):
 
 
 def test_evidence_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="there is no evidence 'nonsense'; there is claims, coverage, noise, tuned"):
+    names = "claims, coverage, four_draws, noise, predictions, tuned"
+    with pytest.raises(ValueError, match=f"there is no evidence 'nonsense'; there is {names}"):
         load("nonsense")

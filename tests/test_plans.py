@@ -3,12 +3,13 @@
 import matplotlib
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from warp_lite import WarpConfig
 from warp_lite.notebooks import plans
 from warp_lite.notebooks.__main__ import paths
 from warp_lite.notebooks.start import begin, checked_parameters
+from warp_lite.worlds import HUB, REAL, TINY
 
 
 def on_paper(config):
@@ -42,6 +43,34 @@ def test_the_size_of_the_policy_chooses_the_settings(gpt2_policy, gpt2, gemma):
     assert plans.plan("running_example", gpt2_policy, fast=True).steps == 20
     fast = plans.plan("running_example", gpt2, fast=True)
     assert fast.lr == 1e-5 and fast.limit == 128 and fast.steps == 20  # the smaller of both, at its own rate
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return on_paper(LlamaConfig(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True))
+
+
+def test_smollm2_has_settings_of_its_own_for_a_cpu(smollm2, gpt2):
+    assert plans.size_of(smollm2) == 134_515_008  # as published
+    own, of_its_size = (plans.plan("running_example", smollm2, world=world) for world in ("smollm2", ""))
+    assert (own.steps, own.lr) == (24, 2e-5) and of_its_size == plans.plan("running_example", gpt2)
+    assert own.traced == of_its_size.traced  # what it has none of comes from its size
+    assert plans.plan("running_example", smollm2, fast=True, world="smollm2").steps == 20
+    for world, of_notebooks in plans.OF_WORLD.items():
+        assert world in (*TINY, *HUB, REAL)
+        for notebook, settings in of_notebooks.items():
+            assert settings.keys() <= plans.PLANS[notebook].keys()
+    assert max(plans.plan("02_slerp", smollm2, world="smollm2").counts) <= own.runs
+
+
+def test_on_a_cpu_the_minutes_are_those_that_smollm2_took(monkeypatch, smollm2, capsys):
+    monkeypatch.setattr(type(smollm2), "device", torch.device("cpu"))
+    config = WarpConfig(steps=30, batch_size=4, max_new_tokens=16)
+    plans.announce(smollm2, config, 8, 480)
+    seconds = 0.34 * (8 * 30 * (5 + 1.6 * 4) + 480)
+    assert capsys.readouterr().out.startswith(
+        f"estimate for one core, by what SmolLM2 took: about {round(seconds / 60)} min; ")
 
 
 def test_a_real_model_is_announced_and_a_tiny_one_is_not(gpt2_policy, gpt2, gemma, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from warp_lite.cli import main
-from warp_lite.evidence import load, real
+from warp_lite.evidence import load, real, real_units, settings
 from warp_lite.evidence.real_units import LINES, PILOT_SEED, SFT_BETAS_REAL, TRACED, RealUnit, mean_angle, phases_of
 from warp_lite.evidence.report import cell
 from warp_lite.storage.provenance import provenance
@@ -186,6 +186,10 @@ def test_the_law_says_what_merging_gains_by_the_angle_of_the_pilot():
     assert without["law"]["predicted"] is None and "noise map has none" in real.real_table(without)
 
 
+def test_the_pilots_runs_are_as_short_as_those_that_the_law_is_fitted_by():
+    assert real_units.SHORT == settings.SHORT
+
+
 def test_the_mean_angle_is_of_weight_matrices_alone():
     init = {"matrix": torch.zeros(1, 2), "bias": torch.zeros(2)}
     along, across = ({"matrix": torch.tensor([row]), "bias": torch.ones(2)} for row in ([1.0, 0.0], [0.0, 3.0]))
@@ -238,3 +242,32 @@ def test_the_command_without_the_package_is_one_line_and_writes_nothing(part, mo
     assert main(["claims", "--world", "smollm2", "--out", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and english.INSTALL in error and not (tmp_path / "new").exists()
+
+
+def test_every_kind_of_unit_runs_is_reported_and_is_not_run_again(world, monkeypatch, tmp_path, capsys):
+    small = {"steps": 2, "batch_size": 2, "max_new_tokens": 6, "lr": 3e-3, "warmup_steps": 0}
+    monkeypatch.setattr(real_units, "LINES", {name: config.replace(**small) for name, config in LINES.items()})
+    monkeypatch.setattr(real_units, "WARP", real_units.WARP.replace(**small))
+    for name, value in {"SHORT": 2, "HELD_OUT": 8, "TEXTS": 4, "LIMIT_SAMPLES_REAL": 128, "SHOWN_PROMPTS": 3}.items():
+        monkeypatch.setattr(real_units, name, value)
+    monkeypatch.setattr(real_units, "load_world", lambda name: world)
+    real_units.real_world.cache_clear()
+    try:
+        first = real.run_real(tmp_path, [0], 1)
+        units = sum(map(len, phases_of([0])))  # by the first the time of the others is told
+        assert f"{units - 1} units to run, 1 kept in {tmp_path}: about " in capsys.readouterr().out
+        found = json.loads((tmp_path / "smollm2.json").read_text())
+        kept = [path for path in (tmp_path / "units").iterdir() if path.suffix == ".safetensors"]
+        assert len(kept) == sum(LINES[line].iterations * LINES[line].runs for line in ("WARP", "batch of 16"))
+        monkeypatch.setattr(real_units, "train_batched", lambda *arguments: pytest.fail("it trained again"))
+        assert real.run_real(tmp_path, [0], 1) == first
+    finally:
+        real_units.real_world.cache_clear()
+    by_name = {claim["name"]: claim for claim in found["claims"]}
+    assert set(by_name) == {claim.name for claim in real.REAL_CLAIMS}
+    for name in ("angle", "norm-lerp", "length", "diversity", "forgetting", "gold", "slerp-lerp-reward"):
+        assert math.isfinite(by_name[name]["effect"]) and by_name[name]["ci_low"] is None  # one seed has no interval
+    assert 0 < found["law"]["short_angle"] <= 180 and found["limit"] and found["best_of_n"]
+    assert {row["eta"] for row in found["completions"]} == {0.0, 0.25, 0.5, 1.0}
+    assert {"run", "slerp-4", "lerp-4", "WARP, 2", "batch of 16, 2", "trajectory"} < set(found["curves"])
+    assert all(abs(points[0]["kl"]) < 1e-4 for points in found["curves"].values())

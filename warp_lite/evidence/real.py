@@ -196,7 +196,7 @@ def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mappin
         "curves": {line: evidence.mean_curve(line) for line in lines},
         "limit": [row for row in rows if row["line"] == "limit"],
         "best_of_n": [row for row in rows if row["line"] == "best of n"],
-        "completions": [row for row in rows if row["line"] == "completion"], "costs": costs(kept),
+        "completions": [row for row in rows if row["line"] == "completion"], "costs": line_costs(kept),
         "cpu_hours": round(sum(unit["cpu_seconds"] for unit in kept) / 3600, 2),
         "provenance": provenances([{"world": REAL, "study": unit["unit"]["kind"], "provenance": unit["provenance"]}
                                    for unit in kept])}
@@ -222,7 +222,7 @@ def law_outcome(rows: Sequence[Mapping], claims: Sequence[Mapping], noise: Mappi
             "predicted": None if kl is None else predicted_gain(angle, WARP.steps, kl, noise)}
 
 
-def costs(kept: Sequence[Mapping]) -> list[dict]:
+def line_costs(kept: Sequence[Mapping]) -> list[dict]:
     """Of each line: gradient steps one after the other and in all, samples, and hours of one core, of one seed."""
     found = []
     for name, config in LINES.items():

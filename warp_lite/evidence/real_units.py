@@ -26,6 +26,7 @@ from ..averaging.state_dicts import Weights, stack
 from ..config import WarpConfig
 from ..evaluation.limit import best_of_n_front, optimal_front, reference_rewards
 from ..evaluation.metrics import evaluate_many, sample_completions
+from ..policies.forward import make_forward
 from ..storage.files import read_json, write_json
 from ..storage.provenance import json_hash, package_versions, provenance, source_hash
 from ..storage.tensors import load_tensors, save_tensors
@@ -35,10 +36,10 @@ from ..training.iteration import MeasuredSteps
 from ..training.run import Run
 from ..warp import finish_iteration
 from ..worlds import REAL, load_world
-from .settings import SHORT
 
 HELD_OUT, TEXTS, LIMIT_SAMPLES_REAL = 48, 32, 96  # prompts and texts measured on, completions a prompt for the limit
 PILOT_SEED = 9000  # chose the settings, and has the short runs whose angle the law reads; no claim is decided by it
+SHORT = 20  # their steps, as in settings.py, of which no other change is to have finished units run again
 # μ · steps = 1, as in the tiny worlds.
 WARP = WarpConfig(iterations=2, runs=4, steps=32, batch_size=4, lr=2e-5, beta=0.1, mu=0.03, eta=0.4,
                   max_new_tokens=16, warmup_steps=4, eval_every=0)
@@ -76,6 +77,10 @@ class RealUnit:
         shared = {name: repr(value) for name, value in globals().items() if name.isupper() and name != "KINDS"}
         return json_hash([code_of_units(), package_versions(), shared, real_world().folder.name,
                           dataclasses.astuple(self)])
+
+    def keeps_policy(self) -> bool:
+        """Whether other units read the policy that it trains: of a run with the SFT anchor the trajectory is all."""
+        return self.kind == "run" and LINES[self.line].anchor == "ema"
 
     def completions(self) -> int:
         """What it costs, in completions sampled and scored as a measurement does it: a training step of B took as long
@@ -126,9 +131,10 @@ def phases_of(seeds: Sequence[int]) -> list[list[RealUnit]]:
 
 
 def train_unit(unit: RealUnit, folder: Path) -> list[dict]:
-    """One training run; its policy is kept beside the unit's file. Rows: its trajectory, where it is traced."""
+    """One training run; its policy, where others need it, is kept beside the unit's file. Rows: its trajectory, where
+    it is traced."""
     world, config = real_world(), LINES[unit.line].replace(seed=unit.seed)
-    init = world.sft if unit.iteration == 1 else outcome(unit.seed, unit.line, unit.iteration - 1, folder)[1]
+    init = world.sft if unit.iteration == 1 else merge_and_next(unit.seed, unit.line, unit.iteration - 1, folder)[1]
     run = Run(config, unit.iteration, unit.run, init, world.sft, world.reward)
     rows, turn = [], None
     if unit.run <= TRACED[unit.line] and unit.iteration == 1:
@@ -141,7 +147,8 @@ def train_unit(unit: RealUnit, folder: Path) -> list[dict]:
             rows.append({"line": trajectory_name(unit.line), "seed": unit.seed, "run": unit.run, "step": step, **row})
 
     (state,) = train_batched(world.policy, world.tokenizer, world.prompts, [run], on_step)
-    save_tensors(dict(state.policy), unit.path(folder).with_suffix(".safetensors"))
+    if unit.keeps_policy():
+        save_tensors(dict(state.policy), unit.path(folder).with_suffix(".safetensors"))
     return rows
 
 
@@ -162,10 +169,10 @@ def policies_of(seed: int, line: str, iteration: int, folder: Path) -> list[Weig
     return found
 
 
-def outcome(seed: int, line: str, iteration: int, folder: Path) -> tuple[Weights, Weights]:
+def merge_and_next(seed: int, line: str, iteration: int, folder: Path) -> tuple[Weights, Weights]:
     """A line's merge at an iteration and where its next one starts, by its policies and where they started."""
     sft = real_world().sft
-    init = sft if iteration == 1 else outcome(seed, line, iteration - 1, folder)[1]
+    init = sft if iteration == 1 else merge_and_next(seed, line, iteration - 1, folder)[1]
     return finish_iteration(init, policies_of(seed, line, iteration, folder), LINES[line])
 
 
@@ -178,7 +185,7 @@ def front_unit(unit: RealUnit, folder: Path) -> list[dict]:
         theta = policies_of(unit.seed, unit.line, 1, folder)[unit.run - 1]
         label = {"line": "run", "run": unit.run}
     else:
-        theta = outcome(unit.seed, unit.line, unit.iteration, folder)[0]
+        theta = merge_and_next(unit.seed, unit.line, unit.iteration, folder)[0]
         name = "slerp-4" if unit.line == "WARP" else unit.line
         label = {"line": name if unit.iteration == 1 else f"{unit.line}, 2"}
     rows = measured((liti(sft, theta, eta) for eta in etas), texts)
@@ -225,7 +232,7 @@ def mean_angle(init: Weights, policies: Sequence[Weights]) -> float:
 def texts_unit(unit: RealUnit, folder: Path) -> list[dict]:
     """Completions of the same held-out prompts, by the same random numbers, at each of `SHOWN_ETAS`."""
     world = real_world().first(SHOWN_PROMPTS)
-    theta = outcome(unit.seed, unit.line, unit.iteration, folder)[0]
+    theta = merge_and_next(unit.seed, unit.line, unit.iteration, folder)[0]
     prompts = world.eval_prompts.texts
     rows = []
     for eta in SHOWN_ETAS:
@@ -267,6 +274,7 @@ def run_real_unit(unit: RealUnit, folder: Path) -> dict:
     """Run one unit on one thread and keep its rows, with what made them and what it cost; returns what is kept."""
     torch.set_num_threads(1)
     world, path, made_by = real_world(), unit.path(folder), {**provenance(), "code": code_of_units()[:12]}
+    make_forward(world.policy)  # which is tried when it is first asked for, a quarter of a minute
     wall, cpu = time.perf_counter(), time.process_time()
     rows = KINDS[unit.kind](unit, folder)
     config = LINES[unit.line] if unit.kind == "run" else None
@@ -290,9 +298,11 @@ def run_real_units(seeds: Sequence[int], folder: Path, workers: int = 2, progres
     missing = [[unit for unit in units if unit not in found] for units in phases]
     waiting = sum(unit.completions() for units in missing for unit in units)
     hours = waiting / HELD_OUT * found[start]["seconds"] / workers / 3600
+    disk = sum(unit.keeps_policy() for units in missing for unit in units) * real_world().policy.get_memory_footprint()
     if progress and waiting:
         print(f"{sum(map(len, missing))} units to run, {len(found)} kept in {folder}: about {hours:.1f} hours by "
-              f"{workers} processes of one thread each, 9 GB of memory a process", flush=True)
+              f"{workers} processes of one thread each, 9 GB of memory a process, {disk / 1e9:.0f} GB of disk",
+              flush=True)
     with tqdm(total=waiting, unit="completion", desc="evidence", disable=None if progress else True) as bar:
         for units in missing:
             for unit, kept in in_processes(units, folder, workers):
@@ -324,7 +334,7 @@ def in_processes(units: Sequence[RealUnit], folder: Path, workers: int) -> Itera
 def kept_unit(unit: RealUnit, folder: Path) -> dict | None:
     """What is kept of a unit; None where it is not, or its policy is gone that others may need."""
     path = unit.path(folder)
-    if not path.is_file() or unit.kind == "run" and not path.with_suffix(".safetensors").is_file():
+    if not path.is_file() or unit.keeps_policy() and not path.with_suffix(".safetensors").is_file():
         return None
     try:
         return read_json(path)

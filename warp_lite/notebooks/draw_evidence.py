@@ -50,7 +50,7 @@ def first_measured(evidence: Mapping, world: str) -> str:
     return f"{world}: at step {first['step']:g}, {first['kl']:.1f} nats"
 
 
-def changed(claims: Claims, four: Mapping) -> str:
+def since_four_draws(claims: Claims, four: Mapping) -> str:
     """What became of the verdicts that four draws gave, as Markdown: how many moved, which turned, and why."""
     before = {(old["name"], old["world"]): old for old in four["claims"] if (old["name"], old["world"]) in claims}
     pairs = {key: (old["by_percentile_bootstrap"], old["by_t"], claims[key]["verdict"]) for key, old in before.items()}

@@ -1,8 +1,9 @@
-"""How large the notebooks' experiments are, by the size of the policy, and what they should cost on a T4.
+"""How large the notebooks' experiments are, by the size of the policy, and what they should cost.
 
 The tiny policies' settings were chosen by measurement. Those of real models are meant to keep a notebook
 under a quarter of an hour on a T4. No T4 was at hand, so minutes are computed from its data sheet and called
-estimates wherever they are printed.
+estimates wherever they are printed. SmolLM2, which needs no GPU, has settings of its own for a CPU, and minutes by the
+time that its steps and measurements took there.
 """
 
 from __future__ import annotations
@@ -48,6 +49,18 @@ PLANS = {
         "lora_lr": (3e-3, 3e-3, 1e-4, 1e-4),
         "samples": (512, 256, 256, 256), "limit": (512, 128, 128, 128)},
 }
+# What a world has of its own in place of the column of its policy's size: a CPU is to carry smollm2.
+OF_WORLD = {
+    "smollm2": {
+        "running_example": {"steps": 24, "runs": 3, "lr": 2e-5, "eval_every": 12, "limit": 16},
+        "00_kl_and_reward": {"completions": 32},
+        "01_ema_anchor": {"short": 12},
+        "02_slerp": {"counts": (1, 2, 3), "every": 3},
+        "04_warp": {"small_steps": 10, "grid": 3, "etas": (0, 0.5, 1)}},
+}
+# Seconds of one core for a completion that is sampled and measured, a parameter and token of prompt and completion:
+# 0.34 of SmolLM2's, with 16 new tokens after 16, beside other work. A step of a batch B took as long as 5 + 1.6 B.
+CORE = 0.34 / (134_515_008 * 32)
 # A T4 by its data sheet, and the shares of it that code such as this usually reaches
 T4 = {"bytes": 0.5 * 320e9, "operations": 0.4 * 8.1e12, "layer": 3e-4}  # a second; the last: seconds of launches
 
@@ -57,14 +70,15 @@ def size_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan(notebook: str, model: PreTrainedModel, fast: bool = False) -> SimpleNamespace:
-    """The settings of a notebook's experiments for a policy of this size.
+def plan(notebook: str, model: PreTrainedModel, fast: bool = False, world: str = "") -> SimpleNamespace:
+    """The settings of a notebook's experiments for a policy of this size, and what the world of that name has of its
+    own.
 
     In fast mode a real model takes the smaller of the two. Raises KeyError for a notebook without a plan.
     """
     size = size_of(model)
     column = 2 + (size >= MEDIUM) if size >= SMALL else int(fast)
-    values = {name: row[column] for name, row in PLANS[notebook].items()}
+    values = {name: row[column] for name, row in PLANS[notebook].items()} | OF_WORLD.get(world, {}).get(notebook, {})
     if fast and column > 1:
         for name in ("steps", "seeds", "limit", "completions"):
             if name in values:
@@ -100,15 +114,21 @@ def completion_seconds(model: PreTrainedModel, config: WarpConfig, prompt_tokens
 
 def announce(model: PreTrainedModel, config: WarpConfig, runs: int = 0, completions: int = 0,
              prompt_tokens: int = 16) -> None:
-    """Print what the next cell should cost for a real model: minutes on a T4, memory and disk. A tiny one says nothing.
+    """Print what the next cell should cost for a real model: minutes on a T4, or of one core where the policy stands on
+    a CPU, memory and disk. A tiny one says nothing.
 
     runs: that are trained; completions: that are sampled to measure.
     """
     if size_of(model) < SMALL:
         return
-    seconds = runs * config.steps * step_seconds(model, config, prompt_tokens)
-    seconds += completions * completion_seconds(model, config, prompt_tokens)
-    words = [f"estimate for a T4, not measured: about {max(1, round(seconds / 60))} min"]
+    if model.device.type == "cpu":
+        each = CORE * size_of(model) * (prompt_tokens + config.max_new_tokens)
+        seconds = (runs * config.steps * (5 + 1.6 * config.batch_size) + completions) * each
+        words = [f"estimate for one core, by what SmolLM2 took: about {max(1, round(seconds / 60))} min"]
+    else:
+        seconds = runs * config.steps * step_seconds(model, config, prompt_tokens)
+        seconds += completions * completion_seconds(model, config, prompt_tokens)
+        words = [f"estimate for a T4, not measured: about {max(1, round(seconds / 60))} min"]
     if runs:
         memory = training_memory(model, 1, config.batch_size, prompt_tokens, config.max_new_tokens)
         words += [f"{memory}", f"{runs * 2 * 4 * size_of(model) / 1e9:.0f} GB of disk for the runs"]

@@ -158,7 +158,7 @@ def running_example(lab: Lab) -> RunningExample:
 
     A tiny world's lies in the cache folder, a real one's with its runs. Raises ValueError where that cannot be written.
     """
-    task, plan = lab.world, plans.plan("running_example", lab.world.policy, lab.fast)
+    task, plan = lab.world, plans.plan("running_example", lab.world.policy, lab.fast, lab.model)
     config = WarpConfig(iterations=2, runs=plan.runs, steps=plan.steps, batch_size=4, lr=plan.lr, beta=0.3, mu=0.01,
                         eta=0.3, eval_every=plan.eval_every, seed=lab.seed)
     seeds = tuple(range(lab.seed, lab.seed + plan.seeds))

@@ -71,7 +71,7 @@ def begin(name: str, model: str, fast: bool, seed: int, device: str, out: str, r
           f"and {len(world.eval_prompts)} held out; {'fast' if fast else 'full'} mode on {world.policy.device}")
     if world.gold is None:
         print("This world has no gold reward: the figures leave it out.")
-    plan = plans.plan(name, world.policy, fast) if name in plans.PLANS else None
+    plan = plans.plan(name, world.policy, fast, model) if name in plans.PLANS else None
     return Lab(name, model, fast, seed, out, retrain, world, plan, plans.kept_runs(out, world.policy),
                getattr(world.reward, "unit", "reward units"))
 

@@ -101,11 +101,11 @@ def fold(init: Weights, adapter: Adapter, eta: float = 1.0) -> dict[str, Tensor]
     """
     eta, result = check_eta(eta), dict(init)
     for name in adapter.factors:
-        result[name] = changed(init, adapter, name, eta)
+        result[name] = adapted(init, adapter, name, eta)
     return result
 
 
-def changed(init: Weights, adapter: Adapter, name: str, eta: float) -> Tensor:
+def adapted(init: Weights, adapter: Adapter, name: str, eta: float) -> Tensor:
     """One weight after its adapter, W + η·ΔW, in W's shape and dtype. Raises ValueError where they do not fit."""
     if name not in init:
         raise ValueError(f"the adapter changes {name!r}, which init has not; was it trained on another policy?")

@@ -32,7 +32,7 @@ from ..storage.model_folders import (
 from ..storage.provenance import json_hash
 from ..storage.run_config import read_config
 from ..storage.tensors import load_tensors, weights_hash
-from .adapters import Adapter, changed, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
+from .adapters import Adapter, adapted, combine_adapters, factors_merged, fold, merge_adapters, relative_error, truncate
 
 if TYPE_CHECKING:
     from ..result import WarpResult
@@ -202,7 +202,7 @@ def merge_adapter_folders(init: str | Path, policies: Sequence[str | Path], out:
     with appearing_whole(free_folder(out)) as made:
         for file in checkpoint.headers:
             tensors = load_tensors(checkpoint.folder / file, "cpu", "copy or save it again", ours=False)
-            tensors |= {name: changed(tensors, merged, name, 1.0) for name in tensors.keys() & merged.factors.keys()}
+            tensors |= {name: adapted(tensors, merged, name, 1.0) for name in tensors.keys() & merged.factors.keys()}
             save_file(tensors, made / file, metadata={"format": "pt"})
         carry_over(checkpoint, made)
     return 0.0
