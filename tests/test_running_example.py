@@ -78,7 +78,7 @@ def test_only_traced_runs_have_a_path_and_it_begins_where_the_run_began(small, m
     for row in example.paths:
         if row["step"] == 0:
             init = example.results[example.seeds.index(row["seed"])].iterations[row["iteration"] - 1].init
-            (measured,) = example.measure([init])  # alone: as many policies as are measured at once decide how it rounds
+            (measured,) = example.measure([init])  # alone; how it rounds is decided by how many are measured at once
             assert (row["kl"], row["reward"]) == pytest.approx((measured.kl, measured.reward), abs=1e-6)
 
 
