@@ -122,3 +122,21 @@ def test_a_notebook_begins_with_its_world_named_in_a_line(world, monkeypatch, ca
     assert lab.kinds == ["reward", "gold"] and lab.reward_label("gold") == f"gold reward ({world.reward.unit})"
     assert capsys.readouterr().out == ("tiny-gpt2: 107,712 parameters, 320 prompts to train on and 64 held out; "
                                        "fast mode on cpu\n")
+
+
+def test_a_tiny_model_stands_in_where_the_real_one_is_not_within_reach_and_that_is_wanted(world, monkeypatch, capsys):
+    def missing(*arguments):
+        raise ValueError("the world smollm2 lacks its package; make real-model")
+
+    monkeypatch.setattr("warp_lite.worlds.english.english_world", missing)
+    name = "07_a_real_language_model"
+    with pytest.raises(ValueError, match="lacks its package"):
+        begin(name, "smollm2", False, 0, "cpu", "")
+    with pytest.raises(ValueError, match="there is no world 'nonsense'"):
+        begin(name, "nonsense", False, 0, "cpu", "", stand_in=True)
+    with matplotlib.rc_context():
+        lab = begin(name, "smollm2", False, 0, "cpu", "", stand_in=True)
+    assert lab.fast and lab.plan == plans.plan(name, lab.world.policy, fast=True)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("lacks its package; make real-model") and "takes the place of smollm2" in said[0]
+    assert said[1].startswith("smollm2 (a tiny model in its place): 107,712 parameters")

@@ -3,6 +3,8 @@
 import json
 import math
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from warp_lite.cli import main
 from warp_lite.evidence import load, real, real_units, settings
 from warp_lite.evidence.real_units import LINES, PILOT_SEED, SFT_BETAS_REAL, TRACED, RealUnit, mean_angle, phases_of
 from warp_lite.evidence.report import cell
+from warp_lite.notebooks import draw_real
 from warp_lite.storage.provenance import provenance
 from warp_lite.worlds import english
 
@@ -97,7 +100,8 @@ def test_every_front_and_path_starts_at_the_sft_policy(report):
         same = [other for other in rows if other.get("kl") is not None and (other["line"], other["seed"]) == (
             row["line"], row["seed"]) and other["seed"] is not None]
         assert all(other.keys() == same[0].keys() for other in same)
-    assert report["curves"]["slerp-4"][0]["eta"] == 0 and len(report["completions"]) == len(SEEDS)
+    assert next(row for row in report["rows"] if row["line"] == "slerp-4")["eta"] == 0
+    assert len(report["completions"]) == len(SEEDS)
     assert report["limit"][0]["reward"] == 2.0 and report["best_of_n"][0]["reward"] == 1.5
 
 
@@ -269,5 +273,32 @@ def test_every_kind_of_unit_runs_is_reported_and_is_not_run_again(world, monkeyp
         assert math.isfinite(by_name[name]["effect"]) and by_name[name]["ci_low"] is None  # one seed has no interval
     assert 0 < found["law"]["short_angle"] <= 180 and found["limit"] and found["best_of_n"]
     assert {row["eta"] for row in found["completions"]} == {0.0, 0.25, 0.5, 1.0}
-    assert {"run", "slerp-4", "lerp-4", "WARP, 2", "batch of 16, 2", "trajectory"} < set(found["curves"])
-    assert all(abs(points[0]["kl"]) < 1e-4 for points in found["curves"].values())
+    lines = {row["line"] for row in found["rows"]}
+    assert {"run", "slerp-4", "lerp-4", "WARP, 2", "batch of 16, 2", "trajectory"} < lines
+    assert all(abs(row["kl"]) < 1e-4 for row in found["rows"] if row.get("eta", row.get("step")) == 0)
+    look_at(found)
+
+
+def look_at(found):
+    """Every picture and sentence of the notebook, of a report."""
+    prompt, *others = draw_real.prompts_of(found)
+    with matplotlib.rc_context():
+        drawn = [draw(found) for draw in (draw_real.draw_predictions, draw_real.draw_fronts, draw_real.draw_gold,
+                                          draw_real.draw_trajectories, draw_real.draw_in_text)]
+        place = draw_real.draw_place(found, 1, 0.2, prompt)
+        plt.close("all")
+    assert [len(figure.axes) for figure in drawn] == [sum(c["effect"] is not None for c in found["claims"]), 1, 2, 2, 3]
+    (start,) = {row["reward"] for row in found["rows"] if row["line"] == "slerp-4" and row["eta"] == 0}
+    for line in drawn[1].axes[0].get_lines()[:-2]:  # but the limit and best-of-n
+        assert line.get_xydata()[0] == pytest.approx((0, start), abs=1e-4)
+    assert place.axes[0].get_title().startswith("iteration 1, η = 0.20")
+    page = draw_real.completions_page(found, 0, 1, others)
+    assert page.count("η = ") == 4 * len(others) and "<mark" in page
+    assert draw_real.written(found, 0, 1, 0.3, prompt)["eta"] == 0.25
+    with pytest.raises(ValueError, match="no completion of 'nothing' with seed 0"):
+        draw_real.written(found, 0, 1, 0.3, "nothing")
+    assert draw_real.said_of(found, "angle", "gold").count("\n") == 1
+    effects = [claim for claim in found["claims"] if claim["effect"] is not None]
+    words = real.came_true(found)
+    assert words[0].startswith(f"{sum(claim['came_true'] for claim in effects)} of {len(effects)} effects")
+    assert real.short_table(found).count("\n") == len(found["claims"]) + 1

@@ -43,7 +43,8 @@ def model(world, tmp_path_factory):
             if kind not in made:
                 made[kind] = make_world(world, tmp_path_factory.mktemp("worlds") / "folder")
             return str(made[kind])
-        architecture = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3", "gpt2-imdb": "gpt2", "gemma-imdb": "gemma3"}[kind]
+        architecture = {"tiny-gpt2": "gpt2", "tiny-gemma": "gemma3", "gpt2-imdb": "gpt2", "gemma-imdb": "gemma3",
+                        "smollm2": "gpt2"}[kind]
         reviews_world(architecture, progress=False)
         return kind
 

@@ -100,6 +100,8 @@ def test_the_outputs_are_those_of_the_default_model_in_full_mode_or_where_that_w
     model, mode = ("tiny-gpt2:", "full")
     if path.name.startswith(notebooks.FOR_GPU):
         model, mode = "gpt2-imdb (a small model of its structure in its place):", "fast"
+    if path.name.startswith(notebooks.REAL_MODEL):
+        model = "smollm2:"
     assert printed.startswith(model) and f"{mode} mode" in printed
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from warp_lite.notebooks.__main__ import FOR_GPU, paths, widget_errors
+from warp_lite.notebooks.__main__ import FOR_GPU, REAL_MODEL, paths, widget_errors
 
 CPU_SECONDS = 90  # of one notebook in fast mode, run twice; CPU time, which other work on the machine does not change
 VARIES = "varies"  # the tag of cells that print times or free memory
@@ -39,6 +39,8 @@ def cases():
         usual, *others = ("tiny-gpt2", "tiny-gemma", "folder", "gpt2-imdb", "gemma-imdb")
         if name.startswith(FOR_GPU):
             usual, others = "gpt2-imdb", ["gemma-imdb"]
+        if name.startswith(REAL_MODEL):
+            usual, others = "smollm2", []
         yield pytest.param(name, usual, id=f"{name}-{usual}", marks=pytest.mark.slow)
         for model in others:
             marks = [pytest.mark.slow] if (model, name) in OTHER_MODELS else [pytest.mark.slow, pytest.mark.all]
@@ -87,7 +89,7 @@ def test_a_notebook_runs_in_fast_mode_and_a_second_time_shows_the_same(name, kin
     assert done.returncode == 0, done.stderr[-4000:]
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     print(f"{name} with {kind}: {seconds:.0f} s of CPU time, {after.elapsed - before.elapsed:.0f} s in all")
-    if kind == "tiny-gpt2" or name.startswith(FOR_GPU):
+    if kind == "tiny-gpt2" or name.startswith(FOR_GPU + REAL_MODEL):
         assert seconds < CPU_SECONDS
     executed = json.loads((tmp_path / "executed.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]

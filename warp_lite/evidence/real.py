@@ -19,7 +19,7 @@ from .decisive import best_of_others
 from .effects import Effect, Rows, at_one_kl, ends, plain
 from .law import Law
 from .real_units import LINES, SFT_BETAS_REAL, WARP, run_real_units
-from .report import cell
+from .report import cell, short
 from .runner import provenances
 from .settings import KL_MAX
 
@@ -178,7 +178,8 @@ def with_starts(kept: Sequence[Mapping]) -> list[dict]:
 
 def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mapping,
                 noise: Mapping | None = None) -> dict:
-    """What smollm2.json holds: verdicts beside predictions, curves, completions, the limit, and what each line cost.
+    """What smollm2.json holds: verdicts beside predictions, the points of every line, completions, the limit, and what
+    each line cost.
 
     A claim `came_true` where its effect lies in the interval that was predicted, and its `sign_came_true` where it lies
     on the side of the null that all of that interval does. Both are None without an effect, the latter also where the
@@ -189,11 +190,10 @@ def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mappin
     evidence = Rows(REAL, by_seed)
     claims = [outcome_of(decide(replace(claim, prediction=(expected["low"], expected["high"])), evidence), expected)
               for claim in REAL_CLAIMS for expected in (predicted["claims"][claim.name],)]
-    lines = sorted({row["line"] for row in by_seed if "kl" in row})
     return {
         "world": REAL, "seeds": list(seeds), "interval": COVERS, "claims": claims,
         "predicted_by_draws": predicted["draws"], "law": law_outcome(rows, claims, noise),
-        "curves": {line: evidence.mean_curve(line) for line in lines},
+        "rows": [row for row in by_seed if "kl" in row],
         "limit": [row for row in rows if row["line"] == "limit"],
         "best_of_n": [row for row in rows if row["line"] == "best of n"],
         "completions": [row for row in rows if row["line"] == "completion"], "costs": line_costs(kept),
@@ -238,18 +238,61 @@ def line_costs(kept: Sequence[Mapping]) -> list[dict]:
 
 def real_table(found: Mapping) -> str:
     """Claims, predictions and outcomes as Markdown, what the law said, and what each line cost."""
+    return "\n\n".join([predictions_table(found), f"{len(found['seeds'])} seeds. Intervals: {found['interval']}.",
+                        law_sentence(found["law"]), costs_table(found),
+                        f"{found['cpu_hours']:g} hours of one core in all."]) + "\n"
+
+
+def predictions_table(found: Mapping) -> str:
+    """Each claim with what the tiny worlds predicted and what came of it, as Markdown."""
     lines = ["| claim | predicted by the tiny worlds | why | on the real model | came true | its sign |",
              "|---|---|---|---|---|---|"]
     words = {True: "yes", False: "no", None: "–"}
     lines += [f"| {claim['statement']} | {claim['prediction'][0]:+.2f} to {claim['prediction'][1]:+.2f} | "
               f"{claim['because']} | {cell(claim)} | {words[claim['came_true']]} | {words[claim['sign_came_true']]} |"
               for claim in found["claims"]]
-    lines += ["", f"{len(found['seeds'])} seeds. Intervals: {found['interval']}.", "", law_sentence(found["law"]), "",
-              "| line | steps in sequence | steps | samples | hours of one core, trajectories measured |",
-              "|---|---|---|---|---|"]
+    return "\n".join(lines)
+
+
+def short_table(found: Mapping) -> str:
+    """Each claim with what was predicted and what came of it, in few words, as Markdown: README's."""
+    lines = ["| claim | predicted | on SmolLM2 |", "|---|---|---|"]
+    for claim in found["claims"]:
+        low, high = claim["prediction"]
+        lines.append(f"| {claim['statement']} | {low:+.2f} to {high:+.2f} | {short(claim)} |")
+    return "\n".join(lines)
+
+
+def came_true(found: Mapping) -> list[str]:
+    """How many predictions came true, in sentences: of how many effects, of which sides, and what was clear."""
+    claims = [claim for claim in found["claims"] if claim["effect"] is not None]
+    bounded = [claim for claim in claims if claim["ci_low"] is not None]
+    signed = [claim for claim in claims if claim["sign_came_true"] is not None]
+    wrong = [claim for claim in signed if not claim["sign_came_true"]]
+    clear = [claim for claim in claims if claim["verdict"] in ("holds", "fails")]
+    apart = [claim for claim in bounded
+             if claim["ci_low"] > claim["prediction"][1] or claim["ci_high"] < claim["prediction"][0]]
+    inside = sum(bool(claim["came_true"]) for claim in claims)
+    return [f"{inside} of {len(claims)} effects lie in the interval that the tiny worlds predicted.",
+            f"For {len(signed)} they predicted a side, and {len(signed) - len(wrong)} lie on it"
+            + listed(wrong, "; the others: ") + ".",
+            f"{len(clear)} of {len(claims)} verdicts are clear with {len(found['seeds'])} seeds" + listed(clear, ": ")
+            + ".",
+            f"Of {len(apart) or 'none'} the whole interval lies outside what was predicted" + listed(apart, ": ") + "."]
+
+
+def listed(claims: Sequence[Mapping], before: str) -> str:
+    """Claims by their statements and verdicts behind a word, or nothing where there are none."""
+    return before + "; ".join(f"{claim['statement']} ({claim['verdict']})" for claim in claims) if claims else ""
+
+
+def costs_table(found: Mapping) -> str:
+    """Of each line the steps, samples and hours of one seed, as Markdown."""
+    lines = ["| line | steps in sequence | steps | samples | hours of one core, trajectories measured |",
+             "|---|---|---|---|---|"]
     lines += [f"| {row['line']} | {row['steps_in_sequence']} | {row['steps']} | {row['samples']} | {row['cpu_hours']} |"
               for row in found["costs"]]
-    return "\n".join([*lines, "", f"{found['cpu_hours']:g} hours of one core in all."]) + "\n"
+    return "\n".join(lines)
 
 
 def law_sentence(law: Mapping) -> str:

@@ -50,13 +50,15 @@ SEED = 0
 DEVICE = "auto"
 OUT = ""
 """
+REAL_PARAMETERS = PARAMETERS.replace("tiny-gpt2", "smollm2")
 FOR_GPU = ("06",)  # notebooks on real models; here they are executed in fast mode, on small ones
+REAL_MODEL = ("07",)  # on a real model that a CPU carries; a tiny one takes its place where it is not installed
 SHARING = ("00", "01", "02", "03", "04")  # those that share the running example
 START = """\
 from warp_lite.notebooks import figures
 from warp_lite.notebooks.start import begin
 
-lab = begin("{stem}", MODEL, FAST, SEED, DEVICE, OUT{retrain})
+lab = begin("{stem}", MODEL, FAST, SEED, DEVICE, OUT{more})
 """
 
 
@@ -74,10 +76,15 @@ def badge(name: str, root: Path = ROOT) -> str:
 
 def shared_cells(name: str = "", root: Path = ROOT) -> dict[str, str]:
     """The source of the cells that all notebooks share, by tag; `name` is the notebook's, as its parameters differ."""
-    sharing = name.startswith(SHARING)
-    parameters = GPU_PARAMETERS if name.startswith(FOR_GPU) else PARAMETERS + (RETRAIN if sharing else "")
+    parameters, more = PARAMETERS, ""
+    if name.startswith(SHARING):
+        parameters, more = PARAMETERS + RETRAIN, ", RETRAIN"
+    elif name.startswith(FOR_GPU):
+        parameters = GPU_PARAMETERS
+    elif name.startswith(REAL_MODEL):
+        parameters, more = REAL_PARAMETERS, ", stand_in=True"
     cells = {"setup": SETUP.format(address=address(root)), "parameters": parameters,
-             "start": START.format(stem=Path(name).stem, retrain=", RETRAIN" if sharing else "")}
+             "start": START.format(stem=Path(name).stem, more=more)}
     return {tag: source.rstrip("\n") for tag, source in cells.items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..averaging import liti as stage_3
 from ..averaging import slerp as stage_2
 from ..evaluation import front, statistics
+from ..worlds.english import repeated_words
 
 SLACK = 1e-6  # by how much an answer may be off
 
@@ -391,3 +393,39 @@ interval = Check(
      "this is the spread of the draws, not of their mean; divide by √n":
         lambda draws: ends_by(means_of(draws), t_factor(len(draws)), root=False),
      "these are the least and the largest draw": lambda draws: (min(means_of(draws)), max(means_of(draws)))})
+
+
+# What a real model writes, and what best-of-n costs
+
+PRAISE = "a great film, a great film and so great"
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return [word for part in text.lower().split() if (word := "".join(filter(str.isalnum, part)))]
+
+
+def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of neighbouring words."""
+    return list(zip(words, words[1:]))
+
+
+repeats = Check(
+    "the share, 0 to 1", repeated_words, [(PRAISE,), ("I liked it. I liked it, too",), ("fine",), ("good good good",)],
+    {"this is the share of words that occurred before; ask for pairs of neighbours":
+        lambda text: (lambda words: 1 - len(set(words)) / len(words))(words_of(text)),
+     "every copy of a pair counts, the first too; count those that occurred before":
+        lambda text: (lambda pairs: sum(pairs.count(p) > 1 for p in pairs) / len(pairs) if pairs else 0.0)(
+            pairs_of(words_of(text))),
+     "punctuation makes a word another one; leave it out":
+        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(pairs_of(text.lower().split())),
+     "this is how many, not their share": lambda text: len(pairs_of(words_of(text))) - len(
+         set(pairs_of(words_of(text))))})
+
+best_of_n = Check(
+    "the KL in nats", lambda n: math.log(n) - (n - 1) / n, [(1,), (2,), (16,)],
+    {"log n is what it costs to be the best of very many; one sample may be the best by chance: less (n − 1)/n":
+        lambda n: math.log(n),
+     "the logarithm is to base 2, so these are bits": lambda n: math.log2(n) - (n - 1) / n,
+     "this is what there is to subtract": lambda n: (n - 1) / n,
+     "(n − 1)/n is subtracted, not added": lambda n: math.log(n) + (n - 1) / n})

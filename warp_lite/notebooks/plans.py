@@ -48,6 +48,9 @@ PLANS = {
         "etas": (*2 * ((0, 0.25, 0.5, 0.75, 1),), *2 * ((0, 0.2, 0.4, 0.6, 0.8, 1),)), "lora_steps": (80, 40, 60, 40),
         "lora_lr": (3e-3, 3e-3, 1e-4, 1e-4),
         "samples": (512, 256, 256, 256), "limit": (512, 128, 128, 128)},
+    "07_a_real_language_model": {
+        "steps": (40, 10, 10, 10), "lr": (1e-3, 1e-3, 2e-5, 2e-5), "held_out": (32, 8, 16, 16),
+        "etas": ((0, 0.25, 0.5, 0.75, 1), *3 * ((0, 0.5, 1),))},
 }
 # What a world has of its own in place of the column of its policy's size: a CPU is to carry smollm2.
 OF_WORLD = {

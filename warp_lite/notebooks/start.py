@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from ..task import World
 from ..viewing import plots
-from ..worlds import HUB, load_world
+from ..worlds import HUB, REAL, load_world
 from . import figures, plans
 
 TEXTS = {"true": True, "false": False}  # as a shell writes them: papermill hands those on as text
@@ -54,24 +54,34 @@ class Lab:
             figures.keep(self.out, self.name, **measured)
 
 
-def begin(name: str, model: str, fast: bool, seed: int, device: str, out: str, retrain: bool = False) -> Lab:
+def begin(name: str, model: str, fast: bool, seed: int, device: str, out: str, retrain: bool = False,
+          stand_in: bool = False) -> Lab:
     """What the notebook of that name works with; the world is named in a printed line, and figures get the house's
     style from here on.
 
-    $WARP_LITE_MODEL stands in the place of `model`, and $WARP_LITE_FAST=1 makes everything small. Raises ValueError,
-    naming the parameter, for a value of another type, and what `load_world` raises.
+    $WARP_LITE_MODEL stands in the place of `model`, and $WARP_LITE_FAST=1 makes everything small. With `stand_in` a
+    small model takes the place of a known one that is not within reach, and the first line printed says so. Raises
+    ValueError, naming the parameter, for a value of another type, and what `load_world` raises.
     """
     fast, retrain = checked_parameters(model, fast, seed, device, out, retrain)
     fast = fast or os.environ.get("WARP_LITE_FAST") == "1"
     model = os.environ.get("WARP_LITE_MODEL") or model
     plt.rcParams.update(plots.STYLE)
-    world = load_world(model, device=device, small=fast)
-    stand_in = " (a small model of its structure in its place)" if fast and model in HUB else ""
-    print(f"{model}{stand_in}: {plans.size_of(world.policy):,} parameters, {len(world.prompts)} prompts to train on "
-          f"and {len(world.eval_prompts)} held out; {'fast' if fast else 'full'} mode on {world.policy.device}")
+    try:
+        world = load_world(model, device=device, small=fast)
+    except ValueError as error:
+        if not stand_in or model not in (REAL, *HUB):
+            raise
+        print(f"A small model takes the place of {model}: {error}")
+        fast, world = True, load_world(model, device=device, small=True)
+    of_it = {REAL: "a tiny model"}.get(model, "a small model of its structure")
+    in_its_place = f" ({of_it} in its place)" if fast and model in (REAL, *HUB) else ""
+    print(f"{model}{in_its_place}: {plans.size_of(world.policy):,} parameters, {len(world.prompts)} prompts to train "
+          f"on and {len(world.eval_prompts)} held out; {'fast' if fast else 'full'} mode on {world.policy.device}")
     if world.gold is None:
         print("This world has no gold reward: the figures leave it out.")
-    plan = plans.plan(name, world.policy, fast, model) if name in plans.PLANS else None
+    of_world = "" if in_its_place else model
+    plan = plans.plan(name, world.policy, fast, of_world) if name in plans.PLANS else None
     return Lab(name, model, fast, seed, out, retrain, world, plan, plans.kept_runs(out, world.policy),
                getattr(world.reward, "unit", "reward units"))
 

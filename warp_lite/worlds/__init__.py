@@ -25,7 +25,8 @@ def load_world(name: str, progress: bool = True, device: str | torch.device = "c
     classifier) and `prompts.jsonl` (a "prompt" in each line; as many as `hold_out` says are held out, or what
     `eval_prompts.jsonl` has). It has no gold reward and no held-out texts.
     Policy and reward model stand on `device`; "auto" is the first GPU, or the CPU where there is none.
-    With `small`, small repositories made here stand in the place of the hub's (see `small_hub`).
+    With `small`, small repositories made here stand in the place of the hub's (see `small_hub`), and the tiny GPT-2's
+    world in that of smollm2.
     Raises ValueError that names what is missing.
     """
     from ..policies.loading import load_policy, pick_device
@@ -34,8 +35,8 @@ def load_world(name: str, progress: bool = True, device: str | torch.device = "c
     from .reviews import reviews_world
 
     device = pick_device(device)
-    if name in TINY:
-        return reviews_world(TINY[name], progress=progress).to(device)
+    if name in TINY or (name == REAL and small):
+        return reviews_world(TINY.get(name, "gpt2"), progress=progress).to(device)
     if name == REAL:
         from .english import english_world
 
