@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -302,3 +303,35 @@ def look_at(found):
     words = real.came_true(found)
     assert words[0].startswith(f"{sum(claim['came_true'] for claim in effects)} of {len(effects)} effects")
     assert real.short_table(found).count("\n") == len(found["claims"]) + 1
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return load("smollm2")
+
+
+def test_the_committed_claims_are_decided_anew_from_the_committed_rows(committed):
+    seeds, predicted = committed["seeds"], load("predictions")
+    assert len(seeds) >= 3 and {row["seed"] for row in committed["rows"]} == {*seeds}
+    assert committed["predicted_by_draws"] == predicted["draws"]
+    rows = draw_real.rows_of(committed)
+    for claim, entry in zip(real.REAL_CLAIMS, committed["claims"], strict=True):
+        expected = predicted["claims"][claim.name]
+        assert entry["name"] == claim.name and entry["prediction"] == [expected["low"], expected["high"]]
+        if claim.unit not in ("degrees", "share of the mean norm"):  # of weights, which no row has
+            again = real.decide(claim, rows)
+            assert (again["effect"], again["verdict"]) == (pytest.approx(entry["effect"]), entry["verdict"])
+
+
+def test_a_limit_lies_over_the_committed_fronts_within_their_noise(committed):
+    limit = committed["limit"]
+    kl, reward = ([point[name] for point in limit] for name in ("kl", "reward"))
+    for row in committed["rows"]:
+        if row["kl"] <= kl[-1]:
+            over = row["reward"] - np.interp(row["kl"], kl, reward)
+            assert over < 5 * row["reward_se"]
+
+
+def test_the_readme_says_what_the_real_model_said(committed):
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert real.short_table(committed) in text and " ".join(real.came_true(committed)) in text
