@@ -15,6 +15,7 @@ from warp_lite.evidence import load, real, real_units, settings
 from warp_lite.evidence.real_units import LINES, PILOT_SEED, SFT_BETAS_REAL, TRACED, RealUnit, mean_angle, phases_of
 from warp_lite.evidence.report import cell
 from warp_lite.notebooks import draw_real
+from warp_lite.notebooks.scenes import write_real_front
 from warp_lite.storage.provenance import provenance
 from warp_lite.worlds import english
 
@@ -266,6 +267,7 @@ def test_every_kind_of_unit_runs_is_reported_and_is_not_run_again(world, monkeyp
         assert len(kept) == sum(LINES[line].iterations * LINES[line].runs for line in ("WARP", "batch of 16"))
         monkeypatch.setattr(real_units, "train_batched", lambda *arguments: pytest.fail("it trained again"))
         assert real.run_real(tmp_path, [0], 1) == first
+        write_real_front(tmp_path, tmp_path / "fronts")
     finally:
         real_units.real_world.cache_clear()
     by_name = {claim["name"]: claim for claim in found["claims"]}
@@ -278,6 +280,11 @@ def test_every_kind_of_unit_runs_is_reported_and_is_not_run_again(world, monkeyp
     assert {"run", "slerp-4", "lerp-4", "WARP, 2", "batch of 16, 2", "trajectory"} < lines
     assert all(abs(row["kl"]) < 1e-4 for row in found["rows"] if row.get("eta", row.get("step")) == 0)
     look_at(found)
+    scene = json.loads((tmp_path / "fronts" / "smollm2.json").read_text())
+    assert (scene["iterations"], scene["runs"], scene["samples"]) == ([1, 2], [4], 8)
+    ends = [row for row in found["rows"] if row["line"] == "WARP, 2" and row["eta"] == 1]
+    assert scene["lines"][1]["points"][-1]["reward"] == pytest.approx(ends[0]["reward"], abs=6e-4)
+    assert [len(point["completions"]) for line in scene["lines"] for point in line["points"]] == [3] * 12
 
 
 def look_at(found):

@@ -8,13 +8,13 @@ scene("explorer", place => {
   return [
     {name: "eta", label: "η, from the SFT policy to the merge", min: etas[0], max: etas[etas.length - 1], step: 0.02, value: 0.5, says: v => v.toFixed(2)},
     {name: "iteration", label: "iteration", min: iterations[0], max: iterations[iterations.length - 1], step: 1, value: iterations[iterations.length - 1]},
-    {name: "runs", label: "M, runs merged", min: 0, max: runs.length - 1, step: 1, value: runs.length - 1, says: n => runs[n]},
+    ...(runs.length > 1 ? [{name: "runs", label: "M, runs merged", min: 0, max: runs.length - 1, step: 1, value: runs.length - 1, says: n => runs[n]}] : []),
     ...(runs.includes(2) ? [{name: "lam", label: "λ, from run 1 to run 2 (sets M to 2)", min: 0, max: 1, step: 0.05, value: 0.5,
       says: v => v.toFixed(2), brings: {runs: runs.indexOf(2)}}] : []),
   ];
 }, (values, width, place) => {
   const {lines, lambdas, etas, iterations, runs, limit, prompts, samples, unit, about} = explored(place);
-  const black = WARP.colours.limit, count = runs[values.runs];
+  const black = WARP.colours.limit, count = runs[values.runs ?? 0];
   const names = ["kl", "kl_se", "reward", "reward_se", "gold", "gold_se", "length"];
   const blend = (a, b, share) => ({...(share < 0.5 ? a : b), ...Object.fromEntries(names.filter(name => name in a)
     .map(name => [name, mixed(a[name], b[name], share)]))});

@@ -4,7 +4,8 @@
     python -m warp_lite.notebooks run [NAME…]    # full mode; outputs written back; time and peak memory printed
 
     python -m warp_lite.notebooks scenes         # site/scenes.json, from a seeded run of the tiny world; some minutes
-    python -m warp_lite.notebooks scenes DIR…    # site/fronts/, from run folders, named as these
+    python -m warp_lite.notebooks scenes DIR…    # site/fronts/, from run folders, named as these, or from that of
+                                                 # warp-lite claims --world smollm2
 
 All work on a checkout of the repository. Three leading code cells are the same in
 all notebooks and are found by their tags: `setup`, `parameters`, `start`.
@@ -176,13 +177,16 @@ def run(path: Path) -> int:
 def write_numbers(folders: Sequence[str]) -> int:
     """The site's numbers: of the tiny world, or of run folders. Returns the exit code: 0 done, 2 no run folder."""
     from ..reopen import load_result
-    from .scenes import write_front, write_scenes
+    from .scenes import write_front, write_real_front, write_scenes
 
     if not folders:
         write_scenes(ROOT / "site" / "scenes.json")
     for folder in map(Path, folders):
         try:
-            write_front(load_result(folder), folder.resolve().name, ROOT / "site" / "fronts")
+            if (folder / "smollm2.json").is_file():
+                write_real_front(folder, ROOT / "site" / "fronts")
+            else:
+                write_front(load_result(folder), folder.resolve().name, ROOT / "site" / "fronts")
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2

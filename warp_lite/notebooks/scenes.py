@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..averaging.liti import liti
 from ..averaging.slerp import task_vector
 from ..averaging.state_dicts import Weights
 from ..config import WarpConfig, preset
 from ..evaluation.limit import limit_rewards
 from ..evaluation.metrics import sample_completions
+from ..evidence import real_units
 from ..launch import run_warp
 from ..result import WarpResult
-from ..storage.files import write_bytes
+from ..storage.files import read_json, write_bytes
 from ..storage.provenance import pinned_threads, provenance
 from ..task import Task
 from ..viewing.explorer.grid import build_grid, changed_words, measure_points
@@ -55,6 +57,28 @@ def write_front(result: WarpResult, name: str, folder: Path, progress: bool = Tr
     """Measure a result for the explorer's scene, into folder/NAME.json. Raises CannotWrite."""
     grid = build_grid(result, prompts=PROMPTS, progress=progress)
     write_bytes(folder / f"{name}.json", as_lines(front(grid, about(result.config, name))).encode())
+
+
+def write_real_front(kept: Path, folder: Path) -> None:
+    """What `warp-lite claims --world smollm2` measured of WARP with its first seed, for the explorer's scene, into
+    folder/smollm2.json; the completions are sampled now, by the policies that are kept beside the units.
+
+    Raises ValueError where `kept` has no smollm2.json, or was made by other code; CannotWrite.
+    """
+    found, world = read_json(kept / "smollm2.json"), real_units.real_world().first(PROMPTS)
+    (seed, *_), etas, lines = found["seeds"], (0.0, *real_units.FRONT_ETAS), []
+    for iteration, name in ((1, "slerp-4"), (2, "WARP, 2")):
+        merged = real_units.merge_and_next(seed, "WARP", iteration, kept)[0]
+        texts = sample_completions(world, [liti(world.sft, merged, eta) for eta in etas])
+        measured = {row["eta"]: row for row in found["rows"] if (row["line"], row["seed"]) == (name, seed)}
+        lines.append({"iteration": iteration, "runs": real_units.WARP.runs, "lam": None, "points": [
+            {**measured[eta], "completions": [" ".join(text.split()) for text in said]}
+            for eta, said in zip(etas, texts)]})
+    grid = {"etas": etas, "lambdas": [], "lines": lines, "iterations": [1, 2], "runs": [real_units.WARP.runs],
+            "unit": world.reward.unit, "prompts": world.eval_prompts.texts, "limit": found["limit"],
+            "samples": lines[0]["points"][-1]["samples"]}
+    config = real_units.WARP.replace(seed=seed)
+    write_bytes(folder / "smollm2.json", as_lines(front(grid, about(config, "SmolLM2"))).encode())
 
 
 def about(config: WarpConfig, name: str) -> str:
