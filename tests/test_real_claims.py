@@ -295,7 +295,8 @@ def look_at(found):
                                           draw_real.draw_trajectories, draw_real.draw_in_text)]
         place = draw_real.draw_place(found, 1, 0.2, prompt)
         plt.close("all")
-    assert [len(figure.axes) for figure in drawn] == [sum(c["effect"] is not None for c in found["claims"]), 1, 2, 2, 3]
+    with_predictions = sum(claim["effect"] is not None for claim in found["claims"])
+    assert [len(figure.axes) for figure in drawn] == [with_predictions, 1, 2, 2, 3]
     (start,) = {row["reward"] for row in found["rows"] if row["line"] == "slerp-4" and row["eta"] == 0}
     for line in drawn[1].axes[0].get_lines()[:-2]:  # but the limit and best-of-n
         assert line.get_xydata()[0] == pytest.approx((0, start), abs=1e-4)
@@ -308,7 +309,12 @@ def look_at(found):
     assert draw_real.said_of(found, "angle", "gold").count("\n") == 1
     effects = [claim for claim in found["claims"] if claim["effect"] is not None]
     words = real.came_true(found)
-    assert words[0].startswith(f"{sum(claim['came_true'] for claim in effects)} of {len(effects)} effects")
+    assert words[0].startswith(f"{sum(claim['came_true'] for claim in effects)} of {len(effects)} measured effects")
+    assert "No KL is reached by all seeds for: " in words[-1] or len(effects) == len(found["claims"])
+    assert draw_real.starts(found).startswith(f"At η = 0 all fronts are the SFT policy, with a reward of {start:+.2f}")
+    assert "too few" in draw_real.starts({**found, "limit": []})
+    assert "gold reward is highest at η = " in draw_real.gold_on_the_way(found)
+    assert real.costs_table(found).count("\n") == len(found["costs"]) + 1
     assert real.short_table(found).count("\n") == len(found["claims"]) + 1
 
 

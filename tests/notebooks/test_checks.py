@@ -83,7 +83,7 @@ def test_the_right_answers_are_those_of_closed_forms():
     # means .5 and 3.5: Student's t with one degree of freedom is 12.706, their error 1.5
     assert check.interval.answers_of(check.interval.right)[1] == pytest.approx((2 - 1.5 * 12.7062, 2 + 1.5 * 12.7062))
     assert check.adapters.answers_of(check.adapters.right)[0].tolist() == [[1.5, -1, -0.5], [3, 1, 2]]
-    assert check.repeats.answers_of(check.repeats.right) == [2 / 8, 2 / 6, 0, 1 / 2]
+    assert check.repeats.answers_of(check.repeats.right) == [2 / 8, 2 / 6, 0, 1 / 2, 1 / 3]
     assert check.best_of_n.answers_of(check.best_of_n.right) == pytest.approx([0, 0.193147, 1.835089])
 
 

@@ -18,15 +18,16 @@ from .claims import Claim, decide
 from .decisive import best_of_others
 from .effects import Effect, Rows, at_one_kl, ends, plain
 from .law import Law
-from .real_units import LINES, SFT_BETAS_REAL, WARP, run_real_units
+from .real_units import HELD_OUT, LIMIT_SAMPLES_REAL, LINES, SFT_BETAS_REAL, TRACED, WARP, run_real_units
 from .report import cell, short
 from .runner import provenances
 from .settings import KL_MAX
 
 SECOND = "WARP, 2"  # the line of the second iteration's merge
 ONE = {"line": "run", "run": 1}  # the front of the run whose trajectory is measured
-COVERS = ("Student's t over seeds, which share one SFT policy and one reward model: it covers the noise of the RL "
-          "runs, not what another model or reward model would do")
+COVERS = ("Student's t over seeds, which share one SFT policy, one reward model, the held-out prompts and the random "
+          "numbers that these are answered with: it covers the noise of the RL runs, not what another model, reward "
+          "model or other prompts would give")
 
 
 def _claim(name, statement, effect, rule="above", unit="reward", null=0.0, margin=0.0) -> Claim:
@@ -127,6 +128,18 @@ _OTHERWISE: Mapping[str, tuple[Callable[[Mapping], tuple[float, float]], str]] =
 }
 
 
+# How the tiny worlds' claims of the same names differ from those here.
+DIFFERS: Mapping[str, str] = {
+    "length": "there of iteration 3; here completions end at 16 tokens at the latest",
+    "diversity": "there of iteration 3",
+    "ema-anchor": "there each anchor has the best of six β; here SFT has the best of three, and EMA one",
+    "liti-trajectory-4": "there several runs are measured on their way; here one a seed",
+    "liti-one": "there several runs are measured on their way; here one a seed",
+    "equal-batch-of-16": "there one iteration, tuned for its batch; here two, with WARP's settings",
+    "forgetting": "there the texts are not the SFT policy's own; two means, which have no interval",
+    "gold": "two means, which have no interval"}
+
+
 def predictions(evidence: Mapping) -> dict:
     """What the tiny worlds predict of each claim: the interval `low` to `high` of effects, why, and the side of the
     claim's null that all of it lies on ("above", "below" or "either"). By which draws of them, in `draws`.
@@ -207,7 +220,8 @@ def outcome_of(entry: dict, expected: Mapping) -> dict:
     effect, side = entry["effect"], expected["sign"]
     came_true = None if effect is None else expected["low"] <= effect <= expected["high"]
     sign = None if effect is None or side == "either" else (effect > entry["null"]) == (side == "above")
-    return {**entry, "because": expected["because"], "sign": side, "came_true": came_true, "sign_came_true": sign}
+    return {**entry, "because": expected["because"], "differs": DIFFERS.get(entry["name"], ""), "sign": side,
+            "came_true": came_true, "sign_came_true": sign}
 
 
 def law_outcome(rows: Sequence[Mapping], claims: Sequence[Mapping], noise: Mapping | None = None) -> dict:
@@ -245,12 +259,13 @@ def real_table(found: Mapping) -> str:
 
 def predictions_table(found: Mapping) -> str:
     """Each claim with what the tiny worlds predicted and what came of it, as Markdown."""
-    lines = ["| claim | predicted by the tiny worlds | why | on the real model | came true | its sign |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| claim | predicted by the tiny worlds | why | what differs there | on the real model | came true | its "
+             "sign |", "|---|---|---|---|---|---|---|"]
     words = {True: "yes", False: "no", None: "–"}
-    lines += [f"| {claim['statement']} | {claim['prediction'][0]:+.2f} to {claim['prediction'][1]:+.2f} | "
-              f"{claim['because']} | {cell(claim)} | {words[claim['came_true']]} | {words[claim['sign_came_true']]} |"
-              for claim in found["claims"]]
+    for claim in found["claims"]:
+        low, high = claim["prediction"]
+        lines.append(f"| {claim['statement']} | {low:+.2f} to {high:+.2f} | {claim['because']} | {claim['differs']} | "
+                     f"{cell(claim)} | {words[claim['came_true']]} | {words[claim['sign_came_true']]} |")
     return "\n".join(lines)
 
 
@@ -264,21 +279,34 @@ def short_table(found: Mapping) -> str:
 
 
 def came_true(found: Mapping) -> list[str]:
-    """How many predictions came true, in sentences: of how many effects, of which sides, and what was clear."""
+    """How many predictions came true, in sentences: of effects, of sides, and what three seeds can tell at all."""
     claims = [claim for claim in found["claims"] if claim["effect"] is not None]
-    bounded = [claim for claim in claims if claim["ci_low"] is not None]
+    lost = [claim for claim in found["claims"] if claim["effect"] is None]
     signed = [claim for claim in claims if claim["sign_came_true"] is not None]
     wrong = [claim for claim in signed if not claim["sign_came_true"]]
     clear = [claim for claim in claims if claim["verdict"] in ("holds", "fails")]
-    apart = [claim for claim in bounded
-             if claim["ci_low"] > claim["prediction"][1] or claim["ci_high"] < claim["prediction"][0]]
+    apart = [claim for claim in claims if claim["ci_low"] is not None and
+             (claim["ci_low"] > claim["prediction"][1] or claim["ci_high"] < claim["prediction"][0])]
     inside = sum(bool(claim["came_true"]) for claim in claims)
-    return [f"{inside} of {len(claims)} effects lie in the interval that the tiny worlds predicted.",
-            f"For {len(signed)} they predicted a side, and {len(signed) - len(wrong)} lie on it"
-            + listed(wrong, "; the others: ") + ".",
-            f"{len(clear)} of {len(claims)} verdicts are clear with {len(found['seeds'])} seeds" + listed(clear, ": ")
-            + ".",
-            f"Of {len(apart) or 'none'} the whole interval lies outside what was predicted" + listed(apart, ": ") + "."]
+    sentences = [
+        f"{inside} of {len(claims)} measured effects lie in the interval that the tiny worlds predicted.",
+        f"For {len(signed)} of them that interval has one side only; {len(signed) - len(wrong)} effects lie on it"
+        + listed(wrong, "; the others: ") + ".",
+        f"{len(clear)} of {len(claims)} claims hold or fail clearly with {len(found['seeds'])} seeds"
+        + listed(clear, ": ") + f"; {max(len(claims), 1) * 0.05:.1f} would by chance if nothing had any effect.",
+        (f"{len(apart)} intervals lie wholly outside what was predicted" + listed(apart, ": ") + ".") if apart
+        else "No interval lies wholly outside what was predicted."]
+    if lost:
+        sentences.append("No KL is reached by all seeds" + listed(lost, " for: ") + ".")
+    return sentences
+
+
+def settings_sentence() -> str:
+    """The settings that all lines share, and how many completions measure them."""
+    return (f"Learning rate {WARP.lr:g}, β = {WARP.beta:g}, μ = {WARP.mu:g}, {WARP.steps} steps an iteration, a step "
+            f"back to η = {WARP.eta:g} between them; chosen in a pilot with another seed, for WARP's batches of "
+            f"{WARP.batch_size}. Measured on {HELD_OUT} held-out prompts, one completion each; the limit on "
+            f"{LIMIT_SAMPLES_REAL} completions of each.")
 
 
 def listed(claims: Sequence[Mapping], before: str) -> str:
@@ -288,9 +316,10 @@ def listed(claims: Sequence[Mapping], before: str) -> str:
 
 def costs_table(found: Mapping) -> str:
     """Of each line the steps, samples and hours of one seed, as Markdown."""
-    lines = ["| line | steps in sequence | steps | samples | hours of one core, trajectories measured |",
-             "|---|---|---|---|---|"]
-    lines += [f"| {row['line']} | {row['steps_in_sequence']} | {row['steps']} | {row['samples']} | {row['cpu_hours']} |"
+    lines = ["| line | steps in sequence | steps | samples | hours of one core, measuring on the way included | runs "
+             "measured on their way |", "|---|---|---|---|---|---|"]
+    lines += [f"| {row['line']} | {row['steps_in_sequence']} | {row['steps']} | {row['samples']} | {row['cpu_hours']} "
+              f"| {TRACED[row['line']]} |"
               for row in found["costs"]]
     return "\n".join(lines)
 

@@ -402,7 +402,12 @@ PRAISE = "a great film, a great film and so great"
 
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation."""
-    return [word for part in text.lower().split() if (word := "".join(filter(str.isalnum, part)))]
+    return bare(text.lower().split())
+
+
+def bare(parts: Sequence[str]) -> list[str]:
+    """Words without punctuation; what has nothing else is left out."""
+    return [word for part in parts if (word := "".join(filter(str.isalnum, part)))]
 
 
 def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -411,7 +416,8 @@ def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 repeats = Check(
-    "the share, 0 to 1", repeated_words, [(PRAISE,), ("I liked it. I liked it, too",), ("fine",), ("good good good",)],
+    "the share, 0 to 1", repeated_words,
+    [(PRAISE,), ("I liked it. I liked it, too",), ("fine",), ("good good good",), ("Good film , good film",)],
     {"this is the share of words that occurred before; ask for pairs of neighbours":
         lambda text: (lambda words: 1 - len(set(words)) / len(words))(words_of(text)),
      "every copy of a pair counts, the first too; count those that occurred before":
@@ -419,6 +425,8 @@ repeats = Check(
             pairs_of(words_of(text))),
      "punctuation makes a word another one; leave it out":
         lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(pairs_of(text.lower().split())),
+     "words in capitals count as others; take lower case":
+        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(pairs_of(bare(text.split()))),
      "this is how many, not their share": lambda text: len(pairs_of(words_of(text))) - len(
          set(pairs_of(words_of(text))))})
 

@@ -1,7 +1,7 @@
 """The pictures and sentences of the notebook on a real language model, from what smollm2.json holds (`real_report`).
 
-Thin lines are single seeds, thick ones their mean. Rewards are in standard deviations of SFT samples, KL in nats per
-sequence.
+Thin lines are single seeds, each the mean over its runs; thick ones the mean of the seeds at each η, or step. Rewards
+are in standard deviations of SFT samples, KL in nats per sequence.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evidence import real
 from ..evidence.drawing import VERDICT_COLOURS
 from ..evidence.effects import Rows
-from ..evidence.real_units import SFT_BETAS_REAL, SHOWN_ETAS
+from ..evidence.real_units import SFT_BETAS_REAL, SHOWN_ETAS, WARP
 from ..evidence.report import cell
 from ..viewing.explorer.grid import changed_words
 from ..viewing.explorer.widget import NEW_WORD
@@ -32,7 +33,7 @@ LINES = {"run": ("one run", COLOURS["single"]), "slerp-4": ("WARP, iteration 1: 
          "lerp-4": ("LERP of four, η to 1.8", COLOURS["lerp"]),
          "trajectory": ("a run's trajectory", COLOURS["ema"])}
 FRONTS = ("run", "slerp-4", "WARP, 2", "batch of 16, 2")
-IN_TEXT = {"length": "length (tokens)", "distinct": "distinct pairs of words (share)",
+IN_TEXT = {"length": "length (tokens; dotted: where they are cut)", "distinct": "distinct pairs of tokens (share)",
            "perplexity": "perplexity of the SFT policy's samples"}
 SHORT_WORDS = 62  # characters of a claim on a line
 
@@ -42,11 +43,11 @@ def rows_of(found: Mapping) -> Rows:
     return Rows(found["world"], found["rows"])
 
 
-def draw_line(axes: Axes, rows: Rows, line: str, what: str = "reward", x: str = "kl", name: str = "",
+def draw_line(axes: Axes, rows: Rows, line: str | dict, what: str = "reward", x: str = "kl", name: str = "",
               colour: str = "") -> None:
-    """One line: every seed thin, the mean over its runs; the mean of the seeds thick. `name` and `colour` stand in the
-    place of those of `LINES`."""
-    usual = LINES.get(line, (line, COLOURS["single"]))
+    """One line of the report's: every seed thin, the mean of them thick. `name` and `colour` stand in the place of
+    those of `LINES`."""
+    usual = LINES.get(line if isinstance(line, str) else line["line"], (line, COLOURS["single"]))
     style = {"color": colour or usual[1]}
     for seed in rows.seeds:
         points = rows.mean_curve(line, [seed])
@@ -56,15 +57,17 @@ def draw_line(axes: Axes, rows: Rows, line: str, what: str = "reward", x: str = 
 
 
 def draw_fronts(found: Mapping, lines: Sequence[str] = FRONTS) -> Figure:
-    """Fronts of KL against reward under the limit, with best-of-n; nothing lies above the limit but by noise."""
+    """Fronts of KL against reward, with best-of-n, and the limit as far as it is known."""
     rows = rows_of(found)
     figure, axes = plt.subplots(figsize=(8.4, 5), layout="constrained")
     for line in lines:
         draw_line(axes, rows, line)
     draw_limit(axes, found["limit"])
-    axes.plot(column(found["best_of_n"], "kl"), column(found["best_of_n"], "reward"), "x", color=COLOURS["best_of_n"],
-              ms=6, mew=1.5, label="best of n (its KL is an upper bound)")
-    axes.set(xlabel=KL_LABEL, ylabel=REWARD, title=f"{len(rows.seeds)} seeds: thin lines; thick: their mean")
+    best = found["best_of_n"]
+    axes.plot(column(best, "kl"), column(best, "reward"), "x", color=COLOURS["best_of_n"], ms=6, mew=1.5,
+              label=f"best of n, n = 1, 2, 4 … {best[-1]['n']} (its KL is an upper bound)")
+    axes.set(xlabel=KL_LABEL, ylabel=REWARD,
+             title=f"Fronts of {len(rows.seeds)} seeds (thin) and their mean (thick)")
     axes.legend(loc="lower right", fontsize=8)
     return figure
 
@@ -73,16 +76,17 @@ def draw_predictions(found: Mapping) -> Figure:
     """Each claim on an axis of its own: the interval that the tiny worlds predict, and what was measured, with its
     interval."""
     claims = [claim for claim in found["claims"] if claim["effect"] is not None]
-    figure, panels = plt.subplots(len(claims), 1, figsize=(10.5, 0.62 * len(claims) + 0.7), squeeze=False)
+    figure, panels = plt.subplots(len(claims), 1, figsize=(10.5, 0.62 * len(claims) + 1), squeeze=False)
     for axes, claim in zip(panels[:, 0], claims):
         colour, (low, high) = VERDICT_COLOURS[claim["verdict"]], claim["prediction"]
-        axes.axvspan(low, high, ymin=0.15, ymax=0.85, color=COLOURS["liti"], alpha=0.3, lw=0)
-        ends = [low, high, claim["effect"], claim["null"]]
+        axes.axvspan(low, high, ymin=0.15, ymax=0.85, color=COLOURS["lerp"], alpha=0.35, lw=2)
+        ends = [low, high, claim["effect"], claim["null"] - claim["margin"], claim["null"] + claim["margin"]]
         if claim["ci_low"] is not None:
             axes.plot([claim["ci_low"], claim["ci_high"]], [0, 0], color=colour, lw=2.2)
             ends += [claim["ci_low"], claim["ci_high"]]
         axes.plot(claim["effect"], 0, "o", color=colour, ms=6)
-        axes.axvline(claim["null"], color="black", lw=0.9)
+        for at in {claim["null"] - claim["margin"], claim["null"] + claim["margin"]}:
+            axes.axvline(at, color="black", lw=0.9)
         room = 0.06 * (max(ends) - min(ends))
         axes.set(yticks=[], ylim=(-1, 1), xlim=(min(ends) - room, max(ends) + room))
         axes.tick_params(axis="x", labelsize=7, pad=1, length=2)
@@ -90,11 +94,13 @@ def draw_predictions(found: Mapping) -> Figure:
         axes.spines["left"].set_visible(False)
         words = textwrap.fill(f"{claim['statement']} ({claim['unit']})", SHORT_WORDS)
         axes.text(-0.02, 0.5, words, transform=axes.transAxes, ha="right", va="center", fontsize=8)
-    axes.plot([], [], color=COLOURS["liti"], alpha=0.3, lw=8, label="predicted by the tiny worlds")
+    axes.plot([], [], color=COLOURS["lerp"], alpha=0.35, lw=8, label="predicted by the tiny worlds")
     for verdict in dict.fromkeys(claim["verdict"] for claim in claims):
         axes.plot([], [], "o-", color=VERDICT_COLOURS[verdict], ms=5, label=f"measured: {verdict}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, fontsize=8)
-    figure.subplots_adjust(left=0.42, right=0.985, top=1 - 0.4 / figure.get_figheight(), bottom=0.03, hspace=1.1)
+    figure.suptitle(real.came_true(found)[0], x=0.01, ha="left", fontsize=11)
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, fontsize=8,
+                  bbox_to_anchor=(1, 1 - 0.28 / figure.get_figheight()))
+    figure.subplots_adjust(left=0.42, right=0.985, top=1 - 0.75 / figure.get_figheight(), bottom=0.03, hspace=1.1)
     return figure
 
 
@@ -105,10 +111,11 @@ def draw_trajectories(found: Mapping) -> Figure:
     draw_line(left, rows, "trajectory", name="EMA anchor, β = 0.1")
     for beta, shade in zip(SFT_BETAS_REAL, shades(COLOURS["sft"], len(SFT_BETAS_REAL))):
         draw_line(left, rows, f"SFT, β = {beta:g}", name=f"SFT anchor, β = {beta:g}", colour=shade)
-    for line in ("trajectory", "run", "slerp-4"):
-        draw_line(right, rows, line, name="LITI of one run" if line == "run" else "")
-    left.set(xlabel=KL_LABEL, ylabel=REWARD, title="trajectories, one anchor each")
-    right.set(xlabel=KL_LABEL, title="a run on its way, and the straight way back")
+    draw_line(right, rows, "trajectory")
+    draw_line(right, rows, real.ONE, name="LITI of that run")
+    draw_line(right, rows, "slerp-4", name="LITI of four merged")
+    left.set(xlabel=KL_LABEL, ylabel=REWARD, title="Runs on their way, by anchor")
+    right.set(xlabel=KL_LABEL, title="A run on its way, and fronts of LITI")
     for axes in (left, right):
         axes.legend(loc="lower right", fontsize=8)
     return figure
@@ -122,20 +129,22 @@ def draw_gold(found: Mapping, lines: Sequence[str] = FRONTS) -> Figure:
     for line in lines:
         draw_line(left, rows, line, "gold", "reward")
         draw_line(right, rows, line, "gold")
-    left.set(xlabel="proxy " + REWARD, ylabel=AXES["gold"], title="the truth against what was trained on")
-    right.set(xlabel=KL_LABEL, title="the truth against KL")
+    left.set(xlabel="proxy " + REWARD, ylabel=AXES["gold"], title="Gold reward by proxy reward")
+    right.set(xlabel=KL_LABEL, title="Gold reward by KL")
     left.legend(loc="best", fontsize=8)
     return figure
 
 
 def draw_in_text(found: Mapping, lines: Sequence[str] = ("slerp-4", "WARP, 2", "batch of 16, 2")) -> Figure:
-    """What becomes of the text along fronts: length, diversity, and what held-out text costs the policy."""
+    """What becomes of the text along fronts: length, diversity, and what the SFT policy's own samples cost the policy.
+    """
     rows = rows_of(found)
     figure, panels = plt.subplots(1, len(IN_TEXT), figsize=(12.4, 3.8), layout="constrained")
     for axes, (what, words) in zip(panels, IN_TEXT.items()):
         for line in lines:
             draw_line(axes, rows, line, what)
         axes.set(xlabel=KL_LABEL, ylabel=words)
+    panels[0].axhline(WARP.max_new_tokens, color="black", ls=":", lw=1)
     panels[0].legend(loc="best", fontsize=8)
     return figure
 
@@ -160,7 +169,7 @@ def prompts_of(found: Mapping) -> list[str]:
 
 def completions_page(found: Mapping, seed: int, iteration: int, prompts: Sequence[str],
                      etas: Sequence[float] = SHOWN_ETAS) -> str:
-    """Completions of the same random numbers at each η as HTML; words that η = 0 has not are marked."""
+    """Completions of the same random numbers at each η as HTML; marked: what differs from η = 0 (`changed_words`)."""
     parts = []
     for prompt in prompts:
         first = written(found, seed, iteration, 0.0, prompt)["completion"]
@@ -204,3 +213,28 @@ def said_of(found: Mapping, *names: str) -> str:
     """Claims and what the real model says of them, as a list in Markdown."""
     by_name = {claim["name"]: claim for claim in found["claims"]}
     return "\n".join(f"- {by_name[name]['statement']}: {cell(by_name[name])}." for name in names)
+
+
+def starts(found: Mapping) -> str:
+    """Where the fronts and the limit begin, in sentences: the same policy, measured on samples of different sizes."""
+    row = next(row for row in found["rows"] if row["line"] == "slerp-4" and row["eta"] == 0)
+    words = (f"At η = 0 all fronts are the SFT policy, with a reward of {row['reward']:+.2f} ± {row['reward_se']:.2f} "
+             f"on {row['samples']} completions (standard error).")
+    if not found["limit"]:
+        return words + " The limit is not known at any KL: too few samples carry it."
+    first, last = found["limit"][0], found["limit"][-1]
+    return (f"{words} The limit begins at {first['reward']:+.2f} ± {first['reward_se']:.2f}, on many more, so that a "
+            f"front may lie over it by the difference. It ends at {last['kl']:.1f} nats, where the completions that "
+            f"would be its own are too few among those that were sampled; past that no limit is known here.")
+
+
+def gold_on_the_way(found: Mapping, line: str = "WARP, 2") -> str:
+    """At which point of a line's mean front the gold reward is highest, as a sentence."""
+    points = rows_of(found).mean_curve(line)
+    best, end = max(points, key=lambda point: point["gold"]), points[-1]
+    words = (f"Along the mean front of {LINES[line][0]} the gold reward is highest at η = {best['eta']:g} "
+             f"({best['gold']:+.2f} at {best['kl']:.1f} nats)")
+    if best is end:
+        return words + "."
+    return (f"{words}, and {end['gold']:+.2f} at its end, where the proxy is {end['reward']:+.2f} after "
+            f"{best['reward']:+.2f}.")
