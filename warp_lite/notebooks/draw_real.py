@@ -99,8 +99,8 @@ def draw_predictions(found: Mapping) -> Figure:
         axes.plot([], [], "o-", color=VERDICT_COLOURS[verdict], ms=5, label=f"measured: {verdict}")
     figure.suptitle(real.came_true(found)[0], x=0.01, ha="left", fontsize=11)
     figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, fontsize=8,
-                  bbox_to_anchor=(1, 1 - 0.28 / figure.get_figheight()))
-    figure.subplots_adjust(left=0.42, right=0.985, top=1 - 0.75 / figure.get_figheight(), bottom=0.03, hspace=1.1)
+                  bbox_to_anchor=(1, 1 - 0.36 / figure.get_figheight()))
+    figure.subplots_adjust(left=0.42, right=0.985, top=1 - 0.85 / figure.get_figheight(), bottom=0.03, hspace=1.1)
     return figure
 
 
