@@ -292,8 +292,8 @@ def came_true(found: Mapping) -> list[str]:
         f"{inside} of {len(claims)} measured effects lie in the interval that the tiny worlds predicted.",
         f"For {len(signed)} of them that interval has one side only; {len(signed) - len(wrong)} effects lie on it"
         + listed(wrong, "; the others: ") + ".",
-        f"If nothing had any effect, {len(claims) * 0.05:.1f} of {len(claims)} claims would hold or fail by chance; with "
-        f"{len(found['seeds'])} seeds {len(clear)} do" + listed(clear, ": ") + ".",
+        f"If nothing had any effect, {len(claims) * 0.05:.1f} of {len(claims)} claims would hold or fail by chance; "
+        f"with {len(found['seeds'])} seeds {len(clear)} do" + listed(clear, ": ") + ".",
         (f"{len(apart)} intervals lie wholly outside what was predicted" + listed(apart, ": ") + ".") if apart
         else "No interval lies wholly outside what was predicted."]
     if lost:
