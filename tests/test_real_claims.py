@@ -51,6 +51,7 @@ def invented():
         rows |= {RealUnit("front", seed, "WARP", 1): front("slerp-4", seed, 1.5, 4.0),
                  RealUnit("front", seed, "LERP", 1): front("lerp-4", seed, 1.25, 3.0),
                  RealUnit("front", seed, "WARP", 2): front("WARP, 2", seed, 1.75, 4.5),
+                 RealUnit("front", seed, "batch of 16", 1): front("batch of 16", seed, 1.0, 4.0),
                  RealUnit("front", seed, "batch of 16", 2): front("batch of 16, 2", seed, 1.75, 4.5),
                  RealUnit("geometry", seed, "WARP", 1): [{"line": "angle", "seed": seed, "value": 80.0 + seed},
                                                         {"line": "norm of LERP", "seed": seed, "value": 0.65}],
@@ -79,7 +80,7 @@ def test_every_claim_is_decided_with_a_statement_and_seeds_are_what_the_interval
     assert verdicts["4-runs-against-1"] == verdicts["iteration-2-reach"] == verdicts["gold"] == "holds"
     assert verdicts["liti-one"] == verdicts["norm-lerp"] == "holds"
     assert verdicts["diversity"] == verdicts["forgetting"] == "holds" and verdicts["length"] == "fails"
-    assert verdicts["equal-batch-of-16"] == "no difference"
+    assert (verdicts["equal-batch-of-16-once"], verdicts["equal-batch-of-16"]) == ("holds", "no difference")
     assert by_name["angle"]["effect"] == pytest.approx(81.0)
     assert by_name["forgetting"]["effect"] == pytest.approx(0.25)  # nats a token
     assert "seeds, which share" in report["interval"]
