@@ -290,9 +290,9 @@ def test_every_kind_of_unit_runs_is_reported_and_is_not_run_again(world, monkeyp
 
 def look_at(found):
     """Every picture and sentence of the notebook, of a report."""
-    prompt, *others = draw_real.prompts_of(found)
+    prompt, *others = draw_real.shown_prompts(found)
     with matplotlib.rc_context():
-        drawn = [draw(found) for draw in (draw_real.draw_predictions, draw_real.draw_fronts, draw_real.draw_gold,
+        drawn = [draw(found) for draw in (draw_real.draw_predictions, draw_real.draw_real_fronts, draw_real.draw_gold,
                                           draw_real.draw_trajectories, draw_real.draw_in_text)]
         place = draw_real.draw_place(found, 1, 0.2, prompt)
         plt.close("all")

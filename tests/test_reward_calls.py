@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 from warp_lite import ClassifierReward, WarpConfig, load_result, run_warp, save_policy
@@ -294,6 +295,22 @@ def test_a_batch_without_any_reward_has_no_gradient_and_is_told_once(executor, p
     with pytest.raises(ValueError, match="the reward never is None for every completion of a first trial"):
         run_warp(model, tokenizer, never, prompts, CONFIG, executor=executor, out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_trial_counts_its_batches_where_progress_is_shown(policy_of, tokenizer, monkeypatch, tmp_path):
+    """Before anything is written, so that one sees at once that a large policy is at work."""
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append((options["desc"], options["total"], options["disable"], (tmp_path / "run").exists()))
+
+    monkeypatch.setattr("warp_lite.training.iteration.tqdm", Bar)
+    run_warp(policy_of("llama"), tokenizer, lambda prompts, completions: [0.0] * len(prompts), ["this", "that", "the"],
+             CONFIG, out=tmp_path / "run")
+    assert bars[0] == ("trying the reward", 2 * CONFIG.runs, None, False)
+    assert bars[1][0] == "iteration 1" and bars[1][3]
 
 
 def test_several_rewards_are_summed_and_averaged_over_those_that_scored():

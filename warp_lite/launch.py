@@ -77,7 +77,7 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
     try:
         out = trainer.start(task, config, out)
         trainer = fitting_trainer(trainer, task, config, progress)
-        with (open_folder(out, resume, task, config, lora, trainer) as folder,
+        with (open_folder(out, resume, task, config, lora, trainer, progress) as folder,
               pinned_threads(folder.threads if folder else torch.get_num_threads())):
             stage_1 = Stage1(task, config, as_begun(trainer, folder), folder, progress, stop, on_failure)
 
@@ -96,15 +96,15 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
 
 @contextmanager
 def open_folder(out: str | Path | None, resume: bool, task: Task, config: WarpConfig, lora: LoraSettings | None,
-                trainer: Trainer) -> Iterator[RunFolder | None]:
-    """The run folder, held for this process: made, if the rewards can score what the first step will sample, or
-    taken up again. None where `out` is."""
+                trainer: Trainer, progress: bool) -> Iterator[RunFolder | None]:
+    """The run folder, held for this process: made, if the rewards can score what the first step will sample (with
+    `progress` a bar counts it), or taken up again. None where `out` is."""
     if out is None:
         yield None
         return
     settings = run_settings(task, config, lora)
     if not check_out(out, resume, settings):
-        try_rewards(task, config)
+        try_rewards(task, config, progress)
     with locked(Path(out)):
         folder = RunFolder(out, settings, task.sft, resume, trainer.name)
         folder.tidy()

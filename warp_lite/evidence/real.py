@@ -295,13 +295,13 @@ def came_true(found: Mapping) -> list[str]:
     sentences = [
         f"{inside} of {len(claims)} measured effects lie in the interval that the tiny worlds predicted.",
         f"For {len(signed)} of them that interval has one side only; {len(signed) - len(wrong)} effects lie on it"
-        + listed(wrong, "; the others: ") + ".",
+        + statements(wrong, "; the others: ") + ".",
         f"If nothing had any effect, {len(claims) * 0.05:.1f} of {len(claims)} claims would hold or fail by chance; "
-        f"with {len(found['seeds'])} seeds {len(clear)} do" + listed(clear, ": ") + ".",
-        (f"{len(apart)} intervals lie wholly outside what was predicted" + listed(apart, ": ") + ".") if apart
+        f"with {len(found['seeds'])} seeds {len(clear)} do" + statements(clear, ": ") + ".",
+        (f"{len(apart)} intervals lie wholly outside what was predicted" + statements(apart, ": ") + ".") if apart
         else "No interval lies wholly outside what was predicted."]
     if lost:
-        sentences.append("No KL is reached by all seeds" + listed(lost, " for: ") + ".")
+        sentences.append("No KL is reached by all seeds" + statements(lost, " for: ") + ".")
     return sentences
 
 
@@ -313,7 +313,7 @@ def settings_sentence() -> str:
             f"{LIMIT_SAMPLES_REAL} completions of each.")
 
 
-def listed(claims: Sequence[Mapping], before: str) -> str:
+def statements(claims: Sequence[Mapping], before: str) -> str:
     """Claims by their statements and verdicts behind a word, or nothing where there are none."""
     return before + "; ".join(f"{claim['statement']} ({claim['verdict']})" for claim in claims) if claims else ""
 

@@ -410,7 +410,7 @@ def bare(parts: Sequence[str]) -> list[str]:
     return [word for part in parts if (word := "".join(filter(str.isalnum, part)))]
 
 
-def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
+def neighbours(words: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of neighbouring words."""
     return list(zip(words, words[1:]))
 
@@ -422,13 +422,13 @@ repeats = Check(
         lambda text: (lambda words: 1 - len(set(words)) / len(words))(words_of(text)),
      "every copy of a pair counts, the first too; count those that occurred before":
         lambda text: (lambda pairs: sum(pairs.count(p) > 1 for p in pairs) / len(pairs) if pairs else 0.0)(
-            pairs_of(words_of(text))),
+            neighbours(words_of(text))),
      "punctuation makes a word another one; leave it out":
-        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(pairs_of(text.lower().split())),
+        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(neighbours(text.lower().split())),
      "words in capitals count as others; take lower case":
-        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(pairs_of(bare(text.split()))),
-     "this is how many, not their share": lambda text: len(pairs_of(words_of(text))) - len(
-         set(pairs_of(words_of(text))))})
+        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(neighbours(bare(text.split()))),
+     "this is how many, not their share": lambda text: len(neighbours(words_of(text))) - len(
+         set(neighbours(words_of(text))))})
 
 best_of_n = Check(
     "the KL in nats", lambda n: math.log(n) - (n - 1) / n, [(1,), (2,), (16,)],

@@ -56,7 +56,7 @@ def draw_line(axes: Axes, rows: Rows, line: str | dict, what: str = "reward", x:
     axes.plot(column(points, x), column(points, what), marker="o", ms=3, label=name or usual[0], **style)
 
 
-def draw_fronts(found: Mapping, lines: Sequence[str] = FRONTS) -> Figure:
+def draw_real_fronts(found: Mapping, lines: Sequence[str] = FRONTS) -> Figure:
     """Fronts of KL against reward, with best-of-n, and the limit as far as it is known."""
     rows = rows_of(found)
     figure, axes = plt.subplots(figsize=(8.4, 5), layout="constrained")
@@ -158,11 +158,11 @@ def written(found: Mapping, seed: int, iteration: int, eta: float, prompt: str) 
             (seed, iteration, prompt)]
     if not rows:
         raise ValueError(f"there is no completion of {prompt!r} with seed {seed}, iteration {iteration}; "
-                         f"`prompts_of` has the prompts")
+                         f"`shown_prompts` has the prompts")
     return min(rows, key=lambda row: abs(row["eta"] - eta))
 
 
-def prompts_of(found: Mapping) -> list[str]:
+def shown_prompts(found: Mapping) -> list[str]:
     """The prompts whose completions were kept, in their order."""
     return list(dict.fromkeys(row["prompt"] for row in found["completions"]))
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..averaging.state_dicts import Weights, stack
 from ..config import WarpConfig
 from ..evaluation.metrics import evaluate_many
-from ..policies.sampling import Policies
+from ..policies.sampling import Policies, Rollout
 from ..rewards.calling import reward_name, rollout_rewards
 from ..storage.files import first_line
 from ..task import Task
@@ -266,28 +266,38 @@ def trajectory_points(task: Task, members: Sequence[Run], step: int, states: lis
             for run, m in zip(members, metrics)]
 
 
-def try_rewards(task: Task, config: WarpConfig) -> None:
+def try_rewards(task: Task, config: WarpConfig, progress: bool = False) -> None:
     """Score what the first step of each run will sample, and as many completions of held-out prompts.
 
-    Raises ValueError if a reward function fails, returns the wrong number of values or one that is not finite, or
-    nothing but None.
+    With `progress` a bar counts the batches: those of a large policy take a minute. Raises ValueError if a reward
+    function fails, returns the wrong number of values or one that is not finite, or nothing but None.
     """
     policies, held_out = Policies.of(task.policy, [task.sft]), task.eval_prompts
-    for m, reward in enumerate(task.rewards(config.runs), 1):
-        run = Run(config, 1, m, task.sft, task.sft, reward)
-        batch, uniforms = draw([run], 0, task.prompts)
-        other = held_out.batch(np.arange(config.batch_size)[None] % len(held_out))
-        rollout, measured = (policies.sample(prompts, uniforms, task.tokenizer, config.temperature)
-                             for prompts in (batch, other))
-        try:
-            trained_on = checked_rewards([run], 0, rollout, task.tokenizer)
-            for judge in (reward,) if task.gold is None else (reward, task.gold):
-                values = rollout_rewards([judge], measured, task.tokenizer)
-                if judge is reward and bool(values.isnan().all()) and bool(trained_on.isnan().all()):
-                    raise ValueError(f"the reward {reward_name(reward)} is None for every completion of a first trial; "
-                                     "return a number for some of them")
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(f"the reward {reward_name(reward)} failed on a first trial with "
-                             f"{type(error).__name__}: {first_line(error)}") from error
+    with tqdm(total=2 * config.runs, desc="trying the reward", unit="batch", leave=False,
+              disable=None if progress else True) as bar:
+        for m, reward in enumerate(task.rewards(config.runs), 1):
+            run = Run(config, 1, m, task.sft, task.sft, reward)
+            batch, uniforms = draw([run], 0, task.prompts)
+            other = held_out.batch(np.arange(config.batch_size)[None] % len(held_out))
+            rollouts = []
+            for prompts in (batch, other):
+                rollouts.append(policies.sample(prompts, uniforms, task.tokenizer, config.temperature))
+                bar.update()
+            try_reward(task, run, *rollouts)
+
+
+def try_reward(task: Task, run: Run, rollout: Rollout, measured: Rollout) -> None:
+    """Score the completions of a training step and of held-out prompts. Raises as `try_rewards` does."""
+    reward = run.reward
+    try:
+        trained_on = checked_rewards([run], 0, rollout, task.tokenizer)
+        for judge in (reward,) if task.gold is None else (reward, task.gold):
+            values = rollout_rewards([judge], measured, task.tokenizer)
+            if judge is reward and bool(values.isnan().all()) and bool(trained_on.isnan().all()):
+                raise ValueError(f"the reward {reward_name(reward)} is None for every completion of a first trial; "
+                                 "return a number for some of them")
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the reward {reward_name(reward)} failed on a first trial with "
+                         f"{type(error).__name__}: {first_line(error)}") from error
