@@ -415,18 +415,23 @@ def neighbours(words: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(words, words[1:]))
 
 
+def share_repeated(items: Sequence[object]) -> float:
+    """The share of items that occurred before; 0 where there are none."""
+    return 1 - len(set(items)) / len(items) if items else 0.0
+
+
 repeats = Check(
     "the share, 0 to 1", repeated_words,
     [(PRAISE,), ("I liked it. I liked it, too",), ("fine",), ("good good good",), ("Good film , good film",)],
     {"this is the share of words that occurred before; ask for pairs of neighbours":
-        lambda text: (lambda words: 1 - len(set(words)) / len(words))(words_of(text)),
+        lambda text: share_repeated(words_of(text)),
      "every copy of a pair counts, the first too; count those that occurred before":
         lambda text: (lambda pairs: sum(pairs.count(p) > 1 for p in pairs) / len(pairs) if pairs else 0.0)(
             neighbours(words_of(text))),
      "punctuation makes a word another one; leave it out":
-        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(neighbours(text.lower().split())),
+        lambda text: share_repeated(neighbours(text.lower().split())),
      "words in capitals count as others; take lower case":
-        lambda text: (lambda pairs: 1 - len(set(pairs)) / len(pairs) if pairs else 0.0)(neighbours(bare(text.split()))),
+        lambda text: share_repeated(neighbours(bare(text.split()))),
      "this is how many, not their share": lambda text: len(neighbours(words_of(text))) - len(
          set(neighbours(words_of(text))))})
 

@@ -287,7 +287,7 @@ def try_rewards(task: Task, config: WarpConfig, progress: bool = False) -> None:
 
 
 def try_reward(task: Task, run: Run, rollout: Rollout, measured: Rollout) -> None:
-    """Score the completions of a training step and of held-out prompts. Raises as `try_rewards` does."""
+    """Score the completions of a training step and of held-out prompts. Raises ValueError as `try_rewards` does."""
     reward = run.reward
     try:
         trained_on = checked_rewards([run], 0, rollout, task.tokenizer)
