@@ -301,7 +301,8 @@ def look_at(found):
     (start,) = {row["reward"] for row in found["rows"] if row["line"] == "slerp-4" and row["eta"] == 0}
     for line in drawn[1].axes[0].get_lines()[:-2]:  # but the limit and best-of-n
         assert line.get_xydata()[0] == pytest.approx((0, start), abs=1e-4)
-    assert place.axes[0].get_title().startswith("iteration 1, η = 0.20")
+    titles = [place.axes[0].get_title(loc=side) for side in ("left", "center")]  # as the style has it
+    assert "".join(titles).startswith("iteration 1, η = 0.20")
     page = draw_real.completions_page(found, 0, 1, others)
     assert page.count("η = ") == 4 * len(others) and "<mark" in page
     assert draw_real.written(found, 0, 1, 0.3, prompt)["eta"] == 0.25
