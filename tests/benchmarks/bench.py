@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,10 +39,12 @@ from warp_lite.training.reinforce import differentiate, draw, score
 from warp_lite.training.run import Run
 from warp_lite.training.serial import train_serial
 from warp_lite.viewing.plots import COLOURS, style
+from warp_lite.worlds import load_world
 from warp_lite.worlds.reviews import reviews_world
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("steps", "sampling", "experiment", "claims", "saving", "merge", "ray", "busy", "growth")
+PARTS = ("steps", "sampling", "real", "experiment", "claims", "saving", "merge", "ray", "busy", "growth")
+REAL_BATCH = 16  # completions a step of the real model
 LENGTH = 24  # tokens of every completion on the tiny model; none ends early, so that all sides do the same work
 
 
@@ -110,10 +113,12 @@ class PolicyStep:
         """Operations of the matrix products of a step, all policies: 2 a weight and token, three times
         that for training, and attention; the passes are sampling, anchor, reward, training."""
         config, B = self.world.policy.config, self.runs[0].config.batch_size
-        C, L, V = config.n_embd, config.n_layer, config.vocab_size
+        C, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
         length = self.config.max_new_tokens
         S = self.prompts.ids.shape[1] + length - 1
-        trunk = B * (S * 12 * C * C * L * 2 + L * 2 * 2 * S * S * C / 2)  # causal: half of the scores are needed
+        layers = sum(weight.numel() for name, weight in parameters(self.world.policy).items() if weight.dim() == 2
+                     and not any(part in name for part in ("wte", "wpe", "embed", "lm_head")))
+        trunk = B * (S * layers * 2 + L * 2 * 2 * S * S * C / 2)  # causal: half of the scores are needed
         head = B * length * C * V * 2
         return self.E * (5 * (trunk + head) + trunk)
 
@@ -209,6 +214,123 @@ def trl_process(folder: Path, batch: int, defaults: bool) -> None:
                 callbacks=[Clock()],
             ).train()
         print("seconds", float(np.median(np.diff(marks)[1:])), flush=True)
+
+
+class RealSide:
+    """One side of `bench_real`, a process with so many threads: a call writes a word, and returns the numbers of its
+    answer."""
+
+    def __init__(self, side: str, threads: int, folder: Path):
+        self.child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--real", side, str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+    def __call__(self, word: str) -> list[float]:
+        self.child.stdin.write(f"{word}\n")
+        self.child.stdin.flush()
+        while line := self.child.stdout.readline():
+            if line.startswith("answer "):
+                return [float(part) for part in line.split()[1:]]
+        raise RuntimeError("the process of a real model ended")
+
+    def close(self) -> None:
+        """End the process."""
+        self.child.stdin.close()
+        self.child.wait()
+
+
+def real_process(side: str, folder: Path) -> None:
+    """A side of `bench_real`. "step": median seconds of a training step, one in front of it uncounted; "sample":
+    seconds of sampling and of generate(), taking turns; "rate": operations a second of a matrix product, and those of
+    a step; "peak": the most memory so far, in bytes."""
+    world = load_world("smollm2", progress=False)
+    few = encode_prompts(world.tokenizer, world.prompts.given[:REAL_BATCH])
+    prompts = Prompts(few.texts, few.ids[None], few.mask[None])
+    step = PolicyStep(world, world.policy, 1, REAL_BATCH) if side == "ours" else None
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            answer = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+        elif line.strip() == "rate":
+            answer = [matrix_rate(), step.operations()]
+        elif line.strip() == "sample":
+            t = interleaved(3, ours=lambda: real_samples(step, world, prompts),
+                            theirs=lambda: generated(world.policy, prompts))
+            answer = [t["ours"], t["theirs"]]
+        elif step is not None:
+            answer = [interleaved(3, step=step)["step"]]
+        else:
+            answer = [trl_seconds(folder, world)]
+        print("answer", *answer, flush=True)
+
+
+def real_samples(step: PolicyStep, world, prompts: Prompts) -> None:
+    """Completions of full length by the policies of a step."""
+    uniforms = torch.rand(1, REAL_BATCH, LENGTH, dtype=torch.float64)
+    with torch.no_grad():
+        Endless(step.forward, step.ensemble.weights).sample(prompts, uniforms, world.tokenizer)
+
+
+def generated(model, prompts: Prompts) -> None:
+    """The same by the library's generate()."""
+    with torch.no_grad(), quiet():
+        model.generate(prompts.ids[0], attention_mask=prompts.mask[0], do_sample=True, top_k=0, top_p=1.0,
+                       max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+
+
+def trl_seconds(folder: Path, world) -> float:
+    """Median seconds of steps of TRL's RLOOTrainer on the policy in `folder`, with this world's reward, in float32 and
+    with an anchor that moves at every step; the first is not counted."""
+    from accelerate.state import AcceleratorState
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import RLOOConfig, RLOOTrainer
+
+    AcceleratorState._reset_state(True)
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+    arguments = RLOOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=REAL_BATCH,
+        num_generations=REAL_BATCH, max_completion_length=LENGTH, temperature=1.0, top_k=0, top_p=1.0, beta=0.3,
+        learning_rate=1e-6, max_steps=5, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        generation_kwargs={"min_new_tokens": LENGTH}, bf16=False, gradient_checkpointing=False, sync_ref_model=True,
+        ref_model_mixup_alpha=0.01, ref_model_sync_steps=1)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        RLOOTrainer(model=model, reward_funcs=world.reward, args=arguments, processing_class=world.tokenizer,
+                    train_dataset=Dataset.from_dict({"prompt": world.prompts.given}), callbacks=[Clock()]).train()
+    return float(np.median(np.diff(marks)[1:]))
+
+
+def bench_real(rounds: int, scratch: Path) -> list[dict]:
+    """A step of SmolLM2, 16 completions of 24 tokens in float32, against TRL's, with one thread and with two; sampling
+    against generate(); memory. Needs `make real-model`."""
+    world = load_world("smollm2")
+    save_policy(world.policy, world.tokenizer, scratch / "smollm2")
+    rows = []
+    for threads in (1, 2):
+        ours, trl = (RealSide(side, threads, scratch / "smollm2") for side in ("ours", "trl"))
+        words = f"SmolLM2-135M, {REAL_BATCH} × {LENGTH} tokens, {threads} thread{'s' if threads > 1 else ''}"
+        times = [(ours("step")[0], trl("step")[0]) for _ in range(min(rounds, 2))]
+        seconds, of_trl = (median(side) for side in zip(*times))
+        rows.append(row(f"policy step, {words}, against TRL RLOO", seconds, of_trl, 1.5))
+        sampled, by_generate = ours("sample")
+        rows.append(row(f"sampling, {words}, against generate()", sampled, by_generate, 1.5))
+        rate, operations = ours("rate")
+        rows.append({"name": f"share of the measured fp32 matrix rate, {words}", "value": operations / seconds / rate,
+                     "unit": "share", "target": None, "met": True,
+                     "detail": f"{operations / 1e9:.0f} GFLOP a step, {rate / 1e9:.0f} GFLOP/s"})
+        peaks = ours("peak")[0], trl("peak")[0]
+        rows.append({"name": f"peak memory, {words}, as a share of TRL's", "value": peaks[0] / peaks[1],
+                     "unit": "share", "target": None, "met": True,
+                     "detail": f"{peaks[0] / 1e9:.1f} GB against {peaks[1] / 1e9:.1f} GB"})
+        ours.close()
+        trl.close()
+    return rows
 
 
 def published(world, folder: Path):
@@ -699,11 +821,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--trl", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--real", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     if arguments.trl:
         return trl_process(Path(arguments.trl[0]), int(arguments.trl[1]), arguments.trl[2] == "1")
+    if arguments.real:
+        return real_process(arguments.real[0], Path(arguments.real[1]))
     world = reviews_world()
     chosen = arguments.only or PARTS
     kept = arguments.out / "results.json"
@@ -713,6 +838,7 @@ def main() -> None:
         parts = {
             "steps": lambda: bench_steps(world, arguments.rounds, scratch),
             "sampling": lambda: bench_sampling(world, arguments.rounds, scratch),
+            "real": lambda: bench_real(arguments.rounds, scratch),
             "experiment": lambda: bench_experiment(world),
             "claims": lambda: bench_claims(scratch),
             "saving": lambda: bench_saving(world, scratch),
