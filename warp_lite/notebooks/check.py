@@ -20,7 +20,7 @@ from torch import Tensor
 from ..averaging import liti as stage_3
 from ..averaging import slerp as stage_2
 from ..evaluation import front, statistics
-from ..worlds.english import repeated_words
+from ..worlds.english import bare_words, repeated_words, share_repeated
 
 SLACK = 1e-6  # by how much an answer may be off
 
@@ -400,40 +400,25 @@ interval = Check(
 PRAISE = "a great film, a great film and so great"
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return bare(text.lower().split())
-
-
-def bare(parts: Sequence[str]) -> list[str]:
-    """Words without punctuation; what has nothing else is left out."""
-    return [word for part in parts if (word := "".join(filter(str.isalnum, part)))]
-
-
 def neighbours(words: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of neighbouring words."""
     return list(zip(words, words[1:]))
-
-
-def share_repeated(items: Sequence[object]) -> float:
-    """The share of items that occurred before; 0 where there are none."""
-    return 1 - len(set(items)) / len(items) if items else 0.0
 
 
 repeats = Check(
     "the share, 0 to 1", repeated_words,
     [(PRAISE,), ("I liked it. I liked it, too",), ("fine",), ("good good good",), ("Good film , good film",)],
     {"this is the share of words that occurred before; ask for pairs of neighbours":
-        lambda text: share_repeated(words_of(text)),
+        lambda text: share_repeated(bare_words(text.lower())),
      "every copy of a pair counts, the first too; count those that occurred before":
         lambda text: (lambda pairs: sum(pairs.count(p) > 1 for p in pairs) / len(pairs) if pairs else 0.0)(
-            neighbours(words_of(text))),
+            neighbours(bare_words(text.lower()))),
      "punctuation makes a word another one; leave it out":
         lambda text: share_repeated(neighbours(text.lower().split())),
      "words in capitals count as others; take lower case":
-        lambda text: share_repeated(neighbours(bare(text.split()))),
-     "this is how many, not their share": lambda text: len(neighbours(words_of(text))) - len(
-         set(neighbours(words_of(text))))})
+        lambda text: share_repeated(neighbours(bare_words(text))),
+     "this is how many, not their share": lambda text: len(neighbours(bare_words(text.lower()))) - len(
+         set(neighbours(bare_words(text.lower()))))})
 
 best_of_n = Check(
     "the KL in nats", lambda n: math.log(n) - (n - 1) / n, [(1,), (2,), (16,)],

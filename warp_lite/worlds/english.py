@@ -171,9 +171,18 @@ class FeelingReward:
 
 def repeated_words(text: str) -> float:
     """The share of pairs of neighbouring words that occurred before in the text, 0 to 1; 0 for less than two words."""
-    words = [word for word in ("".join(c for c in part if c.isalnum()) for part in text.lower().split()) if word]
-    pairs = list(zip(words, words[1:]))
-    return (len(pairs) - len(set(pairs))) / len(pairs) if pairs else 0.0
+    words = bare_words(text.lower())
+    return share_repeated(list(zip(words, words[1:])))
+
+
+def bare_words(text: str) -> list[str]:
+    """The words of a text without punctuation; what has nothing else is left out."""
+    return [word for part in text.split() if (word := "".join(filter(str.isalnum, part)))]
+
+
+def share_repeated(items: Sequence[object]) -> float:
+    """The share of items that occurred before, 0 to 1; 0 where there are none."""
+    return (len(items) - len(set(items))) / len(items) if items else 0.0
 
 
 # --- the reward model --------------------------------------------------------------------------
