@@ -12,7 +12,16 @@ import torch
 
 from warp_lite.cli import main
 from warp_lite.evidence import load, real, real_units, settings
-from warp_lite.evidence.real_units import LINES, PILOT_SEED, SFT_BETAS_REAL, TRACED, RealUnit, mean_angle, phases_of
+from warp_lite.evidence.real_units import (
+    LINES,
+    PILOT_SEED,
+    SFT_BETAS_REAL,
+    TRACED,
+    RealUnit,
+    mean_angle,
+    needs,
+    units_of_seeds,
+)
 from warp_lite.evidence.report import cell
 from warp_lite.notebooks import draw_real
 from warp_lite.notebooks.scenes import write_real_front
@@ -216,19 +225,29 @@ def test_the_table_has_a_row_a_claim_with_what_was_predicted(report, tmp_path, m
     assert f"{found['cpu_hours']:g} hours of one core in all" in text
 
 
-def test_units_depend_on_none_of_their_own_phase_or_later():
-    phases = phases_of(SEEDS)
-    assert phases[0] == [RealUnit("sft")]
-    place = {unit: n for n, units in enumerate(phases) for unit in units}
-    assert len(place) == sum(map(len, phases))  # each once
-    for unit, n in place.items():
-        if unit.kind == "run" and unit.iteration == 2:
-            runs = LINES[unit.line].runs
-            assert all(place[RealUnit("run", unit.seed, unit.line, 1, m)] < n for m in range(1, runs + 1))
-        elif unit.kind in ("front", "texts", "geometry"):
-            line = "WARP" if unit.line == "LERP" else unit.line
-            assert all(place[RealUnit("run", unit.seed, line, unit.iteration, m)] < n
-                       for m in range(1, LINES[line].runs + 1))
+def test_a_unit_needs_the_runs_that_it_reads_and_they_are_more_urgent():
+    units = units_of_seeds(SEEDS)
+    assert units[0] == RealUnit("sft") and len(set(units)) == len(units)
+    for n, unit in enumerate(units):
+        assert set(needs(unit)) <= set(units[:n])
+    four = [RealUnit("run", 0, "WARP", 1, m) for m in (1, 2, 3, 4)]
+    assert needs(RealUnit("run", 0, "WARP", 2, 3)) == needs(RealUnit("front", 0, "LERP", 1)) == four
+    assert needs(RealUnit("geometry", 0, "WARP", 1)) == four and needs(RealUnit("run", 0, "WARP", 1, 2)) == []
+    both = [RealUnit("run", 1, "batch of 16", i, 1) for i in (1, 2)]
+    assert needs(RealUnit("front", 1, "batch of 16", 2)) == both
+    assert needs(RealUnit("limit")) == needs(RealUnit("pilot", PILOT_SEED, "WARP", 1)) == []
+
+
+def test_units_run_when_what_they_need_is_there_and_wait_for_nothing_else(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(real_units, "run_real_unit", lambda unit, folder: ran.append(unit) or {"unit": unit})
+    units = units_of_seeds([0])
+    others = [unit for unit in units if unit.kind != "run"]
+    front, first = RealUnit("front", 0, "WARP", 1), [RealUnit("run", 0, "WARP", 1, m) for m in (1, 2, 3, 4)]
+    given = list(real_units.in_processes([front, *first, *others[:1]], [], tmp_path, 1))
+    assert [unit for unit, _ in given] == ran == [*first[:4], front, *others[:1]]
+    ran.clear()
+    assert [unit for unit, _ in real_units.in_processes([front], first, tmp_path, 2)] == [front]
 
 
 def test_the_command_refuses_options_that_the_real_world_has_not(tmp_path, capsys):
@@ -261,7 +280,7 @@ def test_every_kind_of_unit_runs_is_reported_and_is_not_run_again(world, monkeyp
     real_units.real_world.cache_clear()
     try:
         first = real.run_real(tmp_path, [0], 1)
-        units = sum(map(len, phases_of([0])))  # by the first the time of the others is told
+        units = len(units_of_seeds([0]))  # by the first the time of the others is told
         assert f"{units - 1} units to run, 1 kept in {tmp_path}: about " in capsys.readouterr().out
         found = json.loads((tmp_path / "smollm2.json").read_text())
         kept = [path for path in (tmp_path / "units").iterdir() if path.suffix == ".safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from .storage.files import locked
 from .storage.provenance import pinned_threads
 from .storage.run_config import check_out, kept_prompts
 from .task import Task, check_task_alone
-from .training.executors import Trainer, adapter_trainer, as_begun, trainer_for
+from .training.duration import WORTH_SAYING, expected_duration
+from .training.executors import BatchedTrainer, SerialTrainer, Trainer, adapter_trainer, as_begun, trainer_for
 from .training.iteration import Stage1, try_rewards
 from .training.memory import fitting_trainer
 from .training.run_folder import RunFolder, run_settings, write_iteration, write_start
@@ -98,15 +100,26 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
 def open_folder(out: str | Path | None, resume: bool, task: Task, config: WarpConfig, lora: LoraSettings | None,
                 trainer: Trainer, progress: bool) -> Iterator[RunFolder | None]:
     """The run folder, held for this process: made, if the rewards can score what the first step will sample (with
-    `progress` a bar counts it), or taken up again. None where `out` is."""
+    `progress` a bar counts it, and long training is announced), or taken up again. None where `out` is."""
     if out is None:
         yield None
         return
     settings = run_settings(task, config, lora)
     if not check_out(out, resume, settings):
         try_rewards(task, config, progress)
+        if progress:
+            say_duration(task, config, trainer)
     with locked(Path(out)):
         folder = RunFolder(out, settings, task.sft, resume, trainer.name)
         folder.tidy()
         write_start(folder, task)
         yield folder
+
+
+def say_duration(task: Task, config: WarpConfig, trainer: Trainer) -> None:
+    """Say on stderr how long training will take, where that is more than a minute; not of what trains elsewhere, or by
+    a trainer of its own."""
+    if type(trainer) in (SerialTrainer, BatchedTrainer):
+        expected = expected_duration(task, config, trainer.at_once)
+        if expected.seconds > WORTH_SAYING:
+            print(f"warp-lite: training takes {expected}", file=sys.stderr)

@@ -10,8 +10,8 @@ import dataclasses
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -109,22 +109,35 @@ def real_world() -> World:
     return dataclasses.replace(world.first(HELD_OUT).as_in(WARP), texts=texts)
 
 
-def phases_of(seeds: Sequence[int]) -> list[list[RealUnit]]:
-    """Every unit of those seeds, in groups: those of one depend on the groups before alone. The longest first."""
-    first, second, third = [RealUnit("limit"), RealUnit("pilot", PILOT_SEED, "WARP", 1)], [], []
+def units_of_seeds(seeds: Sequence[int]) -> list[RealUnit]:
+    """Every unit of those seeds, the most urgent first: training runs, those of a first iteration before those of a
+    second, then what measures them; among equals the longest."""
+    units = [RealUnit("limit"), RealUnit("pilot", PILOT_SEED, "WARP", 1)]
     for seed in seeds:
-        for name, config in LINES.items():
-            runs = [RealUnit("run", seed, name, i, m) for i in range(1, config.iterations + 1)
-                    for m in range(1, config.runs + 1)]
-            first += [unit for unit in runs if unit.iteration == 1]
-            second += [unit for unit in runs if unit.iteration == 2]
-        second += [RealUnit("front", seed, "WARP", 1, m) for m in range(WARP.runs + 1)]
-        second += [RealUnit("front", seed, "LERP", 1), RealUnit("front", seed, "batch of 16", 1),
-                   RealUnit("geometry", seed, "WARP", 1), RealUnit("texts", seed, "WARP", 1)]
-        third += [RealUnit("front", seed, "WARP", 2), RealUnit("front", seed, "batch of 16", 2),
-                  RealUnit("texts", seed, "WARP", 2)]
-    phases = ([RealUnit("sft")], first, second, third)
-    return [sorted(units, key=RealUnit.completions, reverse=True) for units in phases]
+        units += [run for name, config in LINES.items() for i in range(1, config.iterations + 1)
+                  for run in runs_of(seed, name, i)]
+        units += [RealUnit("front", seed, "WARP", 1, m) for m in range(WARP.runs + 1)]
+        units += [RealUnit("front", seed, "LERP", 1), RealUnit("geometry", seed, "WARP", 1)]
+        units += [RealUnit("front", seed, "WARP", 2), *(RealUnit("front", seed, "batch of 16", i) for i in (1, 2))]
+        units += [RealUnit("texts", seed, "WARP", i) for i in (1, 2)]
+
+    def urgency(unit: RealUnit) -> tuple[int, int]:
+        return unit.iteration if unit.kind == "run" else 3, -unit.completions()
+
+    return [RealUnit("sft"), *sorted(units, key=urgency)]
+
+
+def runs_of(seed: int, line: str, iteration: int) -> list[RealUnit]:
+    """The training runs of an iteration of a line."""
+    return [RealUnit("run", seed, line, iteration, m) for m in range(1, LINES[line].runs + 1)]
+
+
+def needs(unit: RealUnit) -> list[RealUnit]:
+    """The units that must have ended before this one can start: the training runs whose policies it reads."""
+    if unit.kind in ("sft", "limit", "pilot"):
+        return []
+    line, last = ("WARP" if unit.line == "LERP" else unit.line), unit.iteration - (unit.kind == "run")
+    return [run for i in range(1, last + 1) for run in runs_of(unit.seed, line, i)]
 
 
 # --- what a unit does ---------------------------------------------------------------------------
@@ -159,10 +172,9 @@ def trajectory_name(line: str) -> str:
 
 def policies_of(seed: int, line: str, iteration: int, folder: Path) -> list[Weights]:
     """The policies of a line's runs, as they are kept. Raises ValueError for one that is missing or altered."""
-    units = [RealUnit("run", seed, line, iteration, m) for m in range(1, LINES[line].runs + 1)]
     names = list(real_world().sft)
     found = []
-    for unit in units:
+    for unit in runs_of(seed, line, iteration):
         path = unit.path(folder)
         tensors = load_tensors(path.with_suffix(".safetensors"), "cpu", f"remove {path} to train it again")
         found.append({name: tensors[name] for name in names})
@@ -291,41 +303,56 @@ def run_real_units(seeds: Sequence[int], folder: Path, workers: int = 2, progres
 
     How long the whole will take is printed before it begins, by the time that one measurement took.
     """
-    phases = phases_of(seeds)
-    (start,) = phases[0]
+    start, *others = units = units_of_seeds(seeds)
     found = {start: kept_unit(start, folder) or run_real_unit(start, folder)}
-    found |= {unit: kept for units in phases[1:] for unit in units if (kept := kept_unit(unit, folder)) is not None}
-    missing = [[unit for unit in units if unit not in found] for units in phases]
-    waiting = sum(unit.completions() for units in missing for unit in units)
+    found |= {unit: kept for unit in others if (kept := kept_unit(unit, folder)) is not None}
+    missing = [unit for unit in units if unit not in found]
+    waiting = sum(unit.completions() for unit in missing)
     hours = waiting / HELD_OUT * found[start]["seconds"] / workers / 3600
-    disk = sum(unit.keeps_policy() for units in missing for unit in units) * real_world().policy.get_memory_footprint()
+    disk = sum(unit.keeps_policy() for unit in missing) * real_world().policy.get_memory_footprint()
     if progress and waiting:
-        print(f"{sum(map(len, missing))} units to run, {len(found)} kept in {folder}: about {hours:.1f} hours by "
+        print(f"{len(missing)} units to run, {len(found)} kept in {folder}: about {hours:.1f} hours by "
               f"{workers} processes of one thread each, 9 GB of memory a process, {disk / 1e9:.0f} GB of disk",
               flush=True)
     with tqdm(total=waiting, unit="completion", desc="evidence", disable=None if progress else True) as bar:
-        for units in missing:
-            for unit, kept in in_processes(units, folder, workers):
-                found[unit] = kept
-                bar.update(unit.completions())
-                if progress:
-                    tqdm.write(f"{time.strftime('%H:%M')} {unit.kind} {unit.line} seed {unit.seed} iteration "
-                               f"{unit.iteration} run {unit.run}: {kept['seconds']:.0f} s")
-    return [found[unit] for units in phases for unit in units]
+        for unit, kept in in_processes(missing, found, folder, workers):
+            found[unit] = kept
+            bar.update(unit.completions())
+            if progress:
+                tqdm.write(f"{time.strftime('%H:%M')} {unit.kind} {unit.line} seed {unit.seed} iteration "
+                           f"{unit.iteration} run {unit.run}: {kept['seconds']:.0f} s")
+    return [found[unit] for unit in units]
 
 
-def in_processes(units: Sequence[RealUnit], folder: Path, workers: int) -> Iterator[tuple[RealUnit, dict]]:
-    """Run units in this process or in several; gives each with what it holds as it ends. Ctrl-C keeps those that are
-    finished."""
-    if workers == 1 or len(units) < 2:
-        for unit in units:
+def in_processes(units: Sequence[RealUnit], finished: Collection[RealUnit], folder: Path,
+                 workers: int) -> Iterator[tuple[RealUnit, dict]]:
+    """Run units in this process or in several, each as soon as what it needs is finished, in their order as far as
+    that allows; gives each with what it holds as it ends. Ctrl-C keeps those that are finished."""
+    left, finished = list(units), set(finished)
+
+    def following() -> RealUnit | None:
+        unit = next((unit for unit in left if finished.issuperset(needs(unit))), None)
+        if unit is not None:
+            left.remove(unit)
+        return unit
+
+    if workers == 1 or len(left) < 2:
+        while unit := following():
             yield unit, run_real_unit(unit, folder)
+            finished.add(unit)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_answer_no_interrupt) as pool:
-        waiting = {pool.submit(run_real_unit, unit, folder): unit for unit in units}
+        running = {}
         try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
+            while True:
+                while len(running) < workers and (unit := following()):
+                    running[pool.submit(run_real_unit, unit, folder)] = unit
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    unit = running.pop(future)
+                    finished.add(unit)
+                    yield unit, future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
