@@ -46,9 +46,9 @@ CASES += [(VmapForward, architecture) for architecture in ARCHITECTURES]
 CASES += [(GPT2Forward, "gpt2"), (WideGPT2Forward, "gpt2")]
 
 
-def policies_of(architecture, dtype=torch.float64, **settings):
-    """Three policies of one architecture: a module for each, and their weights stacked."""
-    models = [make_policy(architecture, VOCABULARY, dtype, seed, **settings) for seed in range(3)]
+def policies_of(architecture, dtype=torch.float64, policies=3, **settings):
+    """Policies of one architecture: a module for each, and their weights stacked."""
+    models = [make_policy(architecture, VOCABULARY, dtype, seed, **settings) for seed in range(policies)]
     return models, stack([parameters(model) for model in models])
 
 
@@ -114,11 +114,12 @@ def test_columns_of_heads_hold_what_a_product_of_matrices_would():
     torch.testing.assert_close(*logits, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("policies", [3, 1])
 @pytest.mark.parametrize("forward, architecture", CASES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_has_the_logits_that_the_library_gives_it_alone(forward, architecture, side):
-    models, weights = policies_of(architecture)
-    ids, mask = ragged(side=side)
+def test_a_padded_row_has_the_logits_that_the_library_gives_it_alone(forward, architecture, side, policies):
+    models, weights = policies_of(architecture, policies=policies)
+    ids, mask = ragged(policies, side)
     forward = forward(models[0])
     assert_rows_equal(forward(forward.prepare(weights), ids, mask), alone(models, ids, mask), mask)
 
@@ -133,13 +134,14 @@ def test_without_padding_no_mask_is_needed(forward, architecture):
     torch.testing.assert_close(forward(prepared, ids, mask), forward(prepared, ids), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("policies", [3, 1])
 @pytest.mark.parametrize("forward, architecture", CASES)
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("start", [1, 5])
-def test_with_a_cache_token_by_token_logits_are_those_of_one_pass(forward, architecture, padded, start):
+def test_with_a_cache_token_by_token_logits_are_those_of_one_pass(forward, architecture, padded, start, policies):
     """The first `start` tokens at once, as a prompt is, then one at a time."""
-    models, weights = policies_of(architecture)
-    ids, mask = ragged()
+    models, weights = policies_of(architecture, policies=policies)
+    ids, mask = ragged(policies)
     if not padded:
         ids, mask = torch.randint(VOCABULARY, ids.shape), torch.ones_like(mask)
     forward = forward(models[0])
@@ -153,11 +155,12 @@ def test_with_a_cache_token_by_token_logits_are_those_of_one_pass(forward, archi
     assert_rows_equal(torch.cat(pieces, 2), alone(models, ids, mask), mask)
 
 
+@pytest.mark.parametrize("policies", [3, 1])
 @pytest.mark.parametrize("forward, architecture", CASES)
-def test_a_cache_of_some_rows_goes_on_as_if_the_others_had_never_been_there(forward, architecture):
+def test_a_cache_of_some_rows_goes_on_as_if_the_others_had_never_been_there(forward, architecture, policies):
     """Each policy keeps rows of its own, in an order of its own."""
-    models, weights = policies_of(architecture)
-    ids, mask = ragged()
+    models, weights = policies_of(architecture, policies=policies)
+    ids, mask = ragged(policies)
     kept = torch.stack([torch.randperm(ids.shape[1])[:2] for _ in models])
     forward, some = forward(models[0]), kept.unsqueeze(-1).expand(-1, -1, ids.shape[-1])
     prepared, start = forward.prepare(weights), 4
@@ -172,11 +175,12 @@ def test_a_cache_of_some_rows_goes_on_as_if_the_others_had_never_been_there(forw
     assert_rows_equal(torch.cat(pieces, 2), expected, mask[..., start:])
 
 
+@pytest.mark.parametrize("policies", [3, 1])
 @pytest.mark.parametrize("forward, architecture", CASES)
 @pytest.mark.parametrize("padded", [True, False])
-def test_gradients_are_those_of_the_library(forward, architecture, padded):
-    models, weights = policies_of(architecture)
-    ids, mask = ragged()
+def test_gradients_are_those_of_the_library(forward, architecture, padded, policies):
+    models, weights = policies_of(architecture, policies=policies)
+    ids, mask = ragged(policies)
     if not padded:  # the padding token may be sampled, too: then the library gives its embedding no gradient
         ids, mask = torch.randint(VOCABULARY, ids.shape), torch.ones_like(mask)
         assert (ids == 0).any(-1).any(-1).all()
@@ -206,10 +210,11 @@ def test_logits_are_to_the_last_bit_the_same_whether_or_not_a_gradient_is_taken(
     assert torch.equal(forward(forward.prepare(trained), ids, mask), expected)
 
 
+@pytest.mark.parametrize("policies", [3, 1])
 @pytest.mark.parametrize("forward, architecture", CASES)
-def test_keep_gives_the_logits_from_a_position_on(forward, architecture):
-    models, weights = policies_of(architecture)
-    ids, mask = ragged()
+def test_keep_gives_the_logits_from_a_position_on(forward, architecture, policies):
+    models, weights = policies_of(architecture, policies=policies)
+    ids, mask = ragged(policies)
     forward = forward(models[0])
     prepared = forward.prepare(weights)
     every = forward(prepared, ids, mask)

@@ -50,8 +50,8 @@ class HalvedForward:
 
     def __call__(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: Any = None, keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
-        again = isinstance(cache, Recomputed)  # then the logits of all tokens so far would be computed at each
-        if (self.dtype is None and not again) or self.linear_head is None:
+        part = keep > 0 or isinstance(cache, Recomputed)  # else the module would compute logits that nobody asks for
+        if (self.dtype is None and not part) or self.linear_head is None:
             return self.run(self.model, w, ids, mask, cache, "logits", keep)
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         return self.head(w, x.flatten(1, 2)).view(*x.shape[:3], -1)

@@ -31,7 +31,7 @@ _VERDICTS = WeakKeyDictionary()  # of each model: what was learned, by the name 
 
 @dataclass
 class Trial:
-    """Sequences `ids` (1, 3, Q) with padding on the left, their `mask`, and the `expected` logits (1, 3, Q, V)."""
+    """Sequences `ids` (E, 3, Q) with padding on the left, their `mask`, and the `expected` logits (E, 3, Q, V)."""
 
     ids: Tensor
     mask: Tensor
@@ -39,14 +39,21 @@ class Trial:
     tolerance: float
 
     def agrees(self, logits: Tensor, start: int = 0, rows: tuple[int, ...] = (0, 1, 2)) -> bool:
-        """Whether logits (1, rows, Q − start, V) from position `start` on are those expected, but for rounding."""
+        """Whether logits (E, rows, Q − start, V) from position `start` on are those expected, but for rounding."""
         real = at(self.mask, rows)[:, :, start:].bool()
         expected = at(self.expected, rows)[:, :, start:][real]
         return bool((logits[real] - expected).abs().max() <= self.tolerance * expected.abs().max())
 
 
+    def of(self, policies: int) -> Trial:
+        """The same for so many policies, which are alike."""
+        ids, mask, expected = (tensor.expand(policies, *tensor.shape[1:])
+                               for tensor in (self.ids, self.mask, self.expected))
+        return Trial(ids, mask, expected, self.tolerance)
+
+
 def at(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Rows of a tensor (1, B, …)."""
+    """Rows of a tensor (E, B, …)."""
     return tensor.index_select(1, torch.tensor(rows, device=tensor.device))
 
 
@@ -106,13 +113,13 @@ def learned(model: PreTrainedModel, what: str, find: Callable[[], Verdict]) -> V
 
 
 def serves(forward: Forward, model: PreTrainedModel) -> bool:
-    """Whether a forward computes what the module does, padded and cached.
+    """Whether a forward computes what the module does, padded and cached, of one policy and of two.
 
     Raises ValueError for a model that is no causal LM.
     """
     def find():
         trial = trial_of(model)
-        return padded(forward, trial) and cached(forward, trial)
+        return all(padded(forward, some) and cached(forward, some) for some in (trial, trial.of(2)))
 
     return learned(model, type(forward).__name__, find)
 
@@ -121,7 +128,7 @@ def serves(forward: Forward, model: PreTrainedModel) -> bool:
 def padded(forward: Forward, trial: Trial) -> bool:
     """Whether sequences have the logits with padding that they have alone."""
     try:
-        return trial.agrees(forward(_prepared(forward), trial.ids, trial.mask))
+        return trial.agrees(forward(_prepared(forward, len(trial.ids)), trial.ids, trial.mask))
     except Exception:  # whatever a module does that the forward cannot take
         return False
 
@@ -131,10 +138,10 @@ def cached(forward: Forward, trial: Trial) -> bool:
     """Whether sequences have the logits token by token, with a cache some of whose rows are dropped."""
     ids, mask, pieces = trial.ids, trial.mask, []
     try:
-        prepared = _prepared(forward)
+        prepared = _prepared(forward, len(ids))
         cache = forward.new_cache(*ids.shape, next(forward.model.parameters()))
         forward(prepared, ids[..., :PROMPT], mask[..., :PROMPT], cache)
-        cache = forward.cache_of(cache, torch.tensor([KEPT], device=ids.device))
+        cache = forward.cache_of(cache, torch.tensor([KEPT] * len(ids), device=ids.device))
         ids, mask = at(ids, KEPT), at(mask, KEPT)
         for t in range(PROMPT, ids.shape[-1]):
             pieces.append(forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache))
@@ -143,5 +150,6 @@ def cached(forward: Forward, trial: Trial) -> bool:
         return False
 
 
-def _prepared(forward):
-    return forward.prepare({name: tensor.detach().unsqueeze(0) for name, tensor in forward.model.named_parameters()})
+def _prepared(forward, policies):
+    return forward.prepare({name: tensor.detach().expand(policies, *tensor.shape)
+                            for name, tensor in forward.model.named_parameters()})

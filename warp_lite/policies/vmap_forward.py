@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -21,7 +22,7 @@ from .shape import shape_of
 
 
 class VmapForward(HalvedForward):
-    """The library's module mapped over policies, its causal masks and positions passed in."""
+    """The library's module mapped over policies, or of one policy, its causal masks and positions passed in."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
         super().__init__(model, dtype)
@@ -77,10 +78,14 @@ class VmapForward(HalvedForward):
                 "use_cache": past is not None})
             return getattr(output, field)[:, keep:]
 
-        # The fused kernels have no batching rule and would be looped over.
-        with (nullcontext() if self.dtype is None else NarrowProducts(self.dtype), sdpa_kernel(SDPBackend.MATH),
-              _padding_without_gradient(self.model.get_input_embeddings())):
-            result = vmap(one)(w, ids, positions(mask)[..., start:], masks, cache.buffers if cache else [])
+        given = (w, ids, positions(mask)[..., start:], masks, cache.buffers if cache else [])
+        narrow = nullcontext() if self.dtype is None else NarrowProducts(self.dtype)
+        if E == 1:  # nothing to map: the kernels without a batch of policies are faster
+            with narrow:
+                result = one(*tree_map(partial(torch.squeeze, dim=0), given)).unsqueeze(0)
+        else:  # the fused kernels of attention have no batching rule and would be looped over
+            with narrow, sdpa_kernel(SDPBackend.MATH), _padding_without_gradient(self.model.get_input_embeddings()):
+                result = vmap(one)(*given)
         if cache:
             cache.length += Q
         return result
