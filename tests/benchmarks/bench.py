@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -123,108 +124,15 @@ class PolicyStep:
         return self.E * (5 * (trunk + head) + trunk)
 
 
-class TRLStep:
-    """Steps of TRL's RLOOTrainer on the same model, reward and completion length, in a process of its own,
-    so that neither side lives with the other's threads or memory settings. Each call runs six steps and
-    returns the median seconds of the last four."""
+class Side:
+    """One side of a comparison, a process of its own, so that neither lives with the other's threads or memory: a call
+    writes a word to it, and returns the numbers of its answer."""
 
-    def __init__(self, folder: Path, batch: int, defaults: bool = False):
+    def __init__(self, *arguments: object, threads: int | None = None):
+        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self.child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--trl", str(folder), str(batch), str(int(defaults))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def __call__(self) -> float:
-        self.child.stdin.write("go\n")
-        self.child.stdin.flush()
-        while line := self.child.stdout.readline():
-            if line.startswith("seconds "):
-                return float(line.split()[1])
-        raise RuntimeError("TRL's process ended")
-
-    def close(self) -> None:
-        """End the process."""
-        self.child.stdin.close()
-        self.child.wait()
-
-
-def trl_process(folder: Path, batch: int, defaults: bool) -> None:
-    """The other side of `TRLStep`: six steps for every line of standard input."""
-    from accelerate.state import AcceleratorState
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-    from trl import RLOOConfig, RLOOTrainer
-
-    world = reviews_world()
-    data = Dataset.from_dict({"prompt": world.prompts.given * 20})
-    own = (
-        {}
-        if defaults
-        else {
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "sync_ref_model": True,
-            "ref_model_mixup_alpha": 0.01,
-            "ref_model_sync_steps": 1,
-        }
-    )
-    marks = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            marks.append(time.perf_counter())
-
-    def reward(prompts, completions, completion_ids, **kwargs):
-        ids = torch.tensor([(row + [0] * LENGTH)[:LENGTH] for row in completion_ids])
-        return world.reward.from_ids(encode_prompts(world.tokenizer, prompts), ids, torch.ones_like(ids)).tolist()
-
-    for _ in sys.stdin:
-        AcceleratorState._reset_state(True)  # it remembers the precision of the trainer before
-        marks.clear()
-        arguments = RLOOConfig(
-            output_dir=str(folder / "out"),
-            use_cpu=True,
-            per_device_train_batch_size=batch,
-            num_generations=batch,
-            max_completion_length=LENGTH,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            beta=0.3,
-            learning_rate=1e-6,
-            max_steps=6,
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-            generation_kwargs={"min_new_tokens": LENGTH},
-            **own,
-        )
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            RLOOTrainer(
-                model=model,
-                reward_funcs=reward,
-                args=arguments,
-                train_dataset=data,
-                processing_class=world.tokenizer,
-                callbacks=[Clock()],
-            ).train()
-        print("seconds", float(np.median(np.diff(marks)[1:])), flush=True)
-
-
-class RealSide:
-    """One side of `bench_real`, a process with so many threads: a call writes a word, and returns the numbers of its
-    answer."""
-
-    def __init__(self, side: str, threads: int, folder: Path):
-        self.child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--real", side, str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], env={**os.environ, **own},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def __call__(self, word: str) -> list[float]:
         self.child.stdin.write(f"{word}\n")
@@ -232,12 +140,64 @@ class RealSide:
         while line := self.child.stdout.readline():
             if line.startswith("answer "):
                 return [float(part) for part in line.split()[1:]]
-        raise RuntimeError("the process of a real model ended")
+        raise RuntimeError("the process of a side ended")
 
     def close(self) -> None:
         """End the process."""
         self.child.stdin.close()
         self.child.wait()
+
+
+class TRLStep(Side):
+    """Steps of TRL's RLOOTrainer on the tiny world's policy. Each call returns the median seconds of some."""
+
+    def __init__(self, folder: Path, batch: int, defaults: bool = False):
+        super().__init__("--trl", folder, batch, int(defaults))
+
+    def __call__(self) -> float:
+        return super().__call__("step")[0]
+
+
+def trl_process(folder: Path, batch: int, defaults: bool) -> None:
+    """The other side of `TRLStep`: an answer for every line of standard input."""
+    world = reviews_world()
+
+    def reward(prompts, completions, completion_ids, **kwargs):
+        ids = torch.tensor([(row + [0] * LENGTH)[:LENGTH] for row in completion_ids])
+        return world.reward.from_ids(encode_prompts(world.tokenizer, prompts), ids, torch.ones_like(ids)).tolist()
+
+    for _ in sys.stdin:
+        print("answer", trl_seconds(folder, world, batch, reward, defaults), flush=True)
+
+
+def trl_seconds(folder: Path, world, batch: int, reward: Callable, defaults: bool = False) -> float:
+    """Median seconds of the last four of six steps of TRL's RLOOTrainer on the policy in `folder`, completions of full
+    length; in float32 and with an anchor that moves at every step, or with its own `defaults`."""
+    from accelerate.state import AcceleratorState
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import RLOOConfig, RLOOTrainer
+
+    AcceleratorState._reset_state(True)  # it remembers the precision of the trainer before
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+    own = {} if defaults else {"bf16": False, "gradient_checkpointing": False, "sync_ref_model": True,
+                               "ref_model_mixup_alpha": 0.01, "ref_model_sync_steps": 1}
+    arguments = RLOOConfig(
+        output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=batch, num_generations=batch,
+        max_completion_length=LENGTH, temperature=1.0, top_k=0, top_p=1.0, beta=0.3, learning_rate=1e-6, max_steps=6,
+        report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        generation_kwargs={"min_new_tokens": LENGTH}, **own)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        RLOOTrainer(model=model, reward_funcs=reward, args=arguments, processing_class=world.tokenizer,
+                    train_dataset=Dataset.from_dict({"prompt": world.prompts.given * 20}),
+                    callbacks=[Clock()]).train()
+    return float(np.median(np.diff(marks)[1:]))
 
 
 def real_process(side: str, folder: Path) -> None:
@@ -260,7 +220,7 @@ def real_process(side: str, folder: Path) -> None:
         elif step is not None:
             answer = [interleaved(3, step=step)["step"]]
         else:
-            answer = [trl_seconds(folder, world)]
+            answer = [trl_seconds(folder, world, REAL_BATCH, world.reward)]
         print("answer", *answer, flush=True)
 
 
@@ -278,34 +238,6 @@ def generated(model, prompts: Prompts) -> None:
                        max_new_tokens=LENGTH, min_new_tokens=LENGTH)
 
 
-def trl_seconds(folder: Path, world) -> float:
-    """Median seconds of steps of TRL's RLOOTrainer on the policy in `folder`, with this world's reward, in float32 and
-    with an anchor that moves at every step; the first is not counted."""
-    from accelerate.state import AcceleratorState
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-    from trl import RLOOConfig, RLOOTrainer
-
-    AcceleratorState._reset_state(True)
-    marks = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            marks.append(time.perf_counter())
-
-    arguments = RLOOConfig(
-        output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=REAL_BATCH,
-        num_generations=REAL_BATCH, max_completion_length=LENGTH, temperature=1.0, top_k=0, top_p=1.0, beta=0.3,
-        learning_rate=1e-6, max_steps=5, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
-        generation_kwargs={"min_new_tokens": LENGTH}, bf16=False, gradient_checkpointing=False, sync_ref_model=True,
-        ref_model_mixup_alpha=0.01, ref_model_sync_steps=1)
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        RLOOTrainer(model=model, reward_funcs=world.reward, args=arguments, processing_class=world.tokenizer,
-                    train_dataset=Dataset.from_dict({"prompt": world.prompts.given}), callbacks=[Clock()]).train()
-    return float(np.median(np.diff(marks)[1:]))
-
-
 def bench_real(rounds: int, scratch: Path) -> list[dict]:
     """A step of SmolLM2, 16 completions of 24 tokens in float32, against TRL's, with one thread and with two; sampling
     against generate(); memory. Needs `make real-model`."""
@@ -313,7 +245,7 @@ def bench_real(rounds: int, scratch: Path) -> list[dict]:
     save_policy(world.policy, world.tokenizer, scratch / "smollm2")
     rows = []
     for threads in (1, 2):
-        ours, trl = (RealSide(side, threads, scratch / "smollm2") for side in ("ours", "trl"))
+        ours, trl = (Side("--real", side, scratch / "smollm2", threads=threads) for side in ("ours", "trl"))
         words = f"SmolLM2-135M, {REAL_BATCH} × {LENGTH} tokens, {threads} thread{'s' if threads > 1 else ''}"
         times = [(ours("step")[0], trl("step")[0]) for _ in range(min(rounds, 2))]
         seconds, of_trl = (median(side) for side in zip(*times))
