@@ -108,6 +108,43 @@ def test_a_single_seed_contradicts_a_clear_verdict_as_often_as_its_sign_does():
     assert draw_evidence.opposite_shares(claims).tolist() == [0.25]
 
 
+def decisive(**of_detail):
+    """Two predicted claims in two worlds."""
+    claim = {"statement": "Many gain more", "unit": "reward", "prediction": [0.0, 0.2], "null": 0.0, "margin": 0.0,
+             "effect": 0.1, "ci_low": 0.05, "ci_high": 0.15, "verdict": "holds", "draws": 4}
+    lost = {**claim, "statement": "Few gain more", "effect": None, "ci_low": None, "ci_high": None,
+            "verdict": "unclear"}
+    return {("many", "sentiment"): claim, ("many", "detail"): {**claim, **of_detail},
+            ("few", "sentiment"): lost, ("few", "detail"): lost}
+
+
+def test_predictions_of_where_merging_wins_are_drawn_and_counted_by_world():
+    claims = decisive(effect=-0.3, ci_low=-0.4, ci_high=-0.2, verdict="fails")
+    figure = draw_evidence.draw_decisive(claims)
+    assert len(figure.axes) == 4 and figure.axes[1].get_xlim()[0] < -0.4
+    sentiment, detail = draw_evidence.decisive_sentences(claims).split("- **detail**")
+    assert "4 draws: 1 of 1 effects lie" in sentiment and "holds: Many gain more." in sentiment
+    assert "0 of 1 effects lie" in detail and "fails: Many gain more." in detail and "holds: none." in detail
+    assert "unclear: 1 of 2" in sentiment and "unclear: 1 of 2" in detail
+
+
+@pytest.mark.parametrize("rank, squared, says", [
+    ((0.2, 0.9), (0.1, 0.8), "which gain more, and how much"), ((0.2, 0.9), (-3.0, 0.8), "but not how much"),
+    ((-0.2, 0.9), (0.1, 0.8), "neither which gain more nor how much")])
+def test_what_is_said_of_the_law_is_what_its_test_came_to(rank, squared, says):
+    def value(low, high):
+        return {"value": (low + high) / 2, "ci_low": low, "ci_high": high}
+
+    test = {"rank_correlation": value(*rank), "r_squared": value(*squared)}
+    law = {"fitted_in": "detail", "c": value(1, 2), "alpha": value(0, 1), "tests": {"sentiment": test}}
+    cell = {"batch": 4, "lr": 1e-3, "gain": {"mean": 0.1}, "reach": 2.0, "mean reach": 3.0, "steps": 100,
+            "short angle": 70.0}
+    noise = {"laws": [law], "worlds": {"detail": {"cells": [cell, {**cell, "batch": 8}]},
+                                       "sentiment": {"cells": [cell]}}}
+    assert says in draw_evidence.law_sentences(noise)
+    assert draw_evidence.draw_law(noise).axes[0].get_title(loc="left") == "fitted in detail"
+
+
 def test_the_memory_picture_counts_what_fits():
     one = np.array([1.0, 1.0, 2.0, 1.0, 1.0])
     assert "2 of 3 fit" in titles(draw_memory.draw_memory({"a model": one}, 15.0, "a card", (1, 2, 4)))[0]

@@ -198,6 +198,9 @@ def test_the_law_says_what_merging_gains_by_the_angle_of_the_pilot():
     law = found["law"]
     assert law["short_angle"] == 60.0 and law["kl"] == 4.0 and law["predicted"] == {"detail": round(float(gain), 4)}
     assert law["measured"] == pytest.approx(0.5) and "it gained +0.50" in real.real_table(found)
+    assert "after this experiment had run" not in real.real_table(found)
+    late = real.real_report(invented(), SEEDS, load("predictions"), LAWS, law_first=False)
+    assert "after this experiment had run: it is a test of the law, and no prediction" in real.real_table(late)
     without = real.real_report(invented(), SEEDS, load("predictions"), {"worlds": {}})
     assert without["law"]["predicted"] is None and "noise map has none" in real.real_table(without)
 

@@ -19,7 +19,7 @@ from .decisive import best_of_others
 from .effects import Effect, Rows, at_one_kl, ends, plain
 from .law import Law
 from .real_units import HELD_OUT, LIMIT_SAMPLES_REAL, LINES, SFT_BETAS_REAL, TRACED, WARP, run_real_units
-from .report import cell, short
+from .report import bound, cell, short
 from .runner import provenances
 from .settings import KL_MAX
 
@@ -193,14 +193,15 @@ def with_starts(kept: Sequence[Mapping]) -> list[dict]:
     return found + [row for row in rows if row["line"] != "θ_sft"]
 
 
-def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mapping,
-                noise: Mapping | None = None) -> dict:
+def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mapping, noise: Mapping | None = None,
+                law_first: bool = True) -> dict:
     """What smollm2.json holds: verdicts beside predictions, the points of every line, completions, the limit, and what
     each line cost.
 
     A claim `came_true` where its effect lies in the interval that was predicted, and its `sign_came_true` where it lies
     on the side of the null that all of that interval does. Both are None without an effect, the latter also where the
-    interval has both sides. `noise` is what noise.json holds, the committed one where it is None.
+    interval has both sides. `noise` is what noise.json holds, the committed one where it is None, and `law_first` says
+    whether its law was fitted before the units were run.
     """
     rows = with_starts(kept)
     by_seed = [row for row in rows if row["seed"] is not None and row["line"] != "completion"]
@@ -209,7 +210,7 @@ def real_report(kept: Sequence[Mapping], seeds: Sequence[int], predicted: Mappin
               for claim in REAL_CLAIMS for expected in (predicted["claims"][claim.name],)]
     return {
         "world": REAL, "seeds": list(seeds), "interval": COVERS, "claims": claims,
-        "predicted_by_draws": predicted["draws"], "law": law_outcome(rows, claims, noise),
+        "predicted_by_draws": predicted["draws"], "law": {**law_outcome(rows, claims, noise), "first": law_first},
         "rows": [row for row in by_seed if "kl" in row],
         "limit": [row for row in rows if row["line"] == "limit"],
         "best_of_n": [row for row in rows if row["line"] == "best of n"],
@@ -336,7 +337,9 @@ def law_sentence(law: Mapping) -> str:
         return "The law says nothing: the committed noise map has none."
     said = ", ".join(f"{gain:+.2f} (fitted in {world})" for world, gain in law["predicted"].items())
     return (f"By two runs at {law['short_angle']:.0f}° in the pilot, merging four was to gain {said} at "
-            f"{law['kl']:g} nats; it gained {law['measured']:+.2f}.")
+            f"{law['kl']:g} nats; it gained {law['measured']:+.2f} [{bound(law['ci_low'])}, {bound(law['ci_high'])}]."
+            + ("" if law["first"] else " The law was fitted on the tiny worlds alone, but after this experiment had "
+               "run: it is a test of the law, and no prediction."))
 
 
 def run_real(out: Path, seeds: Sequence[int], workers: int | None = None, progress: bool = True) -> str:

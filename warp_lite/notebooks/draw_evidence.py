@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evidence import drawing, report
+from ..evidence import drawing, law, report
 from ..viewing.plots import COLOURS, KL_LABEL, column
 
 Claims = Mapping[tuple[str, str], Mapping]
@@ -104,6 +105,61 @@ def _draw_interval(axes: Axes, y: float, claim: Mapping) -> None:
     if claim["ci_low"] is not None:
         axes.plot([claim["ci_low"], claim["ci_high"]], [y, y], color=colour, lw=2.2)
     axes.plot(claim["effect"], y, "o", color=colour, ms=5)
+
+
+def draw_outcome(axes: Axes, claim: Mapping) -> None:
+    """One claim on an axis of its own: a band where its effect was predicted, the effect measured with its interval,
+    and a line at the null and at each end of a margin."""
+    colour, (low, high) = drawing.VERDICT_COLOURS[claim["verdict"]], claim["prediction"]
+    axes.axvspan(low, high, ymin=0.15, ymax=0.85, color=COLOURS["lerp"], alpha=0.35, lw=2)
+    nulls = {claim["null"] - claim["margin"], claim["null"] + claim["margin"]}
+    ends = [low, high, *nulls, *(claim[name] for name in ("effect", "ci_low", "ci_high") if claim[name] is not None)]
+    if claim["ci_low"] is not None:
+        axes.plot([claim["ci_low"], claim["ci_high"]], [0, 0], color=colour, lw=2.2)
+    if claim["effect"] is not None:
+        axes.plot(claim["effect"], 0, "o", color=colour, ms=6)
+    for at in nulls:
+        axes.axvline(at, color="black", lw=0.9)
+    room = 0.06 * (max(ends) - min(ends))
+    axes.set(yticks=[], ylim=(-1, 1), xlim=(min(ends) - room, max(ends) + room))
+    axes.tick_params(axis="x", labelsize=7, pad=1, length=2)
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def draw_decisive(claims: Claims) -> Figure:
+    """Where merging ought to win: each claim with what was predicted and measured, a column a world."""
+    names, worlds = list(dict.fromkeys(name for name, _ in claims)), list(dict.fromkeys(world for _, world in claims))
+    figure, panels = plt.subplots(len(names), len(worlds), figsize=(12, 0.66 * len(names) + 1), squeeze=False)
+    for row, name in zip(panels, names):
+        for axes, world in zip(row, worlds):
+            draw_outcome(axes, claims[name, world])
+        claim = claims[name, worlds[0]]
+        words = textwrap.fill(f"{claim['statement']} ({claim['unit']})", WIDTH)
+        row[0].text(-0.03, 0.5, words, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
+    for axes, world in zip(panels[0], worlds):
+        axes.set_title(f"world: {world}", fontsize=10)
+    axes.plot([], [], color=COLOURS["lerp"], alpha=0.35, lw=8, label="predicted")
+    for verdict in dict.fromkeys(claim["verdict"] for claim in claims.values()):
+        axes.plot([], [], "o-", color=drawing.VERDICT_COLOURS[verdict], ms=5, label=f"measured: {verdict}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=5, fontsize=8)
+    figure.subplots_adjust(left=0.44, right=0.985, top=1 - 0.75 / figure.get_figheight(), bottom=0.03, hspace=1.2)
+    return figure
+
+
+def decisive_sentences(claims: Claims) -> str:
+    """What became of the predictions, as Markdown: a line a world with how many came true, and what is clear."""
+    lines = []
+    for world in dict.fromkeys(world for _, world in claims):
+        some = [claim for (_, other), claim in claims.items() if other == world]
+        effects = [(claim["effect"], *claim["prediction"]) for claim in some if claim["effect"] is not None]
+        inside, draws = sum(low <= effect <= high for effect, low, high in effects), max(c["draws"] for c in some)
+        lines.append(f"- **{world}**, {draws} draws: {inside} of {len(effects)} effects lie where they were predicted.")
+        for verdict in ("holds", "fails", "no difference"):
+            clear = [claim["statement"] for claim in some if claim["verdict"] == verdict]
+            lines.append(f"    - {verdict}: {'; '.join(clear) or 'none'}.")
+        lines.append(f"    - unclear: {sum(claim['verdict'] == 'unclear' for claim in some)} of {len(some)}.")
+    return "\n".join(lines)
 
 
 def _broken(claims: Claims, name: str) -> str:
@@ -271,6 +327,48 @@ def _draw_predictor(axes: Axes, of_world: Mapping, name: str, words: str) -> Non
     if name == "noise over signal":
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("")
+
+
+def draw_law(noise: Mapping) -> Figure:
+    """The gain that the law says against the gain measured, in each world: fitted cells, and those that test it."""
+    laws = noise["laws"]
+    figure, panels = plt.subplots(1, len(laws), figsize=(5.4 * len(laws), 4.2), layout="constrained", squeeze=False)
+    for axes, of_law in zip(panels[0], laws):
+        fitted = law.Law(of_law["c"]["value"], of_law["alpha"]["value"])
+        for world, of_world in noise["worlds"].items():
+            for half in (True, False):
+                cells = [cell for cell in of_world["cells"] if law.fitting_cells(cell) == half]
+                said = fitted.mean_gain([{**cell, "reach": cell["mean reach"]} for cell in cells])
+                is_fit = half and world == of_law["fitted_in"]
+                colour = COLOURS["slerp" if world == of_law["fitted_in"] else "single"]
+                axes.scatter(said, [cell["gain"]["mean"] for cell in cells], s=28, edgecolors=colour,
+                             facecolors="none" if is_fit else colour,
+                             label=None if half and not is_fit else f"{world}, {'fitted' if is_fit else 'tested'}")
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color="black", lw=0.8, ls=":", label="as the law says")
+        axes.set(xlabel="gain that the law says", ylabel="gain measured", title=f"fitted in {of_law['fitted_in']}")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def law_sentences(noise: Mapping) -> str:
+    """What the law is and how well it says what it was not fitted on, as Markdown: a line a test."""
+    lines = []
+    for of_law in noise["laws"]:
+        words = f"Fitted in {of_law['fitted_in']}: c = {_value(of_law['c'])}, α = {_value(of_law['alpha'])}."
+        for name, test in of_law["tests"].items():
+            rank, squared = test["rank_correlation"], test["r_squared"]
+            where = "On the other half of its cells" if name == "other half" else f"In {name}"
+            says = "it says neither which gain more nor how much"
+            if rank["ci_low"] > 0:
+                says = f"it says which gain more, {'and' if squared['ci_low'] > 0 else 'but not'} how much"
+            words += f" {where} {says} (rank correlation {_value(rank)}, R² {_value(squared)})."
+        lines.append(f"- {words}")
+    return "\n".join(lines)
+
+
+def _value(interval: Mapping) -> str:
+    return f"{interval['value']:.2f} [{interval['ci_low']:.2f}, {interval['ci_high']:.2f}]"
 
 
 def opposite_shares(claims: Claims) -> np.ndarray:

@@ -23,7 +23,7 @@ from ..evidence.report import cell
 from ..viewing.explorer.grid import changed_words
 from ..viewing.explorer.widget import NEW_WORD
 from ..viewing.plots import COLOURS, KL_LABEL, column, iteration_colour
-from .draw_evidence import AXES, REWARD
+from .draw_evidence import AXES, REWARD, draw_outcome
 from .figures import draw_limit, shades
 
 # Of each line: its name in the figures, and its colour.
@@ -78,20 +78,7 @@ def draw_predictions(found: Mapping) -> Figure:
     claims = [claim for claim in found["claims"] if claim["effect"] is not None]
     figure, panels = plt.subplots(len(claims), 1, figsize=(10.5, 0.62 * len(claims) + 1), squeeze=False)
     for axes, claim in zip(panels[:, 0], claims):
-        colour, (low, high) = VERDICT_COLOURS[claim["verdict"]], claim["prediction"]
-        axes.axvspan(low, high, ymin=0.15, ymax=0.85, color=COLOURS["lerp"], alpha=0.35, lw=2)
-        ends = [low, high, claim["effect"], claim["null"] - claim["margin"], claim["null"] + claim["margin"]]
-        if claim["ci_low"] is not None:
-            axes.plot([claim["ci_low"], claim["ci_high"]], [0, 0], color=colour, lw=2.2)
-            ends += [claim["ci_low"], claim["ci_high"]]
-        axes.plot(claim["effect"], 0, "o", color=colour, ms=6)
-        for at in {claim["null"] - claim["margin"], claim["null"] + claim["margin"]}:
-            axes.axvline(at, color="black", lw=0.9)
-        room = 0.06 * (max(ends) - min(ends))
-        axes.set(yticks=[], ylim=(-1, 1), xlim=(min(ends) - room, max(ends) + room))
-        axes.tick_params(axis="x", labelsize=7, pad=1, length=2)
-        axes.grid(visible=False)
-        axes.spines["left"].set_visible(False)
+        draw_outcome(axes, claim)
         words = textwrap.fill(f"{claim['statement']} ({claim['unit']})", SHORT_WORDS)
         axes.text(-0.02, 0.5, words, transform=axes.transAxes, ha="right", va="center", fontsize=8)
     axes.plot([], [], color=COLOURS["lerp"], alpha=0.35, lw=8, label="predicted by the tiny worlds")
