@@ -31,7 +31,19 @@ def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(bench, 
         step()
     assert step.steps == 2 and (step.ensemble.flat - before).norm(dim=1).min() > 0
     assert 0 < (step.anchor.flat - before).norm() < (step.ensemble.flat - before).norm()
-    assert step.operations() > 0
+    parts = step.parts(1)
+    assert step.steps == 4 and [part["part"] for part in parts] == list(step.operations()) == list(step.bytes_moved())
+    assert all(part["seconds"] > 0 and part["by_bytes"] > 0 for part in parts)
+    assert sum(part["by_operations"] > 0 for part in parts) == 4  # an update has no matrix products
+
+
+def test_the_parts_of_a_step_are_held_against_the_least_that_they_take(bench):
+    parts = [{"part": "sampling", "seconds": 0.03, "by_operations": 0.01, "by_bytes": 0.02},
+             {"part": "update", "seconds": 0.01, "by_operations": 0.0, "by_bytes": 0.01}]
+    text = bench.table({"steps": {"provenance": {"commit": "aaa"}, "rows": [
+        bench.row("a step", 1.0, 3.0, None), {"name": "a step of 2 policies", "parts": parts}]}})
+    assert "Where a step of 2 policies goes, 40 ms." in text and text.count("| a step") == 1
+    assert "| sampling | 30 | 75% | 10 | 20 | 1.5 |" in text and "| update | 10 | 25% | 0 | 10 | 1.0 |" in text
 
 
 def test_the_table_says_what_was_missed_and_which_commit_measured_what(bench):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -72,6 +72,17 @@ def interleaved(rounds: int, **sides) -> dict[str, float]:
     return {name: median(values) for name, values in times.items()}
 
 
+def bandwidth() -> float:
+    """Bytes a second that a copy of 256 MB reads and writes, the best of five."""
+    a, b = torch.zeros(2**26), torch.zeros(2**26)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        b.copy_(a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.nbytes / best
+
+
 def matrix_rate() -> float:
     """Floating-point operations a second of an fp32 matrix product of this machine (1024³), the best of ten."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -99,20 +110,44 @@ class PolicyStep:
         self.config, self.steps = config, 0
 
     def __call__(self) -> None:
+        for _ in self.stages():
+            pass
+
+    def stages(self) -> Iterator[str]:
+        """Take a step; the name of each of its parts as it ends."""
         batch, uniforms = draw(self.runs, self.steps, self.prompts)
         with torch.no_grad():
             rollout = Endless(self.forward, self.ensemble.weights).sample(batch, uniforms, self.world.tokenizer)
+        yield "sampling"
         anchor_logp = score(self.forward, self.anchor.weights, rollout, self.config)
+        yield "the anchor's log-probabilities"
         rewards = rollout_rewards([self.world.reward] * self.E, rollout, self.world.tokenizer)
+        yield "rewards"
         differentiate(self.forward, self.ensemble.weights, rollout, rewards, anchor_logp, self.beta, self.config,
                       self.ensemble.backward)
+        yield "forward and backward"
         self.ensemble.step(1.0)
         self.anchor.update()
         self.steps += 1
+        yield "Adam and the moving anchor"
 
-    def operations(self) -> float:
-        """Operations of the matrix products of a step, all policies: 2 a weight and token, three times
-        that for training, and attention; the passes are sampling, anchor, reward, training."""
+    def parts(self, rounds: int) -> list[dict]:
+        """Median seconds of each part of a step, with the least that its operations and its weights' bytes take at the
+        measured rates of matrix products and of copies."""
+        seconds: dict[str, list[float]] = {}
+        for _ in range(rounds + 1):  # the first is not counted
+            before = time.perf_counter()
+            for name in self.stages():
+                now = time.perf_counter()
+                seconds.setdefault(name, []).append(now - before)
+                before = now
+        rate, copied, operations, bytes_moved = matrix_rate(), bandwidth(), self.operations(), self.bytes_moved()
+        return [{"part": name, "seconds": median(some[1:]), "by_operations": operations[name] / rate,
+                 "by_bytes": bytes_moved[name] / copied} for name, some in seconds.items()]
+
+    def operations(self) -> dict[str, float]:
+        """Operations of the matrix products of each part of a step, all policies: 2 a weight and token, three times
+        that for training, and attention. The reward's are those of a model with the policy's layers."""
         config, B = self.world.policy.config, self.runs[0].config.batch_size
         C, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
         length = self.config.max_new_tokens
@@ -121,12 +156,21 @@ class PolicyStep:
                      and not any(part in name for part in ("wte", "wpe", "embed", "lm_head")))
         trunk = B * (S * layers * 2 + L * 2 * 2 * S * S * C / 2)  # causal: half of the scores are needed
         head = B * length * C * V * 2
-        return self.E * (5 * (trunk + head) + trunk)
+        return {"sampling": self.E * (trunk + head), "the anchor's log-probabilities": self.E * (trunk + head),
+                "rewards": self.E * trunk, "forward and backward": self.E * 3 * (trunk + head),
+                "Adam and the moving anchor": 0.0}
+
+    def bytes_moved(self) -> dict[str, float]:
+        """Bytes of weights that each part of a step reads and writes, all policies: a pass reads them once, the
+        backward pass twice more, sampling once a token; Adam has seven, and the anchor three."""
+        weights = self.ensemble.flat.nbytes
+        return {"sampling": self.config.max_new_tokens * weights, "the anchor's log-probabilities": weights,
+                "rewards": weights, "forward and backward": 3 * weights, "Adam and the moving anchor": 10 * weights}
 
 
 class Side:
     """One side of a comparison, a process of its own, so that neither lives with the other's threads or memory: a call
-    writes a word to it, and returns the numbers of its answer."""
+    writes a word to it, and returns the list that it answers."""
 
     def __init__(self, *arguments: object, threads: int | None = None):
         own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
@@ -134,12 +178,12 @@ class Side:
             [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], env={**os.environ, **own},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
-    def __call__(self, word: str) -> list[float]:
+    def __call__(self, word: str) -> list:
         self.child.stdin.write(f"{word}\n")
         self.child.stdin.flush()
         while line := self.child.stdout.readline():
             if line.startswith("answer "):
-                return [float(part) for part in line.split()[1:]]
+                return json.loads(line.removeprefix("answer "))
         raise RuntimeError("the process of a side ended")
 
     def close(self) -> None:
@@ -167,7 +211,7 @@ def trl_process(folder: Path, batch: int, defaults: bool) -> None:
         return world.reward.from_ids(encode_prompts(world.tokenizer, prompts), ids, torch.ones_like(ids)).tolist()
 
     for _ in sys.stdin:
-        print("answer", trl_seconds(folder, world, batch, reward, defaults), flush=True)
+        print("answer", json.dumps([trl_seconds(folder, world, batch, reward, defaults)]), flush=True)
 
 
 def trl_seconds(folder: Path, world, batch: int, reward: Callable, defaults: bool = False) -> float:
@@ -203,7 +247,7 @@ def trl_seconds(folder: Path, world, batch: int, reward: Callable, defaults: boo
 def real_process(side: str, folder: Path) -> None:
     """A side of `bench_real`. "step": median seconds of a training step, one in front of it uncounted; "sample":
     seconds of sampling and of generate(), taking turns; "rate": operations a second of a matrix product, and those of
-    a step; "peak": the most memory so far, in bytes."""
+    a step; "parts": `PolicyStep.parts`; "peak": the most memory so far, in bytes."""
     world = load_world("smollm2", progress=False)
     few = encode_prompts(world.tokenizer, world.prompts.given[:REAL_BATCH])
     prompts = Prompts(few.texts, few.ids[None], few.mask[None])
@@ -212,7 +256,9 @@ def real_process(side: str, folder: Path) -> None:
         if line.strip() == "peak":
             answer = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
         elif line.strip() == "rate":
-            answer = [matrix_rate(), step.operations()]
+            answer = [matrix_rate(), sum(step.operations().values())]
+        elif line.strip() == "parts":
+            answer = step.parts(2)
         elif line.strip() == "sample":
             t = interleaved(3, ours=lambda: real_samples(step, world, prompts),
                             theirs=lambda: generated(world.policy, prompts))
@@ -221,7 +267,7 @@ def real_process(side: str, folder: Path) -> None:
             answer = [interleaved(3, step=step)["step"]]
         else:
             answer = [trl_seconds(folder, world, REAL_BATCH, world.reward)]
-        print("answer", *answer, flush=True)
+        print("answer", json.dumps(answer), flush=True)
 
 
 def real_samples(step: PolicyStep, world, prompts: Prompts) -> None:
@@ -260,6 +306,7 @@ def bench_real(rounds: int, scratch: Path) -> list[dict]:
         rows.append({"name": f"peak memory, {words}, as a share of TRL's", "value": peaks[0] / peaks[1],
                      "unit": "share", "target": None, "met": True,
                      "detail": f"{peaks[0] / 1e9:.1f} GB against {peaks[1] / 1e9:.1f} GB"})
+        rows.append({"name": f"a step of {words}", "parts": ours("parts")})
         ours.close()
         trl.close()
     return rows
@@ -299,7 +346,8 @@ def bench_steps(world, rounds: int, scratch: Path) -> list[dict]:
     )
     rows.append(row("the same, against TRL with its own defaults", t["ours"] / 4, t["defaults"], None))
     rows.append(row("the same, where the model asks for the fused activation", t["ours"] / 4, t["fused"], None))
-    share = ours.operations() / t["ours"] / median(rate)
+    operations = sum(ours.operations().values())
+    share = operations / t["ours"] / median(rate)
     rows.append(
         {
             "name": "share of the measured fp32 matrix rate, batch 64, E=4",
@@ -307,9 +355,10 @@ def bench_steps(world, rounds: int, scratch: Path) -> list[dict]:
             "unit": "share",
             "target": 0.55,
             "met": share >= 0.55,
-            "detail": f"{ours.operations() / 4e9:.2f} GFLOP a policy step, {median(rate) / 1e9:.0f} GFLOP/s",
+            "detail": f"{operations / 4e9:.2f} GFLOP a policy step, {median(rate) / 1e9:.0f} GFLOP/s",
         }
     )
+    rows.append({"name": "a step of 4 tiny policies, batch 64", "parts": ours.parts(2 * rounds)})
     small = PolicyStep(world, gpt2, 32, 8)
     sides |= {"small": TRLStep(scratch / "published", 8)}
     t = interleaved(rounds, ours=small, trl=sides["small"])
@@ -317,6 +366,7 @@ def bench_steps(world, rounds: int, scratch: Path) -> list[dict]:
         row("policy step, batch 8, E=32, reward on token ids, against TRL RLOO (gelu_new)", t["ours"] / 32, t["trl"],
             10)
     )
+    rows.append({"name": "a step of 32 tiny policies, batch 8", "parts": small.parts(2 * rounds)})
     for side in sides.values():
         side.close()
     return rows
@@ -701,7 +751,8 @@ def row(name: str, ours: float, theirs: float, target: float | None) -> dict:
 def table(results: dict) -> str:
     """The results as a Markdown table. Parts that other commits measured are named below it."""
     lines = ["| figure | measured | at least | |", "|---|---|---|---|"]
-    for r in (r for name in PARTS if name in results for r in results[name].get("rows", ())):
+    rows = [r for name in PARTS if name in results for r in results[name].get("rows", ())]
+    for r in (r for r in rows if "parts" not in r):
         if "value" not in r:
             lines.append(f"| {r['name']} | – | – | {r['detail']} |")
             continue
@@ -715,9 +766,26 @@ def table(results: dict) -> str:
         if name in results:
             by_commit.setdefault(str(results[name]["provenance"]["commit"])[:10], []).append(name)
     lines.append("")
+    for r in (r for r in rows if "parts" in r):
+        lines += parts_table(r)
     for commit, names in by_commit.items():
         lines.append(f"Measured at commit {commit}: {', '.join(names)}.")
     return "\n".join(lines)
+
+
+def parts_table(timed: dict) -> list[str]:
+    """Where a step goes, as lines of Markdown: each part's time beside the least that it could take."""
+    whole = sum(part["seconds"] for part in timed["parts"])
+    lines = [f"Where {timed['name']} goes, {1e3 * whole:.3g} ms. At least: its matrix products at the measured rate, "
+             "and its weights' bytes at that of a copy.", "",
+             "| part | ms | share | at least, by operations | at least, by bytes | times the larger |",
+             "|---|---|---|---|---|---|"]
+    for part in timed["parts"]:
+        least = max(part["by_operations"], part["by_bytes"])
+        lines.append(f"| {part['part']} | {1e3 * part['seconds']:.3g} | {part['seconds'] / whole:.0%} | "
+                     f"{1e3 * part['by_operations']:.3g} | {1e3 * part['by_bytes']:.3g} | "
+                     f"{part['seconds'] / least:.1f} |")
+    return [*lines, ""]
 
 
 def draw_growth(growth: dict) -> Figure:
