@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation.statistics import Interval, t_interval
+from ..viewing.labels import FAINT
 from ..viewing.plots import COLOURS, KL_LABEL, column
 from . import figures
-from .labels import FAINT
 
 TOY_STEPS = 600
 PULL = 0.01  # the toy's reward moves its weight by so much a step

@@ -28,8 +28,8 @@ from ..evaluation.statistics import Interval, t_interval
 from ..experiment import Experiment
 from ..result import WarpResult
 from ..storage.files import write_bytes
+from ..viewing.labels import label_end, label_ends  # noqa: F401  (the notebooks' pictures take both from here)
 from ..viewing.plots import COLOURS, column
-from .labels import label_end, label_ends  # noqa: F401  (the notebooks' pictures take both from here)
 
 if TYPE_CHECKING:
     from ipywidgets import ValueWidget, VBox

@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 LABEL = "label of a line's end"  # the gid of such a label
 FAINT = 0.3  # lines of that alpha, or less, may pass under a label
+NEAR = 13  # points: a label that is further from its point has a thin line to it
 
 
 def label_end(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, text: str, colour: str,
@@ -40,60 +42,89 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]] | None =
     labels = [text for text in axes.texts if text.get_gid() == LABEL]
     for _ in range(8):
         axes.figure.draw_without_rendering()
-        if all(_place(axes, label, labels) for label in sorted(labels, key=lambda label: label.xy[1])):
+        others = [Text.get_window_extent(text) for text in axes.texts if text not in labels and text.get_text()]
+        if axes.get_legend() is not None:
+            others.append(axes.get_legend().get_window_extent())
+        if place(axes, labels, strokes(axes), others):
             break
         low, high = axes.get_xlim()
         axes.set_xlim(low, high + 0.1 * (high - low) if axes.get_xscale() == "linear" else high * (high / low) ** 0.1)
 
 
+def place(axes: Axes, labels: Sequence[Annotation], segments: np.ndarray, boxes: Sequence[Bbox] = ()) -> bool:
+    """Move labels of `label_end`, from the lowest up, to the nearest places where no segment (N, 2, 2), box or other
+    label strikes them, nor another's thin line; all in pixels. Returns whether there was a place for each."""
+    labels = sorted(labels, key=lambda label: label.xy[1])
+    found = True
+    for n, label in enumerate(labels):
+        lines = [_leader(other) for other in labels[:n] if _has_leader(other)]
+        waiting = [Text.get_window_extent(other) for other in labels[n + 1:]]
+        placed = [*boxes, *(Text.get_window_extent(other) for other in labels[:n])]
+        found &= _place(axes, label, np.concatenate([segments, *lines]), placed, waiting)
+    return found
+
+
 def struck_labels(figure: Figure) -> list[str]:
-    """The labels of lines' ends that a curve, a bar or another text goes through, for a test of a figure."""
+    """The labels of lines' ends that a curve, a bar, another's thin line or another text goes through, for a test of a
+    figure."""
     figure.draw_without_rendering()
     struck = []
     for axes in figure.axes:
-        segments = _segments(axes)
-        for label in (text for text in axes.texts if text.get_gid() == LABEL):
+        segments, labels = strokes(axes), [text for text in axes.texts if text.get_gid() == LABEL]
+        for label in labels:
             box = Text.get_window_extent(label)
             others = [Text.get_window_extent(text) for text in axes.texts if text is not label and text.get_text()]
-            if _crossed(segments, box) or any(box.overlaps(other) for other in others):
+            lines = [_leader(other) for other in labels if other is not label and _has_leader(other)]
+            if _crossed(np.concatenate([segments, *lines]), box) or any(box.overlaps(other) for other in others):
                 struck.append(label.get_text())
     return struck
 
 
-def _place(axes: Axes, label: Annotation, labels: Sequence[Annotation]) -> bool:
-    """Move a label to the nearest place that is free; whether there is one."""
+def _leader(label: Annotation) -> np.ndarray:
+    """The thin line from the middle of a label to its point, (1, 2, 2), in pixels."""
+    box = Text.get_window_extent(label)
+    return np.array([[[(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2], label.axes.transData.transform(label.xy)]])
+
+
+def _has_leader(label: Annotation) -> bool:
+    return bool(label.arrow_patch.get_alpha())
+
+
+def _place(axes: Axes, label: Annotation, segments: np.ndarray, placed: Sequence[Bbox],
+           waiting: Sequence[Bbox]) -> bool:
+    """Move a label to the nearest place that is free; whether there is one.
+
+    Its thin line may not go through what is `placed`; those `waiting` for a place of their own will keep clear of it.
+    """
     scale = axes.figure.dpi / 72
     anchor = axes.transData.transform(label.xy)
     size = Text.get_window_extent(label)
     page = axes.get_window_extent()
-    segments, boxes = _segments(axes), [Text.get_window_extent(text) for text in axes.texts if text is not label]
-    if axes.get_legend() is not None:
-        boxes.append(axes.get_legend().get_window_extent())
     for radius in (6, 9, 13, 18, 24, 32, 42, 54, 68, 84, 102):
         for degrees in (0, 25, -25, 50, -50, 75, -75, 90, -90, 110, -110, 140, -140, 180):
             x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
             across = 0.5 * (1 - math.cos(math.radians(degrees)))  # the share of the label left of its point
             left, middle = anchor[0] + scale * x - across * size.width, anchor[1] + scale * y
             box = Bbox.from_bounds(left, middle - size.height / 2, size.width, size.height)
+            line = np.array([[[left + size.width / 2, middle], anchor]])
             if not (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 + 12 * scale):
                 continue
-            if _crossed(segments, box.padded(1.5)) or any(box.padded(1.0).overlaps(other) for other in boxes):
+            if _crossed(segments, box.padded(1.5)) or any(box.padded(1.0).overlaps(other)
+                                                          for other in (*placed, *waiting)):
+                continue
+            if radius > NEAR and any(_crossed(line, other) for other in placed):
                 continue
             label.set(ha="left")
             label.xyann = ((left - anchor[0]) / scale, y)
-            label.arrow_patch.set_alpha(0.6 if radius > 13 else 0.0)
+            label.arrow_patch.set_alpha(0.6 if radius > NEAR else 0.0)
             return True
     return False
 
 
-def _segments(axes: Axes) -> np.ndarray:
-    """The lines, bars and outlines of axes that would strike a label, (N, 2, 2), in pixels; faint lines do not."""
-    pieces = [np.empty((0, 2, 2))]
-    for line in axes.lines:
-        if (line.get_alpha() or 1) > FAINT:
-            points = line.get_transform().transform(line.get_xydata())
-            drawn = line.get_linestyle() != "None" and len(points) > 1
-            pieces.append(np.stack([points[:-1], points[1:]], 1) if drawn else np.stack([points, points], 1))
+def strokes(axes: Axes) -> np.ndarray:
+    """The lines, marks, bars and outlines of axes that would strike a label, (N, 2, 2), in pixels; faint lines do not.
+    """
+    pieces = [line_strokes(axes.lines)]
     for collection in axes.collections:
         if isinstance(collection, LineCollection) and (collection.get_alpha() or 1) > FAINT:
             for points in map(collection.get_transform().transform, collection.get_segments()):
@@ -101,6 +132,23 @@ def _segments(axes: Axes) -> np.ndarray:
     for patch in axes.patches:
         points = patch.get_transform().transform_path(patch.get_path()).vertices
         pieces.append(np.stack([points[:-1], points[1:]], 1))
+    segments = np.concatenate(pieces)
+    return segments[np.isfinite(segments).all((1, 2))]
+
+
+def line_strokes(lines: Sequence[Line2D]) -> np.ndarray:
+    """The segments of lines, and a cross for each of their marks, (N, 2, 2), in pixels; faint lines have none."""
+    pieces = [np.empty((0, 2, 2))]
+    for line in lines:
+        if (line.get_alpha() or 1) <= FAINT:
+            continue
+        points = line.get_transform().transform(line.get_xydata())
+        if line.get_linestyle() != "None" and len(points) > 1:
+            pieces.append(np.stack([points[:-1], points[1:]], 1))
+        if line.get_marker() not in ("None", "none", "", " ", None):
+            half = line.get_markersize() / 2 * line.figure.dpi / 72
+            for arm in ((half, 0), (0, half)):
+                pieces.append(np.stack([points - arm, points + arm], 1))
     segments = np.concatenate(pieces)
     return segments[np.isfinite(segments).all((1, 2))]
 
