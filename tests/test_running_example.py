@@ -164,6 +164,11 @@ def test_a_label_that_a_mark_or_anothers_thin_line_strikes_is_seen_and_moved():
     assert labels.struck_labels(figure) == ["lower"]
     figures.label_ends(axes)
     assert labels.struck_labels(figure) == []
+    axes.set_title("a long title, on several\nlines, of which the last is a long one too", loc="left")
+    low.xyann = (-180, 150)
+    assert labels.struck_labels(figure) == ["lower"]
+    figures.label_ends(axes)
+    assert labels.struck_labels(figure) == []
     axes.plot(0.5, 0.5, "o", ms=300)
     assert set(labels.struck_labels(figure)) == {"lower", "higher"}
     low.remove()

@@ -232,7 +232,7 @@ def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name
 
 
 def draw_limit(axes: Axes, limit: Sequence[dict], label: str = "limit") -> None:
-    """The limit with a band of two standard errors, as far as it can be trusted."""
+    """The limit with a band of two standard errors over prompts, as far as it can be trusted."""
     if not limit:
         return
     kl, reward, error = column(limit, "kl"), column(limit, "reward"), 2 * column(limit, "reward_se")

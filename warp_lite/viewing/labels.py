@@ -42,7 +42,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]] | None =
     labels = [text for text in axes.texts if text.get_gid() == LABEL]
     for _ in range(8):
         axes.figure.draw_without_rendering()
-        others = [Text.get_window_extent(text) for text in axes.texts if text not in labels and text.get_text()]
+        others = [Text.get_window_extent(text) for text in _texts(axes) if text not in labels]
         if axes.get_legend() is not None:
             others.append(axes.get_legend().get_window_extent())
         if place(axes, labels, strokes(axes), others):
@@ -73,11 +73,16 @@ def struck_labels(figure: Figure) -> list[str]:
         segments, labels = strokes(axes), [text for text in axes.texts if text.get_gid() == LABEL]
         for label in labels:
             box = Text.get_window_extent(label)
-            others = [Text.get_window_extent(text) for text in axes.texts if text is not label and text.get_text()]
+            others = [Text.get_window_extent(text) for text in _texts(axes) if text is not label]
             lines = [_leader(other) for other in labels if other is not label and _has_leader(other)]
             if _crossed(np.concatenate([segments, *lines]), box) or any(box.overlaps(other) for other in others):
                 struck.append(label.get_text())
     return struck
+
+
+def _texts(axes: Axes) -> list[Text]:
+    """All that is written in axes or is their title."""
+    return [child for child in axes.get_children() if isinstance(child, Text) and child.get_text()]
 
 
 def _leader(label: Annotation) -> np.ndarray:
