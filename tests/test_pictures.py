@@ -1,5 +1,7 @@
 """The notebooks' pictures say what the numbers say: titles follow verdicts, and one seed or one draw breaks nothing."""
 
+from pathlib import Path
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -178,9 +180,16 @@ def test_averages_past_the_edge_are_counted():
     figure = draw_anchor.averages(points, {"a": path, "b": path}, {name: noisy(0.1) for name in points},
                                   {"a": "r", "b": "b"}, [], "units", 8.0, "")
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend[:2] == ["a: its average, a seed each (1 of 3 past the edge)", "b: its average, a seed each"]
+    assert legend[:2] == ["average, a (1 of 3 past the edge)", "average, b"]
     marks = [line.get_marker() for line in figure.axes[0].lines if line.get_linestyle() == "None"]
     assert len(set(marks)) == 2
+
+
+def test_pink_stands_for_no_anchor_and_brown_for_best_of_n():
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in Path(figures.__file__).parent.glob("*.py")}
+    homes = {name: {stem for stem, text in sources.items() if f'COLOURS["{name}"]' in text}
+             for name in ("none", "best_of_n")}
+    assert homes["none"] == {"draw_anchor"} and homes["best_of_n"] <= {"draw_kl", "draw_real"}
 
 
 def test_nothing_strikes_a_name_on_the_map_of_weights():

@@ -182,8 +182,8 @@ def averages(points: Mapping[str, Sequence[dict]], rows_of: Mapping[str, Sequenc
         out = kl > 1.3 * edge
         beyond = f" ({out.sum()} of {len(out)} past the edge)" if out.any() else ""
         left.plot(kl[~out], reward[~out], marks[name], color=colours[name], ms=6, mec="black", ls="",
-                  label=f"{name}: its average, a seed each{beyond}")
-    left.plot([], [], color="black", lw=1.2, label="the raw weights as they train")
+                  label=f"average, {name}{beyond}")
+    left.plot([], [], color="black", lw=1.2, label="raw weights as they train")
     figures.draw_limit(left, limit)
     left.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2, columnspacing=1.2)
     left.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})", xlim=(0, 1.3 * edge))

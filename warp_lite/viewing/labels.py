@@ -16,6 +16,7 @@ from matplotlib.transforms import Bbox
 
 LABEL = "label of a line's end"  # the gid of such a label
 FAINT = 0.3  # lines of that alpha, or less, may pass under a label
+CLEAR = 1.8  # points between a label and what is drawn, a little more than its white rim
 NEAR = 13  # points: a label that is further from its point has a thin line to it
 
 
@@ -52,16 +53,27 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]] | None =
 
 
 def place(axes: Axes, labels: Sequence[Annotation], segments: np.ndarray, boxes: Sequence[Bbox] = ()) -> bool:
-    """Move labels of `label_end`, from the lowest up, to the nearest places where no segment (N, 2, 2), box or other
-    label strikes them, nor another's thin line; all in pixels. Returns whether there was a place for each."""
-    labels = sorted(labels, key=lambda label: label.xy[1])
-    found = True
-    for n, label in enumerate(labels):
-        lines = [_leader(other) for other in labels[:n] if _has_leader(other)]
-        waiting = [Text.get_window_extent(other) for other in labels[n + 1:]]
-        placed = [*boxes, *(Text.get_window_extent(other) for other in labels[:n])]
-        found &= _place(axes, label, np.concatenate([segments, *lines]), placed, waiting)
-    return found
+    """Move labels of `label_end` to near places where no segment (N, 2, 2), box or other label strikes them, nor
+    another's thin line; all in pixels. Returns whether there was a place for each.
+
+    They take their places from the lowest up, or from the highest down if that keeps them nearer to their points.
+    """
+    tried = []
+    for downward in (False, True):
+        ordered = sorted(labels, key=lambda label: label.xy[1], reverse=downward)
+        distance = 0.0
+        for n, label in enumerate(ordered):
+            lines = [_leader(other) for other in ordered[:n] if _has_leader(other)]
+            waiting = [Text.get_window_extent(other) for other in ordered[n + 1:]]
+            placed = [*boxes, *(Text.get_window_extent(other) for other in ordered[:n])]
+            distance += _place(axes, label, np.concatenate([segments, *lines]), placed, waiting)
+        tried.append((distance, [(label.xyann, label.get_ha(), label.arrow_patch.get_alpha()) for label in labels]))
+    distance, places = min(tried, key=lambda pair: pair[0])
+    for label, (where, side, alpha) in zip(labels, places):
+        label.xyann = where
+        label.set(ha=side)
+        label.arrow_patch.set_alpha(alpha)
+    return math.isfinite(distance)
 
 
 def struck_labels(figure: Figure) -> list[str]:
@@ -96,8 +108,8 @@ def _has_leader(label: Annotation) -> bool:
 
 
 def _place(axes: Axes, label: Annotation, segments: np.ndarray, placed: Sequence[Bbox],
-           waiting: Sequence[Bbox]) -> bool:
-    """Move a label to the nearest place that is free; whether there is one.
+           waiting: Sequence[Bbox]) -> float:
+    """Move a label to the nearest place that is free. Returns its distance in points, infinite where there is none.
 
     Its thin line may not go through what is `placed`; those `waiting` for a place of their own will keep clear of it.
     """
@@ -114,7 +126,7 @@ def _place(axes: Axes, label: Annotation, segments: np.ndarray, placed: Sequence
             line = np.array([[[left + size.width / 2, middle], anchor]])
             if not (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 + 12 * scale):
                 continue
-            if _crossed(segments, box.padded(1.5)) or any(box.padded(1.0).overlaps(other)
+            if _crossed(segments, box.padded(CLEAR * scale)) or any(box.padded(1.0).overlaps(other)
                                                           for other in (*placed, *waiting)):
                 continue
             if radius > NEAR and any(_crossed(line, other) for other in placed):
@@ -122,8 +134,8 @@ def _place(axes: Axes, label: Annotation, segments: np.ndarray, placed: Sequence
             label.set(ha="left")
             label.xyann = ((left - anchor[0]) / scale, y)
             label.arrow_patch.set_alpha(0.6 if radius > NEAR else 0.0)
-            return True
-    return False
+            return radius
+    return math.inf
 
 
 def strokes(axes: Axes) -> np.ndarray:
