@@ -209,3 +209,11 @@ def test_tests_have_the_same_names_in_every_process():
         env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True) for seed in ("0", "1")]
     first, second = (process.communicate()[0].splitlines()[:-1] for process in collecting)
     assert len(first) > 1000 and first == second
+
+
+def test_the_workflow_keeps_what_the_browser_shows():
+    """The pages are to be looked at: a test of pictures finds no ugliness."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"]
+    test, upload = jobs["test"]["steps"][-2:]
+    assert test["run"] == ".ci/run" and upload["uses"].startswith("actions/upload-artifact@")
+    assert upload["with"]["path"] == test["env"]["WARP_LITE_SCREENSHOTS"] and upload["if"] == "always()"

@@ -13,7 +13,8 @@ from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
 from warp_lite.viewing.explorer.grid import View, changed_words, line_at, merged_weights, point_at, shown_kl
-from warp_lite.viewing.explorer.picture import draw_picture, spread
+from warp_lite.viewing.explorer.picture import draw_picture
+from warp_lite.viewing.labels import struck_labels
 
 PROMPTS = ["this film was", "that plot was", "i loved", "this plot", "the film was", "that film", "dull and", "it was"]
 
@@ -297,17 +298,14 @@ def test_a_point_far_beyond_the_merges_stays_visible_at_the_edge(explorer):
     assert marker.get_marker() == ">" and marker.get_xdata()[0] == axes.get_xlim()[1]
 
 
-def test_labels_are_spread_apart_and_keep_their_order():
-    assert spread([0.0, 1.0, 50.0], 12) == [0.0, 12.0, 50.0]
-    assert spread([5.0, 0.0], 12) == [12.0, 0.0]
-
-
-def test_no_curve_strikes_a_name_through(explorer):
+def test_nothing_strikes_a_name_through_wherever_the_point_is(explorer):
+    """Not the point's mark and bars either, nor a run while it trains, nor another name's thin line."""
     explorer.grid = {**explorer.grid, "limit": [{"kl": 0.0, "reward": 0.0, "gold": 0.0},
                                                 {"kl": 1.0, "reward": 1.0, "gold": 1.0}]}
-    axes = draw_picture(explorer.grid, explorer.view, explorer.point()).axes[0]
-    names = {text.get_text(): text for text in axes.texts}
-    names = {name: names[name] for name in ("iteration 1", "iteration 2", "limit")}
-    assert all(text.get_path_effects() for text in names.values())
-    highest = max(line.get_zorder() for line in axes.lines)
-    assert all(text.get_zorder() > highest for text in names.values())
+    for reward in ("reward", "gold"):
+        for eta in np.linspace(0, explorer.grid["etas"][-1], 9):
+            explorer.move(eta=float(eta), reward=reward, limit=True)
+            figure = explorer.figure()
+            names = [text.get_text() for text in figure.axes[0].texts]
+            assert {"iteration 1", "iteration 2"} <= set(names) and len(names) == 4
+            assert struck_labels(figure) == [], (reward, eta)

@@ -1,13 +1,19 @@
 """The notebooks' pictures say what the numbers say: titles follow verdicts, and one seed or one draw breaks nothing."""
 
+from pathlib import Path
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
+from matplotlib.text import Text
 
+from warp_lite.evaluation.statistics import t_interval
 from warp_lite.evidence import load, report
-from warp_lite.notebooks import draw_evidence, draw_liti, draw_memory, draw_slerp, figures
+from warp_lite.notebooks import draw_anchor, draw_evidence, draw_liti, draw_memory, draw_slerp, draw_warp, figures
 from warp_lite.viewing import plots
+from warp_lite.viewing.labels import struck_labels
 
 ETAS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)
 
@@ -80,6 +86,127 @@ def test_every_picture_of_liti_is_drawn_with_one_seed_and_with_several(seeds):
     assert draw_liti.draw_forgetting({"single runs": fronts, "their merge": fronts}, ["perplexity", "gold"], 3.0).axes
     assert draw_liti.draw_second({"sft": rows(seeds=seeds), "init": rows(0.9, seeds)}, [], "reward (units)").axes
     assert draw_liti.draw_gains([1, 2], {"a": np.zeros((seeds, 2)), "b": np.ones((seeds, 2))}, ["k", "r"], "r").axes
+
+
+# Sentences say what the numbers say, in both directions
+
+
+def noisy(*values):
+    return t_interval([value + error for value in values for error in (-0.01, 0, 0.01)])
+
+
+def test_the_bound_on_kl_is_said_to_hold_or_not_by_its_verdict():
+    assert "single runs: KL(0.5) is less than 0.5 · KL(1) (0.75 " in draw_liti.against_the_bound(
+        "single runs", rows(), 0.5)  # KL is 3 η²
+    flat = [{**row, "kl": 3 * row["value"] ** 0.5} for row in rows()]
+    assert "KL(0.5) is more than 0.5 · KL(1) (-0.62 " in draw_liti.against_the_bound("merge", flat, 0.5)
+    line = [{**row, "kl": 3 * row["value"] + (row["value"] == 1) * (row["seed"] % 2 - 0.5)} for row in rows()]
+    assert "KL(0.5) against 0.5 · KL(1) is unclear" in draw_liti.against_the_bound("merge", line, 0.5)
+
+
+def test_a_mistake_lies_on_the_front_below_it_or_above_it():
+    front = rows()
+    ways = ["right", "on", "below", "above", "scattered"]
+    shifts = [0, 0, -0.3, 0.3, 0]
+    broken = [{"seed": seed, "value": n, "kl": 0.75, "reward": 0.5 * (3**0.5 + 0.001 * seed) + shift
+               + (n == 4) * (seed % 2 - 0.5)} for seed in range(4) for n, shift in enumerate(shifts)]
+    said = [draw_liti.beside_the_front("It", draw_liti.off_the_front(broken, n, front)) for n in range(1, len(ways))]
+    assert said[0].startswith("It: on the curve of the right call, within 0.05 (")
+    assert said[1].startswith("It: below the curve of the right call (-0.30")
+    assert said[2].startswith("It: above it (0.30") and "unclear" in said[3]
+    assert draw_liti.draw_mistakes(broken, ways, front, "r").axes
+
+
+def test_a_setting_whose_gain_may_be_small_is_unclear_and_not_left_out():
+    gains = {"still": noisy(0.02), "rises": noisy(0.5), "falls": noisy(-0.5), "wide": noisy(0.05, 0.3)}
+    assert draw_anchor.levelled(gains) == "levelled off: still; unclear: wide; not levelled off: 2 of 4"
+    assert draw_anchor.levelled({"rises": noisy(0.5)}, apart="\n") == (
+        "levelled off: none; unclear: none\nnot levelled off: 1 of 1")
+
+
+def test_the_ratio_of_two_deviations_is_never_negative_and_covers_what_it_says():
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(400):
+        values = 2 * rng.standard_normal((6, 1)) + rng.standard_normal((6, 6))
+        ratio = draw_slerp.spread_ratio(values)
+        assert 0 < ratio.low < ratio.mean < ratio.high
+        covered.append(ratio.low < 1 / (4 + 1 / 6) ** 0.5 < ratio.high)  # a sixth is left in a mean over orders
+    assert 0.92 < np.mean(covered) < 0.98
+    with pytest.raises(ValueError, match="two seeds and two orders, not 1 and 6"):
+        draw_slerp.spread_ratio(values[:1])
+
+
+def test_whether_order_or_seed_varies_a_number_more_follows_from_the_numbers():
+    def shuffled(of_seed, of_order):
+        return [{"seed": seed, "value": n, "reward": of_seed * seed + of_order * n, "kl": 1.0}
+                for seed in range(6) for n in range(6)]
+
+    assert "varies less with the order" in draw_slerp.of_the_seed(shuffled(1.0, 0.1), "reward")
+    assert "varies more with the order" in draw_slerp.of_the_seed(shuffled(0.1, 1.0), "reward")
+    assert "unclear" in draw_slerp.of_the_seed(shuffled(1.0, 1.0), "reward")
+
+
+@pytest.mark.parametrize("reward, kl, words", [
+    (0.8, 0.2, "0.20 [0.19, 0.21] of the reward that the first merge has gained and 0.80 [0.80, 0.80] of its KL: more "
+               "of the KL"), (0.2, 0.8, "less of the KL than of the reward"), (0.5, 0.5, "of which it gives more is")])
+def test_what_the_step_back_gives_back_is_computed(reward, kl, words):
+    """The next init keeps these shares of the merge's gain."""
+    front = rows()
+    path = [{"seed": seed, "run": 1, "step": step, "kl": 3 * (kl + 0.005 * (seed % 2 - 0.5)) + step,
+             "reward": (3**0.5 + 0.001 * seed) * (reward + 0.01 * (seed % 2 - 0.5))} for seed in range(4)
+            for step in (0, 10)]
+    assert words in draw_warp.given_back(front, path)
+
+
+def test_the_share_that_a_front_has_of_anothers_gain():
+    assert f"{draw_warp.kept(rows(0.5), rows(), 'kl')}" == "1.00 [1.00, 1.00]"
+    half = [{**row, "reward": 7 + row["reward"] / 2} for row in rows()]
+    assert f"{draw_warp.kept(half, rows(), 'reward')}" == "0.50 [0.50, 0.50]"
+
+
+def test_the_end_of_a_path_outside_the_picture_is_not_drawn_in_it():
+    path = [{"seed": seed, "run": 1, "step": step, "kl": step / 10 * (1 + 0.1 * seed), "reward": step / 100}
+            for seed in range(3) for step in (0, 50, 100)]
+    figure = draw_anchor.walks({"a": path}, {"a": "k"}, [], "units", 4.0, "")
+    assert not figure.axes[0].collections and "a →" in [text.get_text() for text in figure.axes[0].texts]
+    figure = draw_anchor.walks({"a": path}, {"a": "k"}, [], "units", 40.0, "")
+    assert figure.axes[0].collections
+
+
+def test_averages_past_the_edge_are_counted():
+    path = [{"seed": seed, "run": 1, "step": step, "kl": step / 10, "reward": step / 100}
+            for seed in range(3) for step in (0, 50, 100)]
+    points = {name: [{"kl": kl, "reward": 1.0} for kl in (1, 2, last)] for name, last in (("a", 90), ("b", 3))}
+    figure = draw_anchor.averages(points, {"a": path, "b": path}, {name: noisy(0.1) for name in points},
+                                  {"a": "r", "b": "b"}, [], "units", 8.0, "")
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend[:2] == ["average, a (1 of 3 past the edge)", "average, b"]
+    marks = [line.get_marker() for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    assert len(set(marks)) == 2
+
+
+def test_pink_stands_for_no_anchor_and_brown_for_best_of_n():
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in Path(figures.__file__).parent.glob("*.py")}
+    homes = {name: {stem for stem, text in sources.items() if f'COLOURS["{name}"]' in text}
+             for name in ("none", "best_of_n")}
+    assert homes["none"] == {"draw_anchor"} and homes["best_of_n"] <= {"draw_kl", "draw_real"}
+
+
+def test_nothing_strikes_a_name_on_the_map_of_weights():
+    rng = np.random.default_rng(0)
+    init = {"w": torch.zeros(8)}
+    for _ in range(4):
+        one, two = ({"w": torch.as_tensor(rng.standard_normal(8))} for _ in range(2))
+        plane = draw_warp.Plane(init, one, two)
+        xs, ys = np.linspace(-0.5, 1.5, 9), np.linspace(-1, 1.5, 9)
+        points = [{"reward": x + 0.1 * y, "kl": 5 * (x**2 + y**2)} for y in ys for x in xs]
+        figure = draw_warp.landscape(plane, xs, ys, points, {"a single run": (one, "0.5"), "the merge": (two, "b")},
+                                     "units", "")
+        assert struck_labels(figure) == []
+        names = [text for text in figure.axes[0].texts if text.get_text().endswith(" nats")]
+        assert {"1 nats", "2 nats", "4 nats"} <= {text.get_text() for text in names}
+        page = figure.axes[0].get_window_extent()
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in map(Text.get_window_extent, names))
 
 
 EVIDENCE = load("claims")

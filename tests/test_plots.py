@@ -124,6 +124,41 @@ def test_methods_that_share_the_picture_of_a_front_have_colours_of_their_own():
     assert nearest > 0.3
 
 
+# From linear RGB to what those see who lack the first, second or third kind of cones (Machado and others, 2009).
+VISIONS = {
+    "usual": np.eye(3),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                            [-0.003882, -0.048116, 1.051998]]),
+    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                              [-0.011820, 0.042940, 0.968881]]),
+    "tritanopia": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                            [0.004733, 0.691367, 0.303900]])}
+TOGETHER = [("mistake", "slerp", "lerp"), ("mistake", "liti"), ("mistake", "ema"), ("mistake", "limit"),
+            ("init", "liti", "limit"), ("iteration 2", "init", "mixed", "limit")]
+
+
+def as_seen(colour, vision):
+    """A colour in CIELAB, (3,), as that vision has it."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = to_xyz @ np.clip(VISIONS[vision] @ linear, 0, 1) / (0.9505, 1, 1.089)
+    f = [np.cbrt(value) if value > 0.008856 else 7.787 * value + 16 / 116 for value in (x, y, z)]
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("names", TOGETHER)
+@pytest.mark.parametrize("vision", VISIONS)
+def test_what_stands_in_one_picture_can_be_told_apart_by_the_colour_blind(names, vision):
+    colours = {**COLOURS, "iteration 2": ITERATION_COLOURS[1]}
+    seen = [as_seen(colours[name], vision) for name in names]
+    assert min(np.linalg.norm(a - b) for n, a in enumerate(seen) for b in seen[:n]) > 15  # 2.3 can just be told
+
+
+def test_no_two_meanings_have_one_colour():
+    assert len({*COLOURS.values(), *ITERATION_COLOURS}) == len(COLOURS) + len(ITERATION_COLOURS)
+
+
 def test_the_style_is_left_as_it_was_found():
     import matplotlib
 

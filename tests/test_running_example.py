@@ -13,10 +13,11 @@ from matplotlib import pyplot as plt
 from warp_lite import WarpConfig, liti
 from warp_lite.evaluation.statistics import t_interval
 from warp_lite.experiment import run_experiment
-from warp_lite.notebooks import figures, labels, plans, running_example
+from warp_lite.notebooks import figures, plans, running_example
 from warp_lite.notebooks.start import Lab
 from warp_lite.training.iteration import CLOSE_UP_TO, MeasuredSteps
 from warp_lite.training.run import Run
+from warp_lite.viewing import labels
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,27 @@ def test_a_label_that_is_struck_is_seen():
     assert labels.struck_labels(figure) == []
     axes.annotate("over it", (0.5, 0.5), xytext=axes.texts[0].xyann, textcoords="offset points", va="center")
     assert labels.struck_labels(figure) == ["struck"]
+    plt.close(figure)
+
+
+def test_a_label_that_a_mark_or_anothers_thin_line_strikes_is_seen_and_moved():
+    figure, axes = plt.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    low = figures.label_end(axes, [0.5], [0.5], "lower", "C0", shift=(0, 20))
+    high = figures.label_end(axes, [0.5], [0.5], "higher", "C1", shift=(0, 60))
+    assert labels.struck_labels(figure) == []
+    high.arrow_patch.set_alpha(0.6)
+    assert labels.struck_labels(figure) == ["lower"]
+    figures.label_ends(axes)
+    assert labels.struck_labels(figure) == []
+    axes.set_title("a long title, on several\nlines, of which the last is a long one too", loc="left")
+    low.xyann = (-180, 150)
+    assert labels.struck_labels(figure) == ["lower"]
+    figures.label_ends(axes)
+    assert labels.struck_labels(figure) == []
+    axes.plot(0.5, 0.5, "o", ms=300)
+    assert set(labels.struck_labels(figure)) == {"lower", "higher"}
+    low.remove()
     plt.close(figure)
 
 

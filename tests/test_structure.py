@@ -27,7 +27,7 @@ from warp_lite.viewing.explorer.grid import merged_weights
 FLOORS = [["averaging"], ["config", "storage/files", "storage/provenance", "storage/prompt_sources"], ["storage"],
           ["averaging/checkpoints"], ["policies"], ["rewards"], ["task"], ["worlds"], ["evaluation"], ["training"],
           ["result"], ["warp"], ["reopen", "launch", "experiment"], ["scale"], ["viewing"],
-          ["notebooks/figures", "notebooks/labels", "notebooks/plans"], ["evidence"], ["notebooks", "cli", "costs"]]
+          ["notebooks/figures", "notebooks/plans"], ["evidence"], ["notebooks", "cli", "costs"]]
 
 
 def modules() -> dict[str, ast.Module]:

@@ -12,8 +12,9 @@ from warp_lite.notebooks import __main__ as notebooks
 PATHS = notebooks.paths()
 ARCHITECTURES = re.compile(r"gpt|gemma|llama|qwen|mistral", re.I)
 MEASURING = {"run_experiment", "run_warp", "train_batched", "train", "leashes", "measure", "sweep", "from_start",
-             "evaluate", "evaluate_many", "front_rows", "reference_rewards", "limit_rewards", "sft_rewards"}
-DRAWING = {"show", "subplots", "plot", "sliders"}
+             "evaluate", "evaluate_many", "front", "front_rows", "reference_rewards", "limit_rewards", "sft_rewards",
+             "ParetoExplorer"}
+DRAWING = {"show", "subplots", "plot", "sliders", "display"}
 VERDICTS = re.compile(r"\b(holds|fails|unclear)\b")
 
 

@@ -9,22 +9,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 
 from warp_lite.notebooks.__main__ import FOR_GPU, REAL_MODEL, paths, widget_errors
+from warp_lite.viewing.labels import label_end
 
 CPU_SECONDS = 90  # of one notebook in fast mode, run twice; CPU time, which other work on the machine does not change
 VARIES = "varies"  # the tag of cells that print times or free memory
 ONCE = {"setup", "parameters"}  # the tags of cells that are not run again: papermill writes after them
 WATCH = """\
+import IPython.display
+import matplotlib.figure
 import matplotlib.pyplot as plt
-from warp_lite.notebooks.labels import struck_labels
+from warp_lite.viewing.labels import struck_labels
 
 def watched(*arguments, shown=plt.show, **options):
     for number in plt.get_fignums():
-        for label in struck_labels(plt.figure(number)):
-            print("struck through:", label)
+        say_struck(plt.figure(number))
     shown(*arguments, **options)
+
+def say_struck(figure):
+    for label in struck_labels(figure):
+        print("struck through:", label)
+
+def display(*objects, shown=IPython.display.display, **options):
+    for figure in objects:
+        if isinstance(figure, matplotlib.figure.Figure):
+            say_struck(figure)
+    return shown(*objects, **options)
 
 plt.show = watched
 """
@@ -50,7 +64,7 @@ def cases():
 def twice(path: Path) -> int:
     """Write into a notebook its code cells once more, behind the others; returns how many there were.
 
-    A cell in front says of every figure which of its labels are struck through.
+    A cell in front says of every figure, shown by `plt.show` or by `display`, which of its labels are struck through.
     """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = notebook["cells"]
@@ -64,6 +78,25 @@ def twice(path: Path) -> int:
     notebook["cells"] = cells + again
     path.write_text(json.dumps(notebook), encoding="utf-8")
     return len(again)
+
+
+def test_the_cell_that_watches_sees_what_is_shown_either_way(capsys):
+    """By `plt.show` as by `display`, which shows what belongs to no window: the explorer's picture."""
+    names, window, lone = {}, plt.figure(), Figure()
+    before = plt.show
+    try:
+        exec(WATCH, names)
+        for figure, word in ((window, "one"), (lone, "two")):
+            axes = figure.subplots()
+            label_end(axes, [0.5], [0.5], word, "C0")
+            axes.plot([0, 1], [0.5, 0.5])
+        names["plt"].show(block=False)
+        names["display"](lone)
+    finally:
+        plt.show = before
+        plt.close("all")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["struck through: one", "struck through: two"]
 
 
 def shown(cell: dict) -> list:

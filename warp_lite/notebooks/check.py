@@ -300,6 +300,38 @@ loop = Check(
         lambda sft, train, merge, iterations, runs, eta:
             algorithm(sft, lambda init, run: train(init, 0), merge, iterations, runs, eta)})
 
+
+def both_steps(toward_next: Callable, on_front: Callable) -> Callable:
+    """A function that returns the two uses of η, (2, D), each by its own rule of (sft, init, merged, eta)."""
+    def both(sft, init, merged, eta):
+        return torch.stack([toward_next(sft, init, merged, eta), on_front(sft, init, merged, eta)])
+    return both
+
+
+def from_init(sft: Tensor, init: Tensor, merged: Tensor, eta: float) -> Tensor:
+    """The share η of the way from the iteration's init to its merge: (D,)."""
+    return stage_3.interpolate(init, merged, eta)
+
+
+def from_sft(sft: Tensor, init: Tensor, merged: Tensor, eta: float) -> Tensor:
+    """The share η of the way from the SFT policy to the merge: (D,)."""
+    return stage_3.interpolate(sft, merged, eta)
+
+
+two_steps = Check(
+    "torch.stack([the next init, the front's policy]), (2, D)", both_steps(from_init, from_sft),
+    [(vector(0.0, 0.0), vector(1.0, 0.5), vector(3.0, 2.0), 0.3),
+     (vector(1.0, -1.0), vector(0.0, 1.0), vector(2.0, 4.0), 0.75)],
+    {"both go from the SFT policy, so the next iteration starts without what this one's init had gained":
+        both_steps(from_sft, from_sft),
+     "both go from the init, so the front has no policy near the SFT policy": both_steps(from_init, from_init),
+     "the two are exchanged: the next init goes from this init, the front from the SFT policy":
+        both_steps(from_sft, from_init),
+     "η is reversed: η = 1 must give the merge in both":
+        lambda sft, init, merged, eta: both_steps(from_init, from_sft)(sft, init, merged, 1 - eta),
+     "the next init is the merge itself; go only the share η of the way":
+        both_steps(lambda sft, init, merged, eta: merged, from_sft)})
+
 adapters = Check(
     "the mean update of the matrices, (d, k)",
     lambda pairs: sum(B @ A for B, A in pairs) / len(pairs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -10,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation.statistics import Interval, t_interval
+from ..viewing.labels import FAINT
 from ..viewing.plots import COLOURS, KL_LABEL, column
 from . import figures
-from .labels import FAINT
 
 TOY_STEPS = 600
 PULL = 0.01  # the toy's reward moves its weight by so much a step
@@ -88,6 +89,15 @@ def chooser(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], l
     return draw
 
 
+def levelled(gains: Mapping[str, Interval], margin: float = 0.1, apart: str = "; ") -> str:
+    """Which settings by name have levelled off, their gain in reward within `margin` of 0, of which that is unclear,
+    and of how many it is not so."""
+    names = {verdict: [name for name, gain in gains.items() if gain.verdict("within", margin=margin) == verdict]
+             for verdict in ("holds", "unclear", "fails")}
+    return (f"levelled off: {', '.join(names['holds']) or 'none'}; unclear: {', '.join(names['unclear']) or 'none'}"
+            f"{apart}not levelled off: {len(names['fails'])} of {len(gains)}")
+
+
 def training(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], steps: Sequence[int],
              unit: str, titles: Sequence[str]) -> Figure:
     """Reward, left, and KL, right, of settings by name while they train: means over seeds with their bands."""
@@ -111,18 +121,20 @@ def training(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], 
 def walks(rows_of: Mapping[str, Sequence[dict]], colours: Mapping[str, str], limit: Sequence[dict], unit: str,
           edge: float, title: str, axes: Axes | None = None) -> Figure:
     """Reward against KL of settings by name while they train, under the limit, up to `edge` nats: the mean over seeds
-    after every fifth step, and where it ends with its intervals."""
+    after every fifth step, and where it ends with its intervals. A path that ends outside of the picture is drawn until
+    it first leaves it, and its name has an arrow."""
     if axes is None:
         _, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
     ends, heights = {}, []
     for name, rows in rows_of.items():
         kl, reward = (figures.over_steps(rows, what, steps_of(rows)) for what in ("kl", "reward"))
-        axes.plot(kl.mean(0), reward.mean(0), color=colours[name])
-        figures.draw_curve(axes, kl[:, -1:], reward[:, -1:], colours[name])
         x, y = kl.mean(0), reward.mean(0)
-        heights.append(y[x <= edge])
         inside = x[-1] <= edge
         out = len(x) - 1 if inside else int(np.argmax(x > edge))
+        axes.plot(x[:out + 1], y[:out + 1], color=colours[name])
+        heights.append(y[:out + 1][x[:out + 1] <= edge])
+        if inside:
+            figures.draw_curve(axes, kl[:, -1:], reward[:, -1:], colours[name])
         ends[name if inside else f"{name} →"] = (min(x[out], edge), y[out] if inside else np.interp(
             edge, x[out - 1:out + 1], y[out - 1:out + 1]), colours[name])
     figures.draw_limit(axes, limit)
@@ -159,24 +171,27 @@ def envelopes(kls: Sequence[float], rewards: Mapping[str, np.ndarray], colours: 
 def averages(points: Mapping[str, Sequence[dict]], rows_of: Mapping[str, Sequence[dict]],
              differences: Mapping[str, Interval], colours: Mapping[str, str], limit: Sequence[dict], unit: str,
              edge: float, title: str) -> Figure:
-    """The moving average at the end of training as a policy of its own, one point a seed, beside the path of the raw
-    weights; and, right, its reward less that of the path at its KL."""
+    """The moving average at the end of training as a policy of its own, one point a seed and a mark a setting, beside
+    the path of the raw weights; and, right, its reward less that of the path at its KL. Points past the picture's edge
+    are counted in the legend."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(3, 2))
-    ends = {}
+    ends, marks = {}, dict(zip(rows_of, itertools.cycle("Dos^")))
     for name, rows in rows_of.items():
         ends[name] = figures.draw_path(left, rows, colours[name], edge=edge, lw=1.2)
-        left.plot(column(points[name], "kl"), column(points[name], "reward"), "D", color=colours[name], ms=5,
-                  mec="black", lw=0)
-    left.plot([], [], "D", color="white", mec="black", label="the average at the end, a seed each")
-    left.plot([], [], color="black", lw=1.2, label="the raw weights as they train")
+        kl, reward = column(points[name], "kl"), column(points[name], "reward")
+        out = kl > 1.3 * edge
+        beyond = f" ({out.sum()} of {len(out)} past the edge)" if out.any() else ""
+        left.plot(kl[~out], reward[~out], marks[name], color=colours[name], ms=6, mec="black", ls="",
+                  label=f"average, {name}{beyond}")
+    left.plot([], [], color="black", lw=1.2, label="raw weights as they train")
     figures.draw_limit(left, limit)
-    left.legend(loc="lower right")
+    left.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=2, columnspacing=1.2)
     left.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})", xlim=(0, 1.3 * edge))
     left.set_title(title)
     figures.label_ends(left, ends)
     for i, (name, interval) in enumerate(differences.items()):
         bars = [[interval.mean - interval.low], [interval.high - interval.mean]]
-        right.errorbar(interval.mean, i, xerr=bars, color=colours[name], marker="D", ms=6, mec="black")
+        right.errorbar(interval.mean, i, xerr=bars, color=colours[name], marker=marks[name], ms=6, mec="black")
     right.axvline(0, color="black", lw=0.8)
     right.set(yticks=range(len(differences)), yticklabels=differences, ylim=(len(differences) - 0.5, -0.5),
               xlabel="reward of the average, less raw at its KL")

@@ -107,12 +107,12 @@ def careless(limit: Sequence[dict], wrong: Sequence[dict], samples: int, few: in
     figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
     figures.draw_limit(axes, limit, f"{samples} samples, as far as they tell")
     x, y = column(wrong, "kl"), column(wrong, "reward")
-    axes.plot(x, y, color=COLOURS["fails"])
-    axes.axvline(np.log(few), color=COLOURS["fails"], lw=0.8, ls=":")
+    axes.plot(x, y, color=COLOURS["mistake"])
+    axes.axvline(np.log(few), color=COLOURS["mistake"], lw=0.8, ls=":")
     axes.set(xlabel=KL_LABEL, ylabel=f"reward ({unit})", xlim=(0, 1.7 * max(x.max(), column(limit, "kl").max())))
     at = min(column(limit, "kl").max(), x.max())
     lost = np.interp(at, x, y) - np.interp(at, column(limit, "kl"), column(limit, "reward"))
     axes.set_title(f"From {few} samples the limit is {lost:+.2f} off at {at:.1f} nats; "
                    f"dotted: log {few} = {np.log(few):.1f} nats")
-    figures.label_ends(axes, {f"{few} samples, no stop": (x[-1], y[-1], COLOURS["fails"])})
+    figures.label_ends(axes, {f"{few} samples, no stop": (x[-1], y[-1], COLOURS["mistake"])})
     return figure

@@ -17,6 +17,7 @@ from ..viewing.plots import COLOURS, KL_LABEL
 from .figures import at_kl, draw_curve, draw_limit, draw_sweep, interval_band, label_end, label_ends, number, outcome
 
 LINES = {"single runs": COLOURS["single"], "their merge": COLOURS["slerp"]}
+ON_THE_FRONT = 0.05  # a point whose reward differs by no more lies on a front
 PATH = "#404040"  # the path of a run while it trains
 TOY_REWARDS = np.array([0.0, 1.0, 2.0, 3.0])
 TOY_START = np.array([0.45, 0.30, 0.20, 0.05])  # the SFT policy's probabilities of four completions
@@ -90,6 +91,15 @@ def draw_dial(curves: Mapping[str, Sequence[dict]], etas: Sequence[float], label
     return figure
 
 
+def against_the_bound(words: str, rows: Sequence[dict], eta: float) -> str:
+    """What became of the paper's bound at one η, KL(η) ≤ η · KL(1), for the curve of that name, in words by its
+    verdict, with the nats to spare."""
+    spare = t_interval(eta * number(rows, "kl", 1) - number(rows, "kl", eta))
+    return outcome(spare, "above", f"{words}: KL({eta:g}) is less than {eta:g} · KL(1)",
+                   f"{words}: KL({eta:g}) is more than {eta:g} · KL(1)",
+                   f"{words}: KL({eta:g}) against {eta:g} · KL(1) is unclear", "nats to spare", apart=" ")
+
+
 def draw_against_path(fronts: Sequence[dict], paths: Sequence[dict], limit: Sequence[dict], kl: float,
                       label: str) -> Figure:
     """LITI fronts of single runs against the paths of the same runs while they trained, up to a KL that all reach."""
@@ -133,7 +143,7 @@ def draw_second(second: Mapping[str, Sequence[dict]], limit: Sequence[dict], lab
     """The fronts of the second iteration's merge toward the SFT policy ("sft") and toward its own init ("init")."""
     figure, axes = plt.subplots(figsize=(7.8, 4.6), layout="constrained")
     for toward, colour, marker, words in (("sft", COLOURS["liti"], "o", "toward the SFT policy"),
-                                          ("init", COLOURS["best_of_n"], "s", "toward the init of iteration 2")):
+                                          ("init", COLOURS["init"], "s", "toward the init of iteration 2")):
         x, y = draw_curve(axes, number(second[toward], "kl"), number(second[toward], "reward"), colour, marker=marker)
         axes.plot([], [], color=colour, marker=marker, ms=4, label=words)
         label_end(axes, [x[0]], [y[0]], "η = 0", colour)
@@ -192,16 +202,31 @@ def draw_point(front: Sequence[dict], eta: float, label: str) -> Figure:
 
 
 def draw_mistakes(broken: Sequence[dict], ways: Sequence[str], front: Sequence[dict], label: str) -> Figure:
-    """Where mistakes of LITI land, `value` in `broken` being the place in `ways`, on the pale front of the right
+    """Where mistakes of LITI land, `value` in `broken` being the place in `ways`, beside the pale front of the right
     call; ways that begin with "right" have the front's colour."""
     figure, axes = plt.subplots(figsize=(8.6, 4.8), layout="constrained")
     axes.plot(number(front, "kl").mean(0), number(front, "reward").mean(0), color=COLOURS["liti"], alpha=0.3)
     for n, words in enumerate(ways):
         x, y = number(broken, "kl", n).mean(), number(broken, "reward", n).mean()
-        colour = COLOURS["liti"] if words.startswith("right") else COLOURS["none"]
+        colour = COLOURS["liti"] if words.startswith("right") else COLOURS["mistake"]
         axes.plot(x, y, "o" if words.startswith("right") else "X", ms=8 - n, color=colour, zorder=5 + n)
         label_end(axes, [x], [y], words, colour)
     axes.set(xlabel=KL_LABEL, ylabel=label)
-    axes.set_title(f"Mistakes on a curve that looks sound\n(means over {len(number(broken, 'kl'))} seeds)")
+    axes.set_title("Where mistakes land beside the curve of the right call\n"
+                   f"(means over {len(number(broken, 'kl'))} seeds)")
     label_ends(axes)
     return figure
+
+
+def off_the_front(broken: Sequence[dict], way: int, front: Sequence[dict]) -> Interval:
+    """The reward of one way, by its place, less that of the right call's front at its KL, seed by seed."""
+    return t_interval(number(broken, "reward", way) - at_kl(front, number(broken, "kl", way)))
+
+
+def beside_the_front(words: str, gap: Interval) -> str:
+    """Whether a mistake lies on the front of the right call, above or below it, in words by the verdict of `gap`."""
+    if gap.verdict("within", margin=ON_THE_FRONT) == "holds":
+        return outcome(gap, "within", f"{words}: on the curve of the right call, within {ON_THE_FRONT:g}", "", "",
+                       margin=ON_THE_FRONT, apart=" ")
+    return outcome(gap, "below", f"{words}: below the curve of the right call", f"{words}: above it",
+                   f"{words}: whether it lies on the curve of the right call is unclear", apart=" ")

@@ -37,7 +37,7 @@ def draw_memory(parts: Mapping[str, np.ndarray], limit: float, limit_name: str, 
 def draw_precision(theta: Sequence[float], paths: Mapping[str, Sequence[float]], moving: Mapping[str, float]) -> Figure:
     """A weight that drifts with its anchors by precision ("float32" and "bfloat16"), and the share of a policy's
     weights whose anchor moves in a step, by precision."""
-    colours = {"float32": COLOURS["ema"], "bfloat16": COLOURS["none"]}
+    colours = {"float32": COLOURS["ema"], "bfloat16": COLOURS["mistake"]}
     steps = np.arange(len(theta))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained", width_ratios=(2, 1))
     left.plot(steps, theta, color=COLOURS["single"])
@@ -60,11 +60,11 @@ def draw_adapters(ranks: Sequence[int], lost: Sequence[float], wrong: float) -> 
     """What cutting an exact merge to a rank loses, and the error of merged factors, all in % of ΔW's length."""
     figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
     axes.plot(ranks, lost, marker="o", color=COLOURS["slerp"])
-    axes.axhline(wrong, color=COLOURS["none"], ls="--")
+    axes.axhline(wrong, color=COLOURS["mistake"], ls="--")
     axes.set(xlabel="rank of the merged adapter", ylabel="error of ΔW (% of its length)",
              ylim=(-4, max(110, 1.2 * wrong)))
     label_end(axes, ranks[:3], lost[:3], "ΔW merged, then cut to a rank", COLOURS["slerp"])
-    label_end(axes, [ranks[-1] * 0.6], [wrong], "factors merged", COLOURS["none"])
+    label_end(axes, [ranks[-1] * 0.6], [wrong], "factors merged", COLOURS["mistake"])
     at_8 = lost[list(ranks).index(8)]
     axes.set_title(f"Merged factors are wrong by {wrong:.0f} %; the exact merge cut to rank 8 loses {at_8:.0f} %")
     label_ends(axes)

@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import fdtri
 
-from ..evaluation.statistics import Interval, t_interval
+from ..evaluation.statistics import LEVEL, Interval, t_interval
 from ..viewing.plots import COLOURS, KL_LABEL
 from .figures import (
     at_kl,
@@ -220,18 +221,33 @@ def of_the_seed(shuffled: Sequence[dict], name: str, apart: str = "\n") -> str:
     word = "KL" if name == "kl" else name.capitalize()
     if len(values) < 2:
         return f"{word}: one seed does not say how much seeds differ"
-    share = t_interval(values.std(1, ddof=1) / values.mean(1).std(ddof=1))
-    return outcome(share, "below", f"{word} varies less with the order than with the seed",
+    return outcome(spread_ratio(values), "below", f"{word} varies less with the order than with the seed",
                    f"{word} varies more with the order than with the seed",
                    f"{word}: whether order or seed varies it more is unclear", "of the deviation over seeds", null=1,
                    apart=apart)
+
+
+def spread_ratio(values: np.ndarray) -> Interval:
+    """The deviation of values (seeds, orders) over the orders of a seed, as a share of that of the seeds' means, with
+    the 95 % interval that the F distribution gives a ratio of two deviations; it cannot go below zero.
+
+    Orders count as draws of their own, though they share their policies. Raises ValueError for fewer than two seeds or
+    two orders.
+    """
+    seeds, orders = values.shape
+    if min(seeds, orders) < 2:
+        raise ValueError(f"a ratio of deviations needs two seeds and two orders, not {seeds} and {orders}")
+    ratio = math.sqrt(values.var(1, ddof=1).mean() / values.mean(1).var(ddof=1))
+    freedom = seeds * (orders - 1), seeds - 1
+    low, high = (ratio / math.sqrt(fdtri(*freedom, share)) for share in ((1 + LEVEL) / 2, (1 - LEVEL) / 2))
+    return Interval(ratio, low, high, seeds, seeds)
 
 
 def draw_whole_weights(ways: Mapping[str, Sequence[dict]], label: str) -> Figure:
     """The fronts of the right merge, of LERP and of SLERP of whole weights, by the words that name them, in this
     order."""
     figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
-    for (words, rows), method, line in zip(ways.items(), ("slerp", "lerp", "none"), ("-", "-", "--")):
+    for (words, rows), method, line in zip(ways.items(), ("slerp", "lerp", "mistake"), ("-", "-", "--")):
         kl_end, reward_end = number(rows, "kl", 1).mean(), number(rows, "reward", 1).mean()
         shown = [row for row in rows if row["value"] <= 1]
         axes.plot(number(shown, "kl").mean(0), number(shown, "reward").mean(0), line, marker="o", ms=4,

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..averaging.state_dicts import Weights
+from ..evaluation.statistics import Interval, t_interval
 from ..viewing.plots import COLOURS, KL_LABEL, column, iteration_colour
 from . import figures
 
@@ -56,10 +57,13 @@ def landscape(plane: Plane, xs: Sequence[float], ys: Sequence[float], points: Se
     figure.colorbar(shades, label=f"reward ({unit})")
     lines = axes.contour(xs, ys, column(points, "kl").reshape(shape), levels=(1, 2, 4, 8), colors="0.35",
                          linestyles=":", linewidths=0.9)
-    axes.clabel(lines, fmt="%g nats", fontsize=7)
-    ends = {}
-    for name, (theta, colour) in marks.items():
-        x, y = plane.place(theta)
+    ends, places = {}, {name: plane.place(theta) for name, (theta, _) in marks.items()}
+    for kl, ring in zip(lines.levels, lines.allsegs):
+        if ring:
+            x, y = clearest(max(ring, key=len), [(0.0, 0.0), *places.values()], axes)
+            figures.label_end(axes, [x], [y], f"{kl:g} nats", "0.35").set_fontsize(7)
+    for name, (_, colour) in marks.items():
+        x, y = places[name]
         axes.plot([0, x], [0, y], color=colour)
         axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 0, "shrinkB": 0})
         ends[name] = (x, y, colour)
@@ -70,6 +74,42 @@ def landscape(plane: Plane, xs: Sequence[float], ys: Sequence[float], points: Se
     axes.set_title(title)
     figures.label_ends(axes, ends)
     return figure
+
+
+def clearest(line: np.ndarray, places: Sequence[tuple[float, float]], axes: Axes) -> tuple[float, float]:
+    """The point of a line (points, 2) that is furthest from the arrows that go from the first of `places` to each
+    other, and from the edges of the axes: where a label of the line is best read."""
+    low, high = np.array([axes.get_xlim(), axes.get_ylim()]).T
+    arrows = np.concatenate([np.linspace(places[0], end, 50) for end in places[1:]])
+    to_arrows = np.linalg.norm(line[:, None] - arrows, axis=-1).min(1)                         # (points,)
+    to_edges = np.minimum(line - low, high - line).min(1)
+    return tuple(line[np.minimum(to_arrows, 2 * to_edges).argmax()])
+
+
+def given_back(front: Sequence[dict], path: Sequence[dict]) -> str:
+    """What the step back after an iteration gives back: of its merge's gain in reward over the SFT policy, and of its
+    KL, in words by the verdict of the difference.
+
+    `front` goes from the SFT policy to the merge, `path` is that of the runs that start from the next init.
+    """
+    merge = {what: figures.number(front, what, 1) for what in ("reward", "kl")}
+    gained = {what: end - figures.number(front, what, 0) for what, end in merge.items()}
+    shares = {what: (end - figures.over_steps(path, what, [0])[:, 0]) / gained[what] for what, end in merge.items()}
+    reward, kl = (t_interval(shares[what]) for what in ("reward", "kl"))
+    return (f"Step 3 gives back {reward} of the reward that the first merge has gained and {kl} of its KL: " +
+            figures.outcome(t_interval(shares["kl"] - shares["reward"]), "above", "more of the KL than of the reward",
+                            "less of the KL than of the reward", "of which it gives more is unclear", apart=" ") + ".")
+
+
+def length(theta: Weights, start: Weights) -> float:
+    """How far weights have gone from where they started: the length of the whole task vector."""
+    return torch.stack([(theta[name].double() - start[name].double()).norm() for name in start]).norm().item()
+
+
+def kept(front: Sequence[dict], right: Sequence[dict], name: str) -> Interval:
+    """The share of a number's change from η = 0 to 1 along the front `right` that `front` has, seed by seed."""
+    changes = [figures.number(rows, name, 1) - figures.number(rows, name, 0) for rows in (front, right)]
+    return t_interval(changes[0] / changes[1])
 
 
 def draw_fronts(axes: Axes, fronts: Mapping[str, Sequence[dict]], colours: Mapping[str, str], name: str = "reward",

@@ -28,8 +28,8 @@ from ..evaluation.statistics import Interval, t_interval
 from ..experiment import Experiment
 from ..result import WarpResult
 from ..storage.files import write_bytes
+from ..viewing.labels import label_end, label_ends  # noqa: F401  (the notebooks' pictures take both from here)
 from ..viewing.plots import COLOURS, column
-from .labels import label_end, label_ends  # noqa: F401  (the notebooks' pictures take both from here)
 
 if TYPE_CHECKING:
     from ipywidgets import ValueWidget, VBox
@@ -232,7 +232,7 @@ def draw_over_kl(axes: Axes, rows: Sequence[dict], colour: str, label: str, name
 
 
 def draw_limit(axes: Axes, limit: Sequence[dict], label: str = "limit") -> None:
-    """The limit with a band of two standard errors, as far as it can be trusted."""
+    """The limit with a band of two standard errors over prompts, as far as it can be trusted."""
     if not limit:
         return
     kl, reward, error = column(limit, "kl"), column(limit, "reward"), 2 * column(limit, "reward_se")

@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from ..evaluation.front import MIN_ESS, reward_at_kl
 
 # One meaning a colour, from Okabe and Ito's palette and Tol's. Blue is merged by SLERP, darker with every iteration.
+# "init" is what goes to or comes from another init than its neighbours, "mixed" merges runs of two inits.
 COLOURS = {
     "single": "#7F7F7F", "slerp": "#0072B2", "lerp": "#E69F00", "liti": "#009E73", "ema": "#5E3C99",
     "sft": "#D55E00", "none": "#CC79A7", "limit": "#000000", "best_of_n": "#8C510A", "gold": "#B8860B",
-    "batch": "#999933", "holds": "#117733", "fails": "#882255", "no difference": "#6699CC",
-    "unclear": "#999999",
+    "batch": "#999933", "mistake": "#661100", "init": "#A100F2", "mixed": "#CC004C",
+    "holds": "#117733", "fails": "#882255", "no difference": "#6699CC", "unclear": "#999999",
 }
 ITERATION_COLOURS = ("#4AA3DF", "#00508F", "#001F3F", "#44AA99", "#A6B8E8")
 STYLE = {
@@ -84,7 +85,7 @@ def draw_merges(ways: Sequence[dict], unit: str = "reward units") -> Figure:
 
     The title says what the last way loses at η = 1 against the first; bars are standard errors over prompts.
     """
-    colours = [COLOURS["slerp"], COLOURS["liti"], COLOURS["none"]]
+    colours = [COLOURS["slerp"], COLOURS["liti"], COLOURS["mistake"]]
     with style():
         figure = Figure(figsize=(7.6, 4.6), layout="constrained")
         axes = figure.subplots()

@@ -15,15 +15,14 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from PIL import Image
 
+from ..labels import label_end, line_strokes, place
 from ..plots import COLOURS, KL_LABEL, column, iteration_colour, style
 from .grid import View, line_at, shown_kl
 
 ROOT_LABEL = "√(KL to the SFT policy, in nats per sequence)"
 SIZE, DPI = (7.2, 4.6), 100
-HALO = [withStroke(linewidth=3, foreground="white")]  # no curve strikes a name through
 PLACE = (0.1, 0.13, 0.87, 0.7)  # of the axes in the figure: left, bottom, width, height
 
 
@@ -32,7 +31,7 @@ class Picture:
 
     def __init__(self, grid: dict):
         self.grid = grid
-        self.grounds: dict[tuple, tuple] = {}  # by toggles: pixels and the limits of the axes
+        self.grounds: dict[tuple, tuple] = {}  # by toggles: pixels, limits of the axes, strokes
         self.figure = Figure(figsize=SIZE, dpi=DPI)
         self.canvas = FigureCanvasAgg(self.figure)
         with style():
@@ -46,23 +45,23 @@ class Picture:
                 self.ground(dataclasses.replace(view, reward=reward, root=root, trajectories=trajectories, limit=limit))
 
     def ground(self, view: View) -> tuple:
-        """The pixels of a setting of the toggles, and the limits of its axes."""
+        """The pixels of a setting of the toggles, the limits of its axes, and the strokes of its lines, (N, 2, 2)."""
         key = (view.reward, view.root, view.trajectories, view.limit)
         if key not in self.grounds:
             self.axes.clear()
             draw_ground(self.axes, self.grid, view)
             self.canvas.draw()
             pixels = self.canvas.copy_from_bbox(self.figure.bbox)
-            self.grounds[key] = (pixels, self.axes.get_xlim(), self.axes.get_ylim())
+            self.grounds[key] = (pixels, self.axes.get_xlim(), self.axes.get_ylim(), line_strokes(self.axes.lines))
         return self.grounds[key]
 
     def png(self, view: View, point: dict) -> bytes:
         """The picture of a view and its point as a PNG."""
         with style():
-            pixels, xlim, ylim = self.ground(view)
+            pixels, xlim, ylim, below = self.ground(view)
             self.canvas.restore_region(pixels)
             self.axes.set(xlim=xlim, ylim=ylim)
-            for artist in draw_view(self.axes, self.grid, view, point):
+            for artist in draw_view(self.axes, self.grid, view, point, below):
                 self.axes.draw_artist(artist)
                 artist.remove()
         data = io.BytesIO()
@@ -76,7 +75,7 @@ def draw_picture(grid: dict, view: View, point: dict) -> Figure:
         figure = Figure(figsize=SIZE, dpi=DPI)
         axes = figure.add_axes(PLACE)
         draw_ground(axes, grid, view)
-        draw_view(axes, grid, view, point)
+        draw_view(axes, grid, view, point, line_strokes(axes.lines))
     return figure
 
 
@@ -95,54 +94,44 @@ def draw_ground(axes: Axes, grid: dict, view: View) -> None:
     if view.limit and grid["limit"]:
         kl, value = across(column(grid["limit"], "kl"), view), column(grid["limit"], name)
         axes.plot(kl, value, color=COLOURS["limit"], ls="--", lw=1.4)
-        words = "limit" if name == "reward" else "optimum of the proxy"
-        axes.annotate(words, (kl[-1], value[-1]), xytext=(5, 4), textcoords="offset points", fontsize=9,
-                      path_effects=HALO, zorder=10)
     margin = 0.08 * (high - low) or 1.0
     axes.set(xlim=across(np.array([0.0, widest]), view), ylim=(low - margin, high + margin),
              xlabel=ROOT_LABEL if view.root else KL_LABEL,
              ylabel=f"{reward_label(grid, name)} ({grid['unit']})")
 
 
-def draw_view(axes: Axes, grid: dict, view: View, point: dict) -> list[Artist]:
-    """The fronts of all iterations, the viewed one bold, and the point with its errors; returns what was drawn.
+def draw_view(axes: Axes, grid: dict, view: View, point: dict, below: np.ndarray) -> list[Artist]:
+    """The fronts of all iterations, the viewed one bold, the point with its errors, and their names; returns what was
+    drawn.
 
-    The point is a diamond where it was measured live, and an arrow at the edge where it lies beyond it.
+    The point is a diamond where it was measured live, and an arrow at the edge where it lies beyond it. Names stand
+    where nothing strikes them: `below` are the strokes of the ground (see `line_strokes`).
     """
-    name, artists, ends = view.reward, [], {}
+    name, artists, labels, edge = view.reward, [], [], axes.get_xlim()[1]
     for i in grid["iterations"]:
         points = line_at(grid, dataclasses.replace(view, iteration=i))
         chosen, colour = i == view.iteration, iteration_colour(i)
         kl, value = across(column(points, "kl"), view), column(points, name)
         artists += axes.plot(kl, value, color=colour, marker="o", ms=4 if chosen else 2.5, lw=2 if chosen else 1,
                              alpha=1 if chosen else 0.45)
-        ends[i] = min(kl[-1], axes.get_xlim()[1]), value[-1]
-    for i, height in zip(ends, spread([axes.transData.transform(end)[1] for end in ends.values()], 12 * DPI / 72)):
-        away = (height - axes.transData.transform(ends[i])[1]) * 72 / DPI
-        artists.append(axes.annotate(f"iteration {i}", ends[i], xytext=(7, away), va="center", fontsize=9,
-                                     textcoords="offset points", color=iteration_colour(i), annotation_clip=False,
-                                     path_effects=HALO, zorder=10,
-                                     alpha=1 if i == view.iteration else 0.6))
+        labels.append(label_end(axes, [min(kl[-1], edge)], value[-1:], f"iteration {i}", colour))
+        labels[-1].set_alpha(1 if chosen else 0.6)
+    if view.limit and grid["limit"]:
+        end = grid["limit"][-1]
+        words = "limit" if name == "reward" else "optimum of the proxy"
+        labels.append(label_end(axes, across(column([end], "kl"), view), [end[name]], words, COLOURS["limit"]))
     kl, value, error, height = (point[key] for key in ("kl", name, "kl_se", f"{name}_se"))
     ends = across(np.array([kl - error, kl, kl + error]), view)
     artists += axes.plot(ends, [value] * 3, color="black", lw=1.2)
     artists += axes.plot([ends[1]] * 2, [value - height, value + height], color="black", lw=1.2)
-    edge = axes.get_xlim()[1]
     marker = "D" if "live" in point else "o"
     if ends[1] > edge:
         marker = ">"
     artists += axes.plot(min(ends[1], edge), value, marker=marker, ms=10, mec="black", mew=1.4, clip_on=False,
                          mfc=iteration_colour(view.iteration))
-    artists.append(axes.text(0, 1.03, heading(view, point), transform=axes.transAxes, fontsize=11, va="bottom"))
-    return artists
-
-
-def spread(heights: list[float], gap: float) -> list[float]:
-    """The same heights, in pixels and in their order, moved up until they are `gap` pixels apart."""
-    moved, below = list(heights), -np.inf
-    for n in sorted(range(len(heights)), key=lambda n: heights[n]):
-        below = moved[n] = max(heights[n], below + gap)
-    return moved
+    title = axes.text(0, 1.03, heading(view, point), transform=axes.transAxes, fontsize=11, va="bottom")
+    place(axes, labels, np.concatenate([below, line_strokes(artists)]), [title.get_window_extent()])
+    return [*artists, *labels, title]
 
 
 def heading(view: View, point: dict) -> str:
