@@ -54,7 +54,7 @@ class Law:
 
 
 def fit_law(cells: Sequence[dict]) -> Law:
-    """The law with the least squared error of the mean gains of cells, among α from −1 to 2 in steps of .05."""
+    """The law with the least squared error of the mean gains of cells, among α from −2 to 4 in steps of .05."""
     gains = np.array([cell["gain"] for cell in cells])
 
     def fitted(alpha: float) -> tuple[float, Law]:
@@ -62,7 +62,7 @@ def fit_law(cells: Sequence[dict]) -> Law:
         c = float(shape @ gains / (shape @ shape))
         return float(np.square(gains - c * shape).sum()), Law(c, alpha)
 
-    return min((fitted(alpha) for alpha in np.arange(-20, 41) / 20), key=lambda pair: pair[0])[1]
+    return min((fitted(alpha) for alpha in np.arange(-40, 81) / 20), key=lambda pair: pair[0])[1]
 
 
 def fitting_cells(cell: dict) -> bool:
