@@ -19,7 +19,8 @@ def test_a_step_is_sampling_and_forwards_of_all_runs_over_their_number(world, mo
     assert (alone.steps, alone.step_seconds, alone.seconds) == (60, 5.0, 300.0)
     assert (together.steps, together.step_seconds) == (60, pytest.approx(5 / 3))
     measured = expected_duration(world, config.replace(eval_every=5), at_once=3)
-    assert measured.measured_seconds == 2 * 3 * 2 * duration.TRAJECTORY_SAMPLES * (1 + 2) / (3 * 4)
+    completions = len(world.eval_prompts) * -(-duration.TRAJECTORY_SAMPLES // len(world.eval_prompts))
+    assert measured.measured_seconds == 2 * 3 * 2 * (1 + 2) * completions / min(duration.SOME, completions)
     assert measured.seconds == pytest.approx(100 + measured.measured_seconds)
 
 
@@ -33,6 +34,7 @@ def test_a_time_is_said_as_a_person_says_it():
     assert [spoken(s) for s in (9, 119, 120, 7199, 7200, 36000, 90000)] == [
         "9 seconds", "119 seconds", "2 minutes", "120 minutes", "2.0 hours", "10 hours", "25 hours"]
     assert str(Duration(200, 0.5, 0)) == "about 100 seconds by a first trial: 200 policy steps of 0.5 s"
+    assert "200 policy steps of 123 s" in str(Duration(200, 123.4, 0))
     assert str(Duration(200, 3, 300)).endswith("200 policy steps of 3 s and 5 minutes to measure them")
 
 

@@ -546,6 +546,6 @@ def test_the_readme_says_what_the_committed_evidence_says(committed):
 
 
 def test_evidence_that_is_not_there_is_named():
-    names = "claims, coverage, four_draws, noise, predictions, smollm2, tuned"
+    names = "claims, coverage, decisive, four_draws, noise, predictions, smollm2, tuned"
     with pytest.raises(ValueError, match=f"there is no evidence 'nonsense'; there is {names}"):
         load("nonsense")

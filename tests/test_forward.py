@@ -13,6 +13,8 @@ from transformers import (
     GPT2Config,
     GPT2DoubleHeadsModel,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -219,6 +221,34 @@ def test_keep_gives_the_logits_from_a_position_on(forward, architecture, policie
     prepared = forward.prepare(weights)
     every = forward(prepared, ids, mask)
     torch.testing.assert_close(forward(prepared, ids, mask, keep=7), every[:, :, 7:], atol=1e-12, rtol=1e-12)
+
+
+class LlamaWithABias(LlamaForCausalLM):
+    """A policy that adds a parameter to its logits, which no look at its head would find while it is zero."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bias = torch.nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + self.bias
+        return output
+
+
+@pytest.mark.parametrize("executor", ["batched", "serial"])
+@pytest.mark.parametrize("policies", [2, 1])
+def test_kept_logits_are_the_modules_own_with_whatever_it_adds_to_them(executor, policies):
+    torch.manual_seed(0)
+    model = LlamaWithABias(LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                       num_attention_heads=2, num_key_value_heads=1))
+    forward, (ids, mask) = make_forward(model, executor), ragged(policies)
+    weights = {name: (tensor + (name == "bias")).requires_grad_() for name, tensor in
+               stack([parameters(model)] * policies).items()}
+    every, kept = (forward(forward.prepare(weights), ids, mask, keep=keep) for keep in (0, 7))
+    torch.testing.assert_close(kept, every[:, :, 7:], atol=1e-6, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(kept.sum(), [weights["bias"]])
+    assert (gradient == kept[..., 0].numel() / policies).all()
 
 
 @pytest.mark.parametrize("forward, architecture", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import cache, cached_property, partial
@@ -50,8 +51,8 @@ class HalvedForward:
 
     def __call__(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: Any = None, keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
-        part = keep > 0 or isinstance(cache, Recomputed)  # else the module would compute logits that nobody asks for
-        if (self.dtype is None and not part) or self.linear_head is None:
+        again = isinstance(cache, Recomputed)  # then the logits of all tokens so far would be computed at each
+        if (self.dtype is None and not again) or self.linear_head is None:
             return self.run(self.model, w, ids, mask, cache, "logits", keep)
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         return self.head(w, x.flatten(1, 2)).view(*x.shape[:3], -1)
@@ -180,7 +181,9 @@ class ModuleForward(HalvedForward):
                 if mask is not None:
                     options["attention_mask"] = mask[e].long()
                     options["position_ids"] = positions(mask[e])[:, -ids.shape[-1]:]
-                results.append(getattr(functional_call(module, own, (ids[e],), options), field)[:, keep:])
+                count = ids.shape[-1] - keep
+                output = functional_call(module, own, (ids[e],), options | last_alone(module, count))
+                results.append(getattr(output, field)[:, -count:])
         for keeper, name in self.states:  # with a gradient in it a module could not be copied
             value = getattr(keeper, name)
             setattr(keeper, name, None if value is None else value.detach())
@@ -191,6 +194,12 @@ class Recomputed:
     """In the place of a cache, the tokens (E, B, K) so far: all are computed again for each that follows."""
 
     ids: Tensor | None = None
+
+
+def last_alone(module: torch.nn.Module, count: int) -> dict[str, int]:
+    """The option by which the library's module computes the logits of the last `count` tokens alone, where it has it:
+    a head of many words costs as much as some layers."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 def _by_length(module, weights, ids: Tensor, mask: Tensor, field: str) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
-from .module_forward import HalvedForward
+from .module_forward import HalvedForward, last_alone
 from .shape import shape_of
 
 
@@ -75,8 +75,8 @@ class VmapForward(HalvedForward):
                 past = Cache(layers=[_Slot(k, v, start) for k, v in zip(buffers[::2], buffers[1::2])])
             output = functional_call(module, weights, (ids,), {
                 "attention_mask": attention, "position_ids": positions, "past_key_values": past,
-                "use_cache": past is not None})
-            return getattr(output, field)[:, keep:]
+                "use_cache": past is not None, **last_alone(module, Q - keep)})
+            return getattr(output, field)[:, keep - Q:]
 
         given = (w, ids, positions(mask)[..., start:], masks, cache.buffers if cache else [])
         narrow = nullcontext() if self.dtype is None else NarrowProducts(self.dtype)

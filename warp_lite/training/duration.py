@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..averaging.state_dicts import stack
 from ..config import WarpConfig
+from ..policies.forward import Forward, make_forward
+from ..policies.prompts import Prompts
+from ..policies.randomness import token_uniforms
 from ..policies.sampling import Policies
 from ..task import Task
 from .iteration import TRAJECTORY_SAMPLES, measured_steps
@@ -16,6 +22,7 @@ from .reinforce import draw, forward_for, score
 from .run import Run
 
 MEASURED_FORWARDS = 2  # a completion that is measured is scored by the policy and by θ_sft
+SOME = 32  # completions by which the time of a measurement is told
 WORTH_SAYING = 60.0  # seconds from which on the estimate is printed
 
 
@@ -33,9 +40,10 @@ class Duration:
         return self.steps * self.step_seconds + self.measured_seconds
 
     def __str__(self) -> str:
+        digits = ".0f" if self.step_seconds >= 10 else ".2g"
+        measuring = f" and {spoken(self.measured_seconds)} to measure them" if self.measured_seconds >= 1 else ""
         return (f"about {spoken(self.seconds)} by a first trial: {self.steps} policy steps of "
-                f"{self.step_seconds:.2g} s" + (f" and {spoken(self.measured_seconds)} to measure them"
-                                                if self.measured_seconds >= 1 else ""))
+                f"{self.step_seconds:{digits}} s{measuring}")
 
 
 def spoken(seconds: float) -> str:
@@ -46,10 +54,10 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds < 36000 else f"{seconds / 3600:.0f} hours"
 
 
-@torch.no_grad()
 def expected_duration(task: Task, config: WarpConfig, at_once: int = 1) -> Duration:
     """What the training of all runs of all iterations will take, by a batch of `at_once` policies that are sampled
-    together and scored. The time of the rewards, of merging and of the front after it is not in it.
+    together and scored, and some completions of held-out prompts where runs are measured on their way. The time of the
+    rewards, of merging and of the front after it is not in it.
 
     Raises ValueError as `forward_for` does.
     """
@@ -57,10 +65,28 @@ def expected_duration(task: Task, config: WarpConfig, at_once: int = 1) -> Durat
     runs = [Run(config, 1, m, task.sft, task.sft, reward)
             for m, reward in enumerate(task.rewards(config.runs)[:count], 1)]
     forward = forward_for(task.policy, "batched" if count > 1 else "serial", config)
-    weights = stack([task.sft] * count, task.policy.device)
-    prompts, uniforms = draw(runs, 0, task.prompts)
+    sampling, scoring = seconds_of(task, forward, config, *draw(runs, 0, task.prompts))
+    steps, points = config.iterations * config.runs * config.steps, len(measured_steps(config))
+    measuring = 0.0
+    if points:
+        completions = len(task.eval_prompts) * math.ceil(TRAJECTORY_SAMPLES / len(task.eval_prompts))
+        some = min(SOME, completions)
+        uniforms = token_uniforms(runs[0].key, 0, some, config.max_new_tokens).unsqueeze(0).to(task.policy.device)
+        held_out = task.eval_prompts.batch(np.arange(some)[None] % len(task.eval_prompts))
+        sampled, scored = seconds_of(task, make_forward(task.policy), config, held_out, uniforms)
+        measuring = (sampled + MEASURED_FORWARDS * scored) * completions / some
+    return Duration(steps, (sampling + forwards(config) * scoring) / count,
+                    config.iterations * config.runs * points * measuring)
+
+
+@torch.no_grad()
+def seconds_of(task: Task, forward: Forward, config: WarpConfig, prompts: Prompts,
+               uniforms: Tensor) -> tuple[float, float]:
+    """Seconds of sampling a completion of each prompt (E, B, P) by E copies of θ_sft, and of scoring them without a
+    gradient: of two times the shorter, as the first has what is done once in it."""
+    weights = stack([task.sft] * len(uniforms), task.policy.device)
     sampling = scoring = float("inf")
-    for _ in range(2):  # the first has what is done once in it
+    for _ in range(2):
         started = time.perf_counter()
         rollout = Policies(forward, weights).sample(prompts, uniforms, task.tokenizer, config.temperature,
                                                     config.sample_batch)
@@ -69,10 +95,7 @@ def expected_duration(task: Task, config: WarpConfig, at_once: int = 1) -> Durat
         sampling, scoring = min(sampling, sampled - started), min(scoring, time.perf_counter() - sampled)
         if sampled - started > 1:
             break
-    steps, points = config.iterations * config.runs * config.steps, len(measured_steps(config))
-    completions = config.iterations * config.runs * points * TRAJECTORY_SAMPLES
-    return Duration(steps, (sampling + forwards(config) * scoring) / count,
-                    completions * (sampling + MEASURED_FORWARDS * scoring) / (count * config.batch_size))
+    return sampling, scoring
 
 
 def forwards(config: WarpConfig) -> int:
