@@ -265,7 +265,7 @@ def test_what_is_said_of_the_law_is_what_its_test_came_to(rank, squared, says):
     test = {"rank_correlation": value(*rank), "r_squared": value(*squared)}
     law = {"fitted_in": "detail", "c": value(1, 2), "alpha": value(0, 1), "tests": {"sentiment": test}}
     cell = {"batch": 4, "lr": 1e-3, "gain": {"mean": 0.1}, "reach": 2.0, "mean reach": 3.0, "steps": 100,
-            "short angle": 70.0}
+            "short angle": 70.0, "mean short angle": 60.0}
     noise = {"laws": [law], "worlds": {"detail": {"cells": [cell, {**cell, "batch": 8}]},
                                        "sentiment": {"cells": [cell]}}}
     assert says in draw_evidence.law_sentences(noise)

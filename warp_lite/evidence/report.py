@@ -100,7 +100,8 @@ def cells(rows: Sequence[dict]) -> list[dict]:
         some = [row for row in rows if (row["batch"], row["lr"]) == (batch, lr)]
         found.append({"batch": batch, "lr": lr, "gain": interval_of({row["seed"]: row["gain"] for row in some}),
                       "reach": min(row["reach"] for row in some), "steps": some[0]["steps"],
-                      "mean reach": float(np.mean([row["reach"] for row in some])),
+                      **{f"mean {name}": float(np.mean([row[name] for row in some]))
+                         for name in ("reach", "short angle")},  # as the law takes them
                       **{name: float(np.median([row[name] for row in some])) for name in PREDICTORS}})
     return found
 

@@ -338,7 +338,8 @@ def draw_law(noise: Mapping) -> Figure:
         for world, of_world in noise["worlds"].items():
             for half in (True, False):
                 cells = [cell for cell in of_world["cells"] if law.fitting_cells(cell) == half]
-                said = fitted.mean_gain([{**cell, "reach": cell["mean reach"]} for cell in cells])
+                said = fitted.mean_gain([{**cell, **{name: cell[f"mean {name}"] for name in ("reach", "short angle")}}
+                                         for cell in cells])
                 is_fit = half and world == of_law["fitted_in"]
                 colour = COLOURS["slerp" if world == of_law["fitted_in"] else "single"]
                 axes.scatter(said, [cell["gain"]["mean"] for cell in cells], s=28, edgecolors=colour,
