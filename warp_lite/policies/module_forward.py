@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import cache, cached_property, partial
@@ -181,9 +180,7 @@ class ModuleForward(HalvedForward):
                 if mask is not None:
                     options["attention_mask"] = mask[e].long()
                     options["position_ids"] = positions(mask[e])[:, -ids.shape[-1]:]
-                count = ids.shape[-1] - keep
-                output = functional_call(module, own, (ids[e],), options | last_alone(module, count))
-                results.append(getattr(output, field)[:, -count:])
+                results.append(getattr(functional_call(module, own, (ids[e],), options), field)[:, keep:])
         for keeper, name in self.states:  # with a gradient in it a module could not be copied
             value = getattr(keeper, name)
             setattr(keeper, name, None if value is None else value.detach())
@@ -194,12 +191,6 @@ class Recomputed:
     """In the place of a cache, the tokens (E, B, K) so far: all are computed again for each that follows."""
 
     ids: Tensor | None = None
-
-
-def last_alone(module: torch.nn.Module, count: int) -> dict[str, int]:
-    """The option by which the library's module computes the logits of the last `count` tokens alone, where it has it:
-    a head of many words costs as much as some layers."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 def _by_length(module, weights, ids: Tensor, mask: Tensor, field: str) -> Tensor:

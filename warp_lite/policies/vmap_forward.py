@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
-from .module_forward import HalvedForward, last_alone
+from .module_forward import HalvedForward
 from .shape import shape_of
 
 
@@ -89,6 +90,12 @@ class VmapForward(HalvedForward):
         if cache:
             cache.length += Q
         return result
+
+
+def last_alone(module: torch.nn.Module, count: int) -> dict[str, int]:
+    """The option by which the library's module computes the logits of the last `count` tokens alone, where it has it:
+    a head of many words costs as much as some layers."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
 
 class NarrowProducts(TorchFunctionMode):
