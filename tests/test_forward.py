@@ -1,4 +1,4 @@
-"""The three forwards: the library's module, the same under vmap, and GPT-2 by hand."""
+"""The forwards: the library's module, the same under vmap, GPT-2 and Llama by hand."""
 
 from unittest.mock import patch
 
@@ -17,14 +17,20 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 import warp_lite.policies.gpt2_forward as gpt2_module
+import warp_lite.policies.llama_forward as llama_module
 from warp_lite.averaging.state_dicts import load_weights, parameters, stack, unstack
+from warp_lite.policies import products
 from warp_lite.policies.forward import make_forward
 from warp_lite.policies.gelu import gelu
 from warp_lite.policies.gpt2_forward import ColumnCache, GPT2Cache, GPT2Forward
+from warp_lite.policies.llama_forward import LlamaForward
 from warp_lite.policies.module_forward import ModuleForward
+from warp_lite.policies.trial import serves
 from warp_lite.policies.vmap_forward import VmapForward
 
 LENGTHS = (1, 4, 9, 12)  # of the rows of a ragged batch; the windows of Gemma 3 and Mistral are 3
@@ -45,7 +51,7 @@ class WideGPT2Forward(GPT2Forward):
 
 CASES = [(ModuleForward, architecture) for architecture in ARCHITECTURES]
 CASES += [(VmapForward, architecture) for architecture in ARCHITECTURES]
-CASES += [(GPT2Forward, "gpt2"), (WideGPT2Forward, "gpt2")]
+CASES += [(GPT2Forward, "gpt2"), (WideGPT2Forward, "gpt2"), (LlamaForward, "llama"), (LlamaForward, "qwen2")]
 
 
 def policies_of(architecture, dtype=torch.float64, policies=3, **settings):
@@ -369,8 +375,9 @@ def test_vmap_serves_further_architectures_with_their_own_masks(make):
     torch.manual_seed(0)
     model = make().float().eval()
     weights, (ids, mask) = stack([parameters(model)] * 2), ragged(2)
-    forward = make_forward(model)
-    assert isinstance(forward, VmapForward)
+    forward = VmapForward(model)
+    assert forward.supports(model) and serves(forward, model)
+    assert isinstance(make_forward(model), LlamaForward if LlamaForward.supports(model) else VmapForward)
     with torch.no_grad():
         assert_rows_equal(forward(weights, ids, mask), alone([model] * 2, ids, mask), mask, 1e-5)
         cache = forward.new_cache(*ids.shape, next(iter(weights.values())))
@@ -400,3 +407,176 @@ def test_what_vmap_would_get_wrong_is_left_to_the_librarys_module(make):
     forward = make_forward(model)
     assert isinstance(forward, ModuleForward)
     assert_rows_equal(forward(weights, ids, mask), alone([model] * 2, ids, mask), mask)
+
+
+# --- Llama by hand -----------------------------------------------------------------------------
+
+
+def llama_like(kind, config, **settings):
+    """A random model of the Llama family in float32, its biases and gains no zeros and ones."""
+    torch.manual_seed(0)
+    model = kind(config(**{**SMALL, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+FAMILY = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama, tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama, biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama, one head a key": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
+    "llama, one key": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+    "llama, wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 8}),
+    "llama, scaled angles": (LlamaForCausalLM, LlamaConfig, {
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}),
+    "llama, rough norm": (LlamaForCausalLM, LlamaConfig, {"rms_norm_eps": 0.1}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+}
+
+
+def family(name):
+    """A model of `FAMILY`."""
+    kind, config, settings = FAMILY[name]
+    return llama_like(kind, config, **settings)
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "blas"])
+def large(request, monkeypatch):
+    """Small matrices treated as large ones are: multiplied by oneDNN, and packed in a cache."""
+    if request.param:
+        assert products.available()
+        monkeypatch.setattr(products, "SMALLEST", 0)
+        monkeypatch.setattr(llama_module, "WORTH", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("policies", [3, 1])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_handwritten_llama_serves_its_family_and_equals_it(name, policies, large):
+    model = family(name)
+    forward, weights = make_forward(model), stack([parameters(model)] * policies)
+    assert isinstance(forward, LlamaForward)
+    ids, mask = ragged(policies)
+    expected = alone([model] * policies, ids, mask)
+    with torch.no_grad():
+        prepared = forward.prepare(weights)
+        assert_rows_equal(forward(prepared, ids, mask), expected, mask, 2e-5)
+        cache = forward.new_cache(*ids.shape, next(iter(weights.values())))
+        pieces = [forward(prepared, ids[..., :5], mask[..., :5], cache)]
+        pieces += [forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache) for t in range(5, ids.shape[-1])]
+    assert_rows_equal(torch.cat(pieces, 2), expected, mask, 2e-5)
+    assert bool(cache.packed) == (large and policies == 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "llama, biases", "qwen2"])
+def test_by_onednn_gradients_and_logits_are_those_of_batched_products(name, monkeypatch):
+    """Against the same forward of two policies, which oneDNN does not serve; what is frozen gets no gradient."""
+    model, results = family(name), []
+    (ids, mask), frozen = ragged(1), "model.layers.0.mlp.up_proj.weight"
+    for smallest in (10**9, 0):
+        monkeypatch.setattr(products, "SMALLEST", smallest)
+        leaves = {n: tensor.requires_grad_(n != frozen) for n, tensor in stack([parameters(model)]).items()}
+        forward = make_forward(model)
+        logits = forward(forward.prepare(leaves), ids, mask, keep=3)
+        trained = [tensor for tensor in leaves.values() if tensor.requires_grad]
+        generator = torch.Generator().manual_seed(2)
+        direction = torch.randn(logits.shape, generator=generator) * mask[..., 3:].unsqueeze(-1)
+        results.append((logits.detach(), *torch.autograd.grad((logits * direction).sum(), trained)))
+        with torch.no_grad():  # to the last bit: where policy and anchor are one, their log-probabilities are
+            assert torch.equal(forward(forward.prepare(leaves), ids, mask, keep=3), logits)
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(second, first, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_matrices_stay_when_rows_of_the_cache_are_dropped(monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    monkeypatch.setattr(llama_module, "WORTH", 1)
+    model, (ids, mask) = family("llama"), ragged(1)
+    forward, kept = make_forward(model), torch.tensor([[3, 1]])
+    with torch.no_grad(), patch.object(llama_module, "pack", side_effect=products.pack) as packing:
+        prepared = forward.prepare(stack([parameters(model)]))
+        cache = forward.new_cache(*ids.shape, model.lm_head.weight)
+        for start, end in ((0, 6), (6, 7), (7, 8)):
+            forward(prepared, ids[..., start:end], mask[..., :end], cache)
+        times = packing.call_count
+        cache = forward.cache_of(cache, kept)
+        logits = forward(prepared, ids[:, kept[0], 8:9], mask[:, kept[0], :9], cache)
+    assert times == packing.call_count == 4 * 2 + 1  # q k v, o, gate and up, down; the head
+    expected = alone([model], ids[:, kept[0], :9], mask[:, kept[0], :9])[0]
+    for row, right in zip(logits[0, :, 0], expected):
+        torch.testing.assert_close(row, right[-1], atol=2e-5, rtol=2e-5)
+
+
+def test_few_tokens_to_come_are_not_worth_packing(monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    model, (ids, mask) = family("llama"), ragged(1)
+    forward = make_forward(model)
+    prepared, like = forward.prepare(stack([parameters(model)])), model.lm_head.weight
+    with torch.no_grad():
+        for room, packed in ((8 + llama_module.WORTH, True), (7 + llama_module.WORTH, False)):
+            cache = forward.new_cache(*ids.shape[:2], room, like)
+            for start, end in ((0, 8), (8, 9)):
+                forward(prepared, ids[..., start:end], mask[..., :end], cache)
+            assert bool(cache.packed) == packed
+
+
+@pytest.mark.parametrize("make", [
+    lambda: llama_like(LlamaForCausalLM, LlamaConfig, hidden_act="gelu"),
+    lambda: llama_like(LlamaWithABias, LlamaConfig),
+    lambda: llama_like(MistralForCausalLM, MistralConfig, sliding_window=3),
+    lambda: llama_like(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    lambda: family("llama").double(),
+], ids=["another activation", "a subclass", "mistral, window", "qwen2, window", "float64"])
+def test_the_handwritten_llama_refuses_what_it_would_get_wrong(make):
+    model = make()
+    assert not LlamaForward.supports(model)
+    assert isinstance(make_forward(model), VmapForward)
+
+
+def test_a_llama_with_a_module_of_the_users_own_is_not_left_to_the_handwritten_forward():
+    model = family("llama")
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    assert LlamaForward.supports(model) and isinstance(make_forward(model), VmapForward)
+
+
+# --- products by oneDNN ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 100])
+def test_onednns_products_and_gradients_are_those_of_float64(rows, monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    torch.manual_seed(0)
+    x, matrix, direction = torch.randn(rows, 48), torch.randn(80, 48), torch.randn(rows, 80)
+    wide = [tensor.double().requires_grad_() for tensor in (x, matrix)]
+    expected = wide[0] @ wide[1].t()
+    gradients = torch.autograd.grad(expected, wide, direction.double())
+    leaves = x.requires_grad_(), matrix.requires_grad_()
+    assert products.served(*leaves)
+    y = products.multiply(*leaves)
+    for found, right in zip((y, *torch.autograd.grad(y, leaves, direction)), (expected, *gradients)):
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(products.multiply(*leaves), y)
+        packed = products.multiply_packed(x, products.pack(matrix, 16))  # packed for another number of rows
+        torch.testing.assert_close(packed.double(), expected, atol=1e-4, rtol=1e-5)
+    y = products.multiply(x.detach(), leaves[1])  # what needs no gradient is given none
+    torch.testing.assert_close(torch.autograd.grad(y, leaves[1], direction)[0].double(), gradients[1], atol=1e-4,
+                               rtol=1e-5)
+
+
+def test_without_onednn_products_are_those_of_blas(monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    x, matrix = torch.randn(4, 6), torch.randn(5, 6)
+    assert not products.served(x.double(), matrix.double())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    products.available.cache_clear()
+    try:
+        assert not products.served(x, matrix)
+        assert torch.equal(products.multiply(x, matrix), torch.nn.functional.linear(x, matrix))
+    finally:
+        monkeypatch.undo()
+        products.available.cache_clear()

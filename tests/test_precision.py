@@ -14,6 +14,7 @@ from warp_lite import WarpConfig, load_policy, load_result
 from warp_lite.averaging.state_dicts import parameters, stack
 from warp_lite.policies.forward import make_forward
 from warp_lite.policies.gpt2_forward import GPT2Forward
+from warp_lite.policies.llama_forward import LlamaForward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.precision import compute_dtype, full_precision
 from warp_lite.policies.prompts import encode_prompts
@@ -34,7 +35,7 @@ PROMPTS = ["this film", "that plot was great and i loved it but", "i", "this fil
 CONFIG = WarpConfig(steps=3, batch_size=5, lr=1e-2, beta=0.3, mu=0.1, warmup_steps=1, max_new_tokens=6)
 KINDS = ("policy", "anchor", "exp_avg", "exp_avg_sq")
 FORWARDS = [(ModuleForward, a) for a in ARCHITECTURES] + [(VmapForward, a) for a in ARCHITECTURES]
-FORWARDS += [(GPT2Forward, "gpt2")]
+FORWARDS += [(GPT2Forward, "gpt2"), (LlamaForward, "llama"), (LlamaForward, "qwen2")]
 
 
 def likes_film(prompts, completions, completion_ids, **kwargs):

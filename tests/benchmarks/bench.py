@@ -147,17 +147,20 @@ class PolicyStep:
 
     def operations(self) -> dict[str, float]:
         """Operations of the matrix products of each part of a step, all policies: 2 a weight and token, three times
-        that for training, and attention. The reward's are those of a model with the policy's layers."""
+        that for training, and attention. Those of tokens that are no padding, in prompts of the mean length."""
         config, B = self.world.policy.config, self.runs[0].config.batch_size
-        C, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
         length = self.config.max_new_tokens
-        S = self.prompts.ids.shape[1] + length - 1
-        layers = sum(weight.numel() for name, weight in parameters(self.world.policy).items() if weight.dim() == 2
-                     and not any(part in name for part in ("wte", "wpe", "embed", "lm_head")))
-        trunk = B * (S * layers * 2 + L * 2 * 2 * S * S * C / 2)  # causal: half of the scores are needed
-        head = B * length * C * V * 2
-        return {"sampling": self.E * (trunk + head), "the anchor's log-probabilities": self.E * (trunk + head),
-                "rewards": self.E * trunk, "forward and backward": self.E * 3 * (trunk + head),
+        S = float(self.prompts.mask.sum(-1).double().mean()) + length - 1
+
+        def trunk(model) -> float:
+            layers = sum(weight.numel() for name, weight in parameters(model).items() if weight.dim() == 2
+                         and not any(part in name for part in ("wte", "wpe", "embed", "lm_head")))
+            scores = model.config.num_hidden_layers * 2 * 2 * S * S * model.config.hidden_size / 2  # causal: half
+            return B * (S * layers * 2 + scores)
+
+        once = self.E * (trunk(self.world.policy) + B * length * config.hidden_size * config.vocab_size * 2)
+        return {"sampling": once, "the anchor's log-probabilities": once,
+                "rewards": self.E * trunk(self.world.reward.trunk), "forward and backward": 3 * once,
                 "Adam and the moving anchor": 0.0}
 
     def bytes_moved(self) -> dict[str, float]:

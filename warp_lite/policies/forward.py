@@ -1,11 +1,11 @@
 """How the logits of E policies of one architecture are computed from weights with a leading axis E.
 
-Three ways with one interface, `Forward`, which `sampling.Policies` alone calls:
+Four ways with one interface, `Forward`, which `sampling.Policies` alone calls:
 
 - `ModuleForward`: the library's module, one policy after the other. The readable reference.
 - `VmapForward`: the same module under `torch.func.vmap`. Any architecture whose forward vmaps
   and takes its masks from outside.
-- `GPT2Forward`: batched matrix products written by hand.
+- `GPT2Forward` and `LlamaForward`: batched matrix products written by hand.
 
 Each is tried on a few tokens before it is used (`trial.py`); what fails is left to `ModuleForward`.
 
@@ -25,12 +25,16 @@ from torch import Tensor
 
 from ..averaging.state_dicts import Weights
 from .gpt2_forward import GPT2Forward
+from .llama_forward import LlamaForward
 from .module_forward import ModuleForward
 from .trial import learned, serves, trial_of
 from .vmap_forward import VmapForward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+BY_HAND = (GPT2Forward, LlamaForward)
 
 
 class Forward(Protocol):
@@ -76,13 +80,13 @@ def make_forward(model: PreTrainedModel, executor: str = "batched", dtype: torch
         forward = ModuleForward(model, dtype, checkpointing)
     else:
         reuse_memory()
-        fastest = next((kind for kind in (GPT2Forward, VmapForward)
+        fastest = next((kind for kind in (*BY_HAND, VmapForward)
                         if kind.supports(model) and serves(kind(model), model)), ModuleForward)
-        if checkpointing and fastest is not GPT2Forward:
+        if checkpointing and fastest not in BY_HAND:
             raise ValueError(f"checkpointing: policies of type {type(model).__name__} cannot be checkpointed while "
                              "they train together; use executor='serial'")
         forward = fastest(model, dtype, checkpointing) if checkpointing else fastest(model, dtype)
-    if chunked and not isinstance(forward, GPT2Forward) and forward.linear_head is None:
+    if chunked and not isinstance(forward, BY_HAND) and forward.linear_head is None:
         raise ValueError(f"logit_chunk: the logits of a {type(model).__name__} are not a linear map of its last "
                          "hidden states; leave it at 0")
     return forward
