@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2Model
 
 from warp_lite.policies import encode_prompts
+from warp_lite.rewards.bradley_terry import BradleyTerry
 
 BENCH = Path(__file__).parent / "benchmarks" / "bench.py"
 
@@ -22,9 +24,12 @@ def bench():
 
 def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(bench, policy_of, tokenizer):
     model = policy_of("gpt2", dtype=torch.float32, n_positions=40)
+    reward = BradleyTerry(GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2,
+                                               bos_token_id=1, eos_token_id=2)), tokenizer)
+    reward.head = torch.randn_like(reward.head)
     world = SimpleNamespace(
         policy=model, tokenizer=tokenizer, prompts=encode_prompts(tokenizer, ["this film was", "that plot was"]),
-        reward=lambda prompts, completions, completion_ids: [float(len(set(ids))) for ids in completion_ids])
+        reward=reward)
     step = bench.PolicyStep(world, model, policies=2, batch=4)
     before = step.ensemble.flat.clone()
     for _ in range(2):
@@ -35,6 +40,8 @@ def test_the_step_that_is_timed_trains_every_policy_and_moves_its_anchor(bench, 
     assert step.steps == 4 and [part["part"] for part in parts] == list(step.operations()) == list(step.bytes_moved())
     assert all(part["seconds"] > 0 and part["by_bytes"] > 0 for part in parts)
     assert sum(part["by_operations"] > 0 for part in parts) == 4  # an update has no matrix products
+    operations = step.operations()
+    assert operations["rewards"] < operations["sampling"] / 2  # one layer, and no head, where the policy has two
 
 
 def test_the_parts_of_a_step_are_held_against_the_least_that_they_take(bench):
