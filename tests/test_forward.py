@@ -22,7 +22,6 @@ from transformers import (
 )
 
 import warp_lite.policies.gpt2_forward as gpt2_module
-import warp_lite.policies.llama_forward as llama_module
 from warp_lite.averaging.state_dicts import load_weights, parameters, stack, unstack
 from warp_lite.policies import products
 from warp_lite.policies.forward import make_forward
@@ -450,7 +449,7 @@ def large(request, monkeypatch):
     if request.param:
         assert products.available()
         monkeypatch.setattr(products, "SMALLEST", 0)
-        monkeypatch.setattr(llama_module, "WORTH", 1)
+        monkeypatch.setattr(products, "WORTH", 1)
     return request.param
 
 
@@ -469,7 +468,7 @@ def test_the_handwritten_llama_serves_its_family_and_equals_it(name, policies, l
         pieces = [forward(prepared, ids[..., :5], mask[..., :5], cache)]
         pieces += [forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache) for t in range(5, ids.shape[-1])]
     assert_rows_equal(torch.cat(pieces, 2), expected, mask, 2e-5)
-    assert bool(cache.packed) == (large and policies == 1)
+    assert bool(cache.packs.packed) == (large and policies == 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "llama, biases", "qwen2"])
@@ -492,12 +491,20 @@ def test_by_onednn_gradients_and_logits_are_those_of_batched_products(name, monk
         torch.testing.assert_close(second, first, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_matrices_stay_when_rows_of_the_cache_are_dropped(monkeypatch):
+def wide_gpt2():
+    """A GPT-2 in float32 whose layers are treated as those of wide ones are."""
+    return gpt2().float()
+
+
+@pytest.mark.parametrize("make, count", [(lambda: family("llama"), 9), (wide_gpt2, 9)], ids=["llama", "gpt2"])
+def test_packed_matrices_stay_when_rows_of_the_cache_are_dropped(make, count, monkeypatch):
+    """Two layers of four products each, q, k and v in one, gate and up in one; and the head."""
     monkeypatch.setattr(products, "SMALLEST", 0)
-    monkeypatch.setattr(llama_module, "WORTH", 1)
-    model, (ids, mask) = family("llama"), ragged(1)
-    forward, kept = make_forward(model), torch.tensor([[3, 1]])
-    with torch.no_grad(), patch.object(llama_module, "pack", side_effect=products.pack) as packing:
+    monkeypatch.setattr(products, "WORTH", 1)
+    monkeypatch.setattr(gpt2_module, "SMALL", 0)
+    model, (ids, mask), kept = make(), ragged(1), torch.tensor([[3, 1]])
+    forward = make_forward(model)
+    with torch.no_grad(), patch.object(products, "pack", side_effect=products.pack) as packing:
         prepared = forward.prepare(stack([parameters(model)]))
         cache = forward.new_cache(*ids.shape, model.lm_head.weight)
         for start, end in ((0, 6), (6, 7), (7, 8)):
@@ -505,23 +512,54 @@ def test_packed_matrices_stay_when_rows_of_the_cache_are_dropped(monkeypatch):
         times = packing.call_count
         cache = forward.cache_of(cache, kept)
         logits = forward(prepared, ids[:, kept[0], 8:9], mask[:, kept[0], :9], cache)
-    assert times == packing.call_count == 4 * 2 + 1  # q k v, o, gate and up, down; the head
+    assert times == packing.call_count == count
     expected = alone([model], ids[:, kept[0], :9], mask[:, kept[0], :9])[0]
     for row, right in zip(logits[0, :, 0], expected):
         torch.testing.assert_close(row, right[-1], atol=2e-5, rtol=2e-5)
 
 
-def test_few_tokens_to_come_are_not_worth_packing(monkeypatch):
+@pytest.mark.parametrize("make", [lambda: family("llama"), wide_gpt2], ids=["llama", "gpt2"])
+def test_few_tokens_to_come_are_not_worth_packing(make, monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 0)
-    model, (ids, mask) = family("llama"), ragged(1)
+    monkeypatch.setattr(gpt2_module, "SMALL", 0)
+    model, (ids, mask) = make(), ragged(1)
     forward = make_forward(model)
     prepared, like = forward.prepare(stack([parameters(model)])), model.lm_head.weight
     with torch.no_grad():
-        for room, packed in ((8 + llama_module.WORTH, True), (7 + llama_module.WORTH, False)):
+        for room, packed in ((8 + products.WORTH, True), (7 + products.WORTH, False)):
             cache = forward.new_cache(*ids.shape[:2], room, like)
             for start, end in ((0, 8), (8, 9)):
                 forward(prepared, ids[..., start:end], mask[..., :end], cache)
-            assert bool(cache.packed) == packed
+            assert bool(cache.packs.packed) == packed
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_one_gpt2_by_onednn_is_the_librarys(fold, monkeypatch):
+    """Logits, with a cache and without, and gradients; the last bit is the same whether or not one is taken."""
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    monkeypatch.setattr(products, "WORTH", 1)
+    monkeypatch.setattr(gpt2_module, "SMALL", 0)
+    monkeypatch.setattr(gpt2_module, "FOLD_UP_TO", 256 if fold else 0)
+    model, (ids, mask) = wide_gpt2(), ragged(1)
+    wide, forward, expected = gpt2(), make_forward(model), alone([model], ids, mask)
+    leaves = {name: tensor.requires_grad_() for name, tensor in stack([parameters(model)]).items()}
+    with patch.object(products._Product, "apply", side_effect=products._Product.apply) as product:
+        logits = forward(forward.prepare(leaves), ids, mask)
+    assert product.call_count == 9
+    assert_rows_equal(logits.detach(), expected, mask, 2e-5)
+    (logits * mask.unsqueeze(-1)).square().sum().backward()
+    (wide_logits := ModuleForward(wide)(stack([dict(wide.named_parameters())]), ids, mask))
+    (wide_logits * mask.unsqueeze(-1)).square().sum().backward()
+    for name, parameter in wide.named_parameters():
+        torch.testing.assert_close(leaves[name].grad[0].double(), parameter.grad, atol=1e-3, rtol=1e-4)
+    with torch.no_grad():
+        prepared = forward.prepare(leaves)
+        assert torch.equal(forward(prepared, ids, mask), logits)
+        cache = forward.new_cache(*ids.shape, model.lm_head.weight)
+        pieces = [forward(prepared, ids[..., :5], mask[..., :5], cache)]
+        pieces += [forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache) for t in range(5, ids.shape[-1])]
+    assert cache.packs.packed
+    assert_rows_equal(torch.cat(pieces, 2), expected, mask, 2e-5)
 
 
 @pytest.mark.parametrize("make", [
@@ -561,8 +599,12 @@ def test_onednns_products_and_gradients_are_those_of_float64(rows, monkeypatch):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-5)
     with torch.no_grad():
         assert torch.equal(products.multiply(*leaves), y)
-        packed = products.multiply_packed(x, products.pack(matrix, 16))  # packed for another number of rows
-        torch.testing.assert_close(packed.double(), expected, atol=1e-4, rtol=1e-5)
+        packs = products.Packs(16, 100)  # packed for another number of rows
+        packs.expect(0, 1)
+        for parts in ([matrix], matrix.split([30, 40, 10])):
+            packed = torch.cat(packs.multiply(str(len(parts)), x, list(parts)), -1)
+            torch.testing.assert_close(packed.double(), expected, atol=1e-4, rtol=1e-5)
+        assert len(packs.packed) == 2
     y = products.multiply(x.detach(), leaves[1])  # what needs no gradient is given none
     torch.testing.assert_close(torch.autograd.grad(y, leaves[1], direction)[0].double(), gradients[1], atol=1e-4,
                                rtol=1e-5)

@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 from .gelu import gelu
+from .products import Packs, multiply, served
 
 # Weights (E, …) by name, and the folded ones: (gain, shift, matrix, bias) of a layer norm and what follows it.
 Prepared = dict[str, Tensor | tuple[Tensor | None, ...]]
@@ -84,7 +85,7 @@ class GPT2Forward:
         if like.device.type == "cpu" and self.dtype is None and size * length <= SMALL:
             return ColumnCache([like.new_empty(length, 3, size, rows) for _ in range(self.layers)], self.heads)
         return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)],
-                         self.heads)
+                         self.heads, Packs(policies * batch, length))
 
     def cache_of(self, cache: GPT2Cache | ColumnCache, rows: Tensor) -> GPT2Cache | ColumnCache:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
@@ -94,6 +95,8 @@ class GPT2Forward:
         """The last hidden states before the final norm, (E, B, Q, C)."""
         E, B, Q = ids.shape
         start = cache.length if cache else 0
+        if isinstance(cache, GPT2Cache):
+            cache.packs.expect(start, Q)
         table = w["wte.weight"]
         bias = attention_bias(mask, Q, start, self.dtype or table.dtype, table.device)  # (E·B, 1, Q, K), (Q, K) or None
         x = gather_rows(table, ids)                                                 # (E, B, Q, C)
@@ -118,7 +121,7 @@ class GPT2Forward:
         """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·Q, C)."""
         h, (E, N, C), H = f"h.{layer}", x.shape, self.heads
         Q = N // B
-        qkv = self._norm_linear(x, w[f"{h}.qkv"])                                   # (E, B·Q, 3C)
+        qkv = self._norm_linear(w, f"{h}.qkv", x, cache)                            # (E, B·Q, 3C)
         if isinstance(cache, ColumnCache) and Q == 1:
             y = cache.attend(layer, qkv.view(E * B, 3, H, C // H), bias).reshape(E, B, C)
         else:
@@ -127,53 +130,65 @@ class GPT2Forward:
                 k, v = cache.append(layer, k, v)
             y = attend(q, k, v, bias, H)                                            # (E·B·H, Q, C/H)
             y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
-        x = self._add_linear(x, y, w[f"{h}.attn.c_proj.weight"], w[f"{h}.attn.c_proj.bias"])
-        y = gelu(self._norm_linear(x, w[f"{h}.fc"]))                                # (E, B·Q, 4C)
-        return self._add_linear(x, y, w[f"{h}.mlp.c_proj.weight"], w[f"{h}.mlp.c_proj.bias"])
+        x = self._add_linear(w, f"{h}.attn.c_proj", x, y, cache)
+        y = gelu(self._norm_linear(w, f"{h}.fc", x, cache))                         # (E, B·Q, 4C)
+        return self._add_linear(w, f"{h}.mlp.c_proj", x, y, cache)
 
-    def head(self, w: Prepared, x: Tensor) -> Tensor:
+    def head(self, w: Prepared, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (E, N, V) of last hidden states (E, N, C)."""
-        return self._norm_linear(x, w["head"])
+        return self._norm_linear(w, "head", x, cache)
 
     def __call__(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None,
                  keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
         x = self.hidden(w, ids, mask, cache)[:, :, keep:]
         E, B, Q, C = x.shape
-        return self.head(w, x.reshape(E, B * Q, C)).view(E, B, Q, -1)
+        return self.head(w, x.reshape(E, B * Q, C), cache).view(E, B, Q, -1)
 
-    def _norm_linear(self, x: Tensor, weights) -> Tensor:
+    def _norm_linear(self, w: Prepared, name: str, x: Tensor, cache: Cache | None) -> Tensor:
         """LN and a matrix, (E, N, C) → (E, N, D)."""
-        gain, shift, matrix, bias = weights
+        gain, shift, matrix, bias = w[name]
         x = F.layer_norm(x, (self.width,), eps=self.eps)
         if gain is not None:
             x = torch.addcmul(shift, x, gain)
+        if (y := self._alone(name, x, matrix, cache)) is not None:
+            return y if bias is None else y + bias
         return torch.bmm(x, matrix) if bias is None else torch.baddbmm(bias, x, matrix)
 
-    def _add_linear(self, x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    def _add_linear(self, w: Prepared, name: str, x: Tensor, y: Tensor, cache: Cache | None) -> Tensor:
         """x + bias + y·matrix, (E, N, C); in the place of x where no gradient is taken.
 
         To the last bit the same with and without: where policy and anchor are one, they have one log-probability.
         """
-        bias = bias.unsqueeze(1)
+        matrix, bias = w[f"{name}.weight"], w[f"{name}.bias"].unsqueeze(1)
         if self.dtype is not None:
             return x + torch.baddbmm(bias, y, matrix)
+        product = self._alone(name, y, matrix, cache)
         if torch.is_grad_enabled():
-            return torch.baddbmm(x + bias, y, matrix)
-        return x.add_(bias).baddbmm_(y, matrix)
+            return torch.baddbmm(x + bias, y, matrix) if product is None else x + bias + product
+        x.add_(bias)
+        return x.baddbmm_(y, matrix) if product is None else x.add_(product)
+
+    def _alone(self, name: str, x: Tensor, matrix: Tensor, cache: Cache | None) -> Tensor | None:
+        """The product (1, N, D) of one large policy by oneDNN; None for several, small or narrow ones."""
+        if len(x) > 1 or self.dtype is not None or not served(x, matrix):
+            return None
+        x, matrix = x.squeeze(0), matrix.squeeze(0).t()
+        product = cache.packs.multiply(name, x, [matrix])[0] if isinstance(cache, GPT2Cache) else multiply(x, matrix)
+        return product.unsqueeze(0)
 
 
 class GPT2Cache:
-    """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer."""
+    """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer, and the matrices of one policy."""
 
-    def __init__(self, layers: list[Tensor], heads: int, length: int = 0):
-        self.layers, self.heads, self.length = layers, heads, length
+    def __init__(self, layers: list[Tensor], heads: int, packs: Packs, length: int = 0):
+        self.layers, self.heads, self.packs, self.length = layers, heads, packs, length
 
     def of(self, rows: Tensor) -> GPT2Cache:
         """That of the sequences whose places in the batch are `rows` (E, some)."""
         flat = (rows + offsets(rows, self.layers[0].shape[1] // (len(rows) * self.heads))).flatten()
         layers = [kv.unflatten(1, (-1, self.heads))[:, flat].flatten(1, 2) for kv in self.layers]
-        return GPT2Cache(layers, self.heads, self.length)
+        return GPT2Cache(layers, self.heads, self.packs, self.length)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (E·B·H, Q, C/H) behind what is there; return all keys and values so far."""

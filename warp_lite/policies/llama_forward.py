@@ -27,7 +27,7 @@ from transformers import (
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 from .gpt2_forward import gather_rows, offsets
-from .products import WORTH, multiply, multiply_packed, pack, served
+from .products import Packs, multiply, served
 from .shape import shape_of
 
 CAUSAL_LMS, TRUNKS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM), (LlamaModel, MistralModel, Qwen2Model)
@@ -70,7 +70,8 @@ class LlamaForward:
     def new_cache(self, policies: int, batch: int, length: int, like: Tensor) -> LlamaCache:
         """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
         shape = (2, policies * batch, self.kv_heads, length, self.size)
-        return LlamaCache([like.new_empty(shape, dtype=self.dtype) for _ in range(self.layers)])
+        layers = [like.new_empty(shape, dtype=self.dtype) for _ in range(self.layers)]
+        return LlamaCache(layers, Packs(policies * batch, length))
 
     def cache_of(self, cache: LlamaCache, rows: Tensor) -> LlamaCache:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
@@ -81,7 +82,7 @@ class LlamaForward:
         E, B, Q = ids.shape
         start = cache.length if cache else 0
         if cache:
-            cache.expect(Q)
+            cache.packs.expect(start, Q)
         table = w["embed_tokens.weight"]
         x = gather_rows(table, ids)                                                 # (E, B, Q, C)
         if self.padding is not None and torch.is_grad_enabled():  # the library gives that row no gradient
@@ -150,26 +151,25 @@ class LlamaForward:
         matrices = [w[f"{name}.weight"] for name in names]
         if len(x) > 1 or self.dtype is not None or not served(x, matrices[0]):
             results = [torch.bmm(x, matrix.transpose(1, 2)) for matrix in matrices]
-        elif cache and cache.packs:
-            results = cache.multiply(names[0], x[0], [matrix[0] for matrix in matrices])
         else:
-            results = [multiply(x.squeeze(0), matrix.squeeze(0)).unsqueeze(0) for matrix in matrices]
+            alone, matrices = x.squeeze(0), [matrix.squeeze(0) for matrix in matrices]
+            results = cache.packs.multiply(names[0], alone, matrices) if cache else [
+                multiply(alone, matrix) for matrix in matrices]
+            results = [y.unsqueeze(0) for y in results]
         biases = [w.get(f"{name}.bias") for name in names]
         return [y if bias is None else y + bias.unsqueeze(1) for y, bias in zip(results, biases)]
 
 
 class LlamaCache:
-    """Preallocated keys and values, one tensor (2, E·B, heads, length, D) a layer, and one policy's matrices, packed,
-    where enough tokens are to come for that to pay."""
+    """Preallocated keys and values, one tensor (2, E·B, heads, length, D) a layer, and the matrices of one policy."""
 
-    def __init__(self, layers: list[Tensor], length: int = 0, packed: dict[str, Tensor] | None = None):
-        self.layers, self.length, self.packs = layers, length, False
-        self.packed = {} if packed is None else packed
+    def __init__(self, layers: list[Tensor], packs: Packs, length: int = 0):
+        self.layers, self.packs, self.length = layers, packs, length
 
     def of(self, rows: Tensor) -> LlamaCache:
         """That of the sequences whose places in the batch are `rows` (E, some)."""
         flat = (rows + offsets(rows, self.layers[0].shape[1] // len(rows))).flatten()
-        return LlamaCache([kv[:, flat] for kv in self.layers], self.length, self.packed)
+        return LlamaCache([kv[:, flat] for kv in self.layers], self.packs, self.length)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (E·B, heads, Q, D) behind what is there; return all keys and values so far."""
@@ -177,18 +177,6 @@ class LlamaCache:
         kv = self.layers[layer]
         kv[0, :, :, self.length:end], kv[1, :, :, self.length:end] = k, v
         return kv[0, :, :, :end], kv[1, :, :, :end]
-
-    def expect(self, tokens: int) -> None:
-        """Say how many tokens of each sequence come now; what room is left says whether packing pays."""
-        self.packs = bool(self.packed) or self.layers[0].shape[3] - self.length - tokens >= WORTH
-
-    def multiply(self, name: str, x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-        """x (N, C) times the transpose of each matrix (D, C), which are packed as one at first: (1, N, D) each."""
-        if name not in self.packed:
-            one = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-            self.packed[name] = pack(one, self.layers[0].shape[1])  # a token of each sequence, as most products are of
-        y = multiply_packed(x, self.packed[name]).unsqueeze(0)
-        return [y] if len(matrices) == 1 else list(y.split([len(matrix) for matrix in matrices], -1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

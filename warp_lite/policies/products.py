@@ -37,14 +37,32 @@ def available() -> bool:
     return all(torch.allclose(y, x @ matrix.t(), atol=1e-6) for y in found)
 
 
+class Packs:
+    """One policy's matrices by name, each packed at its first product, where enough products are to come for that to
+    pay: in the cache of `batch` sequences of `length` tokens."""
+
+    def __init__(self, batch: int, length: int):
+        self.batch, self.length, self.packed, self.wanted = batch, length, {}, False
+
+    def expect(self, start: int, tokens: int) -> None:
+        """Say that `tokens` of each sequence come now, behind `start`: the room that is left says whether it pays."""
+        self.wanted = bool(self.packed) or self.length - start - tokens >= WORTH
+
+    def multiply(self, name: str, x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+        """x (N, C) times the transpose of each matrix (D, C): (N, D) each; without a gradient.
+
+        Where it pays they are packed as one, under the name of the first, for a token of each sequence at a time."""
+        if not self.wanted:
+            return [multiply(x, matrix) for matrix in matrices]
+        if name not in self.packed:
+            self.packed[name] = pack(matrices[0] if len(matrices) == 1 else torch.cat(matrices), self.batch)
+        y = _multiply(x, self.packed[name])
+        return [y] if len(matrices) == 1 else list(y.split([len(matrix) for matrix in matrices], -1))
+
+
 def pack(matrix: Tensor, rows: int) -> Tensor:
-    """A matrix (D, C) as oneDNN wants it for products with so many rows; for `multiply_packed` alone."""
+    """A matrix (D, C) as oneDNN wants it for products with so many rows; for its products alone."""
     return torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), rows)
-
-
-def multiply_packed(x: Tensor, packed: Tensor) -> Tensor:
-    """x (N, C) times the transpose of a matrix (D, C) that was packed, (N, D); without a gradient."""
-    return _multiply(x, packed)
 
 
 def multiply(x: Tensor, matrix: Tensor) -> Tensor:
