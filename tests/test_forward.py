@@ -468,17 +468,18 @@ def test_the_handwritten_llama_serves_its_family_and_equals_it(name, policies, l
         pieces = [forward(prepared, ids[..., :5], mask[..., :5], cache)]
         pieces += [forward(prepared, ids[..., t:t + 1], mask[..., :t + 1], cache) for t in range(5, ids.shape[-1])]
     assert_rows_equal(torch.cat(pieces, 2), expected, mask, 2e-5)
-    assert bool(cache.packs.packed) == (large and policies == 1)
+    assert bool(cache.packs.packed) == large
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "llama, biases", "qwen2"])
-def test_by_onednn_gradients_and_logits_are_those_of_batched_products(name, monkeypatch):
-    """Against the same forward of two policies, which oneDNN does not serve; what is frozen gets no gradient."""
+@pytest.mark.parametrize("policies", [1, 3])
+def test_by_onednn_gradients_and_logits_are_those_of_batched_products(name, policies, monkeypatch):
+    """What is frozen gets no gradient."""
     model, results = family(name), []
-    (ids, mask), frozen = ragged(1), "model.layers.0.mlp.up_proj.weight"
+    (ids, mask), frozen = ragged(policies), "model.layers.0.mlp.up_proj.weight"
     for smallest in (10**9, 0):
         monkeypatch.setattr(products, "SMALLEST", smallest)
-        leaves = {n: tensor.requires_grad_(n != frozen) for n, tensor in stack([parameters(model)]).items()}
+        leaves = {n: tensor.requires_grad_(n != frozen) for n, tensor in stack([parameters(model)] * policies).items()}
         forward = make_forward(model)
         logits = forward(forward.prepare(leaves), ids, mask, keep=3)
         trained = [tensor for tensor in leaves.values() if tensor.requires_grad]
@@ -534,24 +535,25 @@ def test_few_tokens_to_come_are_not_worth_packing(make, monkeypatch):
 
 
 @pytest.mark.parametrize("fold", [True, False])
-def test_one_gpt2_by_onednn_is_the_librarys(fold, monkeypatch):
+@pytest.mark.parametrize("policies", [1, 3])
+def test_gpt2_by_onednn_is_the_librarys(policies, fold, monkeypatch):
     """Logits, with a cache and without, and gradients; the last bit is the same whether or not one is taken."""
     monkeypatch.setattr(products, "SMALLEST", 0)
     monkeypatch.setattr(products, "WORTH", 1)
     monkeypatch.setattr(gpt2_module, "SMALL", 0)
     monkeypatch.setattr(gpt2_module, "FOLD_UP_TO", 256 if fold else 0)
-    model, (ids, mask) = wide_gpt2(), ragged(1)
-    wide, forward, expected = gpt2(), make_forward(model), alone([model], ids, mask)
-    leaves = {name: tensor.requires_grad_() for name, tensor in stack([parameters(model)]).items()}
+    model, (ids, mask) = wide_gpt2(), ragged(policies)
+    wide, forward, expected = gpt2(), make_forward(model), alone([model] * policies, ids, mask)
+    leaves = {name: tensor.requires_grad_() for name, tensor in stack([parameters(model)] * policies).items()}
     with patch.object(products._Product, "apply", side_effect=products._Product.apply) as product:
         logits = forward(forward.prepare(leaves), ids, mask)
-    assert product.call_count == 9
+    assert product.call_count == 9 * policies
     assert_rows_equal(logits.detach(), expected, mask, 2e-5)
     (logits * mask.unsqueeze(-1)).square().sum().backward()
-    (wide_logits := ModuleForward(wide)(stack([dict(wide.named_parameters())]), ids, mask))
-    (wide_logits * mask.unsqueeze(-1)).square().sum().backward()
-    for name, parameter in wide.named_parameters():
-        torch.testing.assert_close(leaves[name].grad[0].double(), parameter.grad, atol=1e-3, rtol=1e-4)
+    right = {name: tensor.requires_grad_() for name, tensor in stack([parameters(wide)] * policies).items()}
+    (ModuleForward(wide)(right, ids, mask) * mask.unsqueeze(-1)).square().sum().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad.double(), right[name].grad, atol=1e-3, rtol=1e-4)
     with torch.no_grad():
         prepared = forward.prepare(leaves)
         assert torch.equal(forward(prepared, ids, mask), logits)
@@ -593,7 +595,7 @@ def test_onednns_products_and_gradients_are_those_of_float64(rows, monkeypatch):
     expected = wide[0] @ wide[1].t()
     gradients = torch.autograd.grad(expected, wide, direction.double())
     leaves = x.requires_grad_(), matrix.requires_grad_()
-    assert products.served(*leaves)
+    assert products.served(leaves[0].unsqueeze(0), leaves[1].unsqueeze(0))
     y = products.multiply(*leaves)
     for found, right in zip((y, *torch.autograd.grad(y, leaves, direction)), (expected, *gradients)):
         torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-5)
@@ -612,13 +614,12 @@ def test_onednns_products_and_gradients_are_those_of_float64(rows, monkeypatch):
 
 def test_without_onednn_products_are_those_of_blas(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 0)
-    x, matrix = torch.randn(4, 6), torch.randn(5, 6)
-    assert not products.served(x.double(), matrix.double())
+    x, matrix = torch.randn(1, 4, 6), torch.randn(1, 5, 6)
+    assert products.served(x, matrix) and not products.served(x.double(), matrix.double())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     products.available.cache_clear()
     try:
         assert not products.served(x, matrix)
-        assert torch.equal(products.multiply(x, matrix), torch.nn.functional.linear(x, matrix))
     finally:
         monkeypatch.undo()
         products.available.cache_clear()

@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 from .gelu import gelu
-from .products import Packs, multiply, served
+from .products import Packs, multiply_each, served
 
 # Weights (E, …) by name, and the folded ones: (gain, shift, matrix, bias) of a layer norm and what follows it.
 Prepared = dict[str, Tensor | tuple[Tensor | None, ...]]
@@ -85,7 +85,7 @@ class GPT2Forward:
         if like.device.type == "cpu" and self.dtype is None and size * length <= SMALL:
             return ColumnCache([like.new_empty(length, 3, size, rows) for _ in range(self.layers)], self.heads)
         return GPT2Cache([like.new_empty(2, rows, length, size, dtype=self.dtype) for _ in range(self.layers)],
-                         self.heads, Packs(policies * batch, length))
+                         self.heads, Packs(batch, length))
 
     def cache_of(self, cache: GPT2Cache | ColumnCache, rows: Tensor) -> GPT2Cache | ColumnCache:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
@@ -151,7 +151,7 @@ class GPT2Forward:
         x = F.layer_norm(x, (self.width,), eps=self.eps)
         if gain is not None:
             x = torch.addcmul(shift, x, gain)
-        if (y := self._alone(name, x, matrix, cache)) is not None:
+        if (y := self._large(name, x, matrix, cache)) is not None:
             return y if bias is None else y + bias
         return torch.bmm(x, matrix) if bias is None else torch.baddbmm(bias, x, matrix)
 
@@ -163,19 +163,18 @@ class GPT2Forward:
         matrix, bias = w[f"{name}.weight"], w[f"{name}.bias"].unsqueeze(1)
         if self.dtype is not None:
             return x + torch.baddbmm(bias, y, matrix)
-        product = self._alone(name, y, matrix, cache)
+        product = self._large(name, y, matrix, cache)
         if torch.is_grad_enabled():
             return torch.baddbmm(x + bias, y, matrix) if product is None else x + bias + product
         x.add_(bias)
         return x.baddbmm_(y, matrix) if product is None else x.add_(product)
 
-    def _alone(self, name: str, x: Tensor, matrix: Tensor, cache: Cache | None) -> Tensor | None:
-        """The product (1, N, D) of one large policy by oneDNN; None for several, small or narrow ones."""
-        if len(x) > 1 or self.dtype is not None or not served(x, matrix):
+    def _large(self, name: str, x: Tensor, matrix: Tensor, cache: Cache | None) -> Tensor | None:
+        """The product (E, N, D) with a large matrix by oneDNN; None where it is small or narrow."""
+        if self.dtype is not None or not served(x, matrix):
             return None
-        x, matrix = x.squeeze(0), matrix.squeeze(0).t()
-        product = cache.packs.multiply(name, x, [matrix])[0] if isinstance(cache, GPT2Cache) else multiply(x, matrix)
-        return product.unsqueeze(0)
+        packs = cache.packs if isinstance(cache, GPT2Cache) else None
+        return multiply_each(x, [matrix.transpose(1, 2)], packs, name)[0]
 
 
 class GPT2Cache:

@@ -2,7 +2,7 @@
 
 Norms over the root of the mean square, rotated queries and keys, fewer key heads than query heads, a gated
 feed-forward: Llama's layer is also Mistral's and Qwen2's. The weights keep the names and layout of the library's
-module, with a leading axis E. One policy in float32 on a CPU is multiplied by `products`, more of them by batched
+module, with a leading axis E. Large matrices in float32 on a CPU are multiplied by `products`, others by batched
 products. It agrees with the library's module (tests/test_forward.py).
 """
 
@@ -27,7 +27,7 @@ from transformers import (
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 from .gpt2_forward import gather_rows, offsets
-from .products import Packs, multiply, served
+from .products import Packs, multiply_each, served
 from .shape import shape_of
 
 CAUSAL_LMS, TRUNKS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM), (LlamaModel, MistralModel, Qwen2Model)
@@ -71,7 +71,7 @@ class LlamaForward:
         """Room for the keys and values of `length` tokens of `batch` sequences of each policy."""
         shape = (2, policies * batch, self.kv_heads, length, self.size)
         layers = [like.new_empty(shape, dtype=self.dtype) for _ in range(self.layers)]
-        return LlamaCache(layers, Packs(policies * batch, length))
+        return LlamaCache(layers, Packs(batch, length))
 
     def cache_of(self, cache: LlamaCache, rows: Tensor) -> LlamaCache:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
@@ -149,13 +149,10 @@ class LlamaForward:
         """x (E, N, C) times each of these matrices, plus its bias: (E, N, D) each."""
         names = [f"{h}.{name}".lstrip(".") for name in names]
         matrices = [w[f"{name}.weight"] for name in names]
-        if len(x) > 1 or self.dtype is not None or not served(x, matrices[0]):
+        if self.dtype is not None or not served(x, matrices[0]):
             results = [torch.bmm(x, matrix.transpose(1, 2)) for matrix in matrices]
         else:
-            alone, matrices = x.squeeze(0), [matrix.squeeze(0) for matrix in matrices]
-            results = cache.packs.multiply(names[0], alone, matrices) if cache else [
-                multiply(alone, matrix) for matrix in matrices]
-            results = [y.unsqueeze(0) for y in results]
+            results = multiply_each(x, matrices, cache.packs if cache else None, names[0])
         biases = [w.get(f"{name}.bias") for name in names]
         return [y if bias is None else y + bias.unsqueeze(1) for y, bias in zip(results, biases)]
 
