@@ -320,6 +320,12 @@ def summary(found: dict) -> str:
             f"{halves['turned'] or 'none'} of these turn round, from holds to fails.")
 
 
+def lies_as_predicted(claim: dict) -> bool:
+    """Whether a claim's effect was measured and lies where it was predicted, the ends included."""
+    low, high = claim["prediction"]
+    return claim["effect"] is not None and low <= claim["effect"] <= high
+
+
 def headlines(found: dict) -> str:
     """The claims that the README shows, as Markdown: the verdict and the effect with its interval."""
     worlds = list(found["worlds"])

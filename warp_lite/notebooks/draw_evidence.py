@@ -152,9 +152,9 @@ def decisive_sentences(claims: Claims) -> str:
     lines = []
     for world in dict.fromkeys(world for _, world in claims):
         some = [claim for (_, other), claim in claims.items() if other == world]
-        effects = [(claim["effect"], *claim["prediction"]) for claim in some if claim["effect"] is not None]
-        inside, draws = sum(low <= effect <= high for effect, low, high in effects), max(c["draws"] for c in some)
-        lines.append(f"- **{world}**, {draws} draws: {inside} of {len(effects)} effects lie where they were predicted.")
+        measured, draws = sum(claim["effect"] is not None for claim in some), max(claim["draws"] for claim in some)
+        inside = sum(map(report.lies_as_predicted, some))
+        lines.append(f"- **{world}**, {draws} draws: {inside} of {measured} effects lie where they were predicted.")
         for verdict in ("holds", "fails", "no difference"):
             clear = [claim["statement"] for claim in some if claim["verdict"] == verdict]
             lines.append(f"    - {verdict}: {'; '.join(clear) or 'none'}.")
