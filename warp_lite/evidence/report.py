@@ -13,6 +13,7 @@ from ..config import WarpConfig
 from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import VERDICTS, t_interval
 from ..storage.files import whole, write_bytes, write_json
+from .bands import write_bands
 from .bench import TUNING_SEEDS, WORLDS, draw_of
 from .claims import HEADLINES, METHODS, Claim, decide, lines_needed, lines_of, verdicts_of_halves
 from .drawing import claim_figure, limit_figure
@@ -368,7 +369,8 @@ def bound(value: float | None, digits: int = 2) -> str:
 
 
 def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folder: Path) -> str:
-    """claims.json, claims.md and figures/ in a folder; returns the table, with what made its rows."""
+    """claims.json, claims.md and figures/ in a folder, and bands.json where `found` has curves; returns the table, with
+    what made its rows."""
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_json(folder / "claims.json", found)
@@ -377,6 +379,7 @@ def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folde
     figures = {claim.name: claim_figure(claim, found["claims"], evidence) for claim in claims}
     if "limits" in found:
         figures["limit"] = limit_figure(found)
+        write_bands(found, evidence, folder / "bands.json")
     for name, figure in figures.items():
         with whole(folder / "figures" / f"{name}.png") as made:
             figure.savefig(made, format="png", dpi=110)
