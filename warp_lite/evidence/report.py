@@ -38,7 +38,8 @@ def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds:
     lines = None if whole else lines_needed(claims, worlds)
     evidence = gather(studies_of(claims, whole), worlds, seeds, out, workers, progress, lines)
     found = report(claims, evidence, worlds, seeds, whole)
-    return f"{write_report(found, claims, evidence, out)}\nwritten: {out / 'claims.json'}, claims.md and figures/"
+    files = f"{out / 'claims.json'}, {'bands.json, ' if whole else ''}claims.md and figures/"
+    return f"{write_report(found, claims, evidence, out)}\nwritten: {files}"
 
 
 def run_tuning(out: Path, worlds: Sequence[str], workers: int | None = None, progress: bool = True) -> str:
