@@ -16,7 +16,7 @@ from warp_lite import _HOME_OF
 from warp_lite import __all__ as public
 from warp_lite.evaluation.statistics import VERDICTS
 from warp_lite.evidence import load
-from warp_lite.evidence.report import summary
+from warp_lite.evidence.report import lies_as_predicted, summary
 from warp_lite.viewing.plots import COLOURS, ITERATION_COLOURS
 
 
@@ -36,26 +36,34 @@ class Scene(SphinxDirective):
 
 class Claims(SphinxDirective):
     """`{claims} NAME …`: a table of what the evidence says of those claims, by world; of all, with filters, for none.
-    """
+    `:of: decisive` takes them from other evidence than `claims`."""
 
     optional_arguments = 100
+    option_spec = {"of": str}
 
     def run(self) -> list[nodes.Node]:
-        claims = load()["claims"]
+        of = self.options.get("of", "claims")
+        claims = load(of)["claims"]
         if not self.arguments:
             self.env.metadata[self.env.docname].setdefault("scenes", set()).add("evidence")
-            return [nodes.raw("", whole_table(claims), format="html")]
+            return [nodes.raw("", whole_table(claims, of), format="html")]
         return [nodes.raw("", short_table(claims, self.arguments), format="html")]
 
 
 class Counted(SphinxDirective):
-    """`{counted}`: how many verdicts there are of each kind, how sure they are, and by what they were reached."""
+    """`{counted}`: how many verdicts there are of each kind, how sure they are, by what they were reached, and how many
+    effects lie where they were predicted. `:of: decisive` counts other evidence than `claims`."""
+
+    option_spec = {"of": str}
 
     def run(self) -> list[nodes.Node]:
-        evidence = load()
+        evidence = load(self.options.get("of", "claims"))
         text = (f"{summary(evidence)} They come from {len(evidence['seeds'])} seeds on {len(evidence['draws'])} draws "
                 f"of SFT policy and reward model in each of {len(evidence['worlds'])} tiny worlds. Brackets are "
                 f"{100 * evidence['level']:.0f} % intervals, Student's t on the means of draws.")
+        if predicted := [claim for claim in evidence["claims"] if "prediction" in claim]:
+            text = (f"{sum(map(lies_as_predicted, predicted))} of {len(predicted)} effects lie where they were "
+                    f"predicted. {text}")
         return [nodes.paragraph("", text)]
 
 
@@ -77,9 +85,13 @@ def numbers(source: str | Path) -> dict:
 
 
 def worded(claim: dict) -> str:
-    """A claim's effect with its interval and what it is held against, as HTML."""
+    """A claim's effect with its interval, what it is held against, and what was predicted, as HTML."""
     rule = {"above": f"above {claim['null']:g}", "below": f"below {claim['null']:g}",
             "within": f"within {claim['margin']:g} of {claim['null']:g}"}[claim["rule"]]
+    if "prediction" in claim:
+        low, high = (f"{end:+.2f}".replace("-", "−") for end in claim["prediction"])
+        there = "it lies there" if lies_as_predicted(claim) else "it does not lie there"
+        rule += f"; predicted: {low} to {high}, {there}"
     return f"<td class='effect'>{interval(claim)} <small>{html.escape(claim['unit'])}; claimed: {rule}</small></td>"
 
 
@@ -111,20 +123,22 @@ def short_table(claims: list[dict], names: list[str]) -> str:
             f"<tbody>{''.join(rows)}</tbody></table></div>")
 
 
-def whole_table(claims: list[dict]) -> str:
-    """Every verdict, with the two filters that evidence.js listens to."""
+def whole_table(claims: list[dict], of: str) -> str:
+    """Every verdict of the evidence of that name, with the two filters that evidence.js listens to."""
     def choice(name: str, values: list[str]) -> str:
         options = "".join(f"<option>{value}</option>" for value in values)
         return f"<label>{name} <select data-filter='{name}'><option value=''>all</option>{options}</select></label>"
 
     worlds = list(dict.fromkeys(claim["world"] for claim in claims))
+    more = {"seeds": "seeds", "figure": "paper_figure"} if of == "claims" else {"seeds": "seeds"}
     rows = [f"<tr data-world='{claim['world']}' data-verdict='{claim['verdict']}'>"
             f"<td>{named(claim)}</td><td>{claim['world']}</td>"
             f"<td class='claim'>{html.escape(claim['statement'])}</td>{worded(claim)}"
-            f"<td class='wide-only'>{claim['seeds']}</td>"
-            f"<td class='wide-only'>{html.escape(claim['paper_figure'])}</td></tr>" for claim in claims]
-    names = ("verdict", "world", "claim", "effect, its interval, and where it must lie", "seeds", "figure")
-    return (f"<div id='evidence'><p class='filters'>{choice('world', worlds)} {choice('verdict', list(VERDICTS))} "
+            + "".join(f"<td class='wide-only'>{html.escape(str(claim[key]))}</td>" for key in more.values()) + "</tr>"
+            for claim in claims]
+    names = ("verdict", "world", "claim", "effect, its interval, and where it must lie", *more)
+    filters = f"{choice('world', worlds)} {choice('verdict', list(VERDICTS))}"
+    return (f"<div class='evidence' data-evidence='{of}'><p class='filters'>{filters} "
             f"<span data-count aria-live='polite'></span></p><div class='wide'><table><thead><tr>"
             f"{''.join(f'<th>{name}</th>' for name in names)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
             "</div></div>")

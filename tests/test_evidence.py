@@ -16,6 +16,7 @@ from warp_lite.cli import main
 from warp_lite.config import WarpConfig
 from warp_lite.evaluation.statistics import VERDICTS, t_interval, verdict
 from warp_lite.evidence import (
+    bands,
     bench,
     coverage,
     decisive,
@@ -107,6 +108,22 @@ def test_areas_shares_and_shapes_of_curves_that_are_known():
     assert effects.curvature("c", "reward")(curved).values == pytest.approx({0: -1.0})
     under = effects.under_the_chord("c", float(etas[3]))(curved).values
     assert under == pytest.approx({0: 4 * 0.6 - (3 * 0.36 + 0.6)})
+
+
+def test_a_band_is_the_interval_of_the_draws_at_one_level_up_to_where_the_first_seed_ends():
+    heights = {0: 1.0, 1: 2.0, 2: 4.0}  # three draws: reward is height · KL, gold its negative
+    rows = Rows("sentiment", [row for seed, height in heights.items() for row in front(
+        "a", seed, np.linspace(0, 2 + seed, 9), height * np.linspace(0, 2 + seed, 9), run=1)])
+    points = bands.banded(rows, "a")
+    assert len(points) == bands.LEVELS and points[0] == {"kl": 0, "reward": [0, 0], "gold": [0, 0]}
+    half = stats.t.ppf(0.975, 2) * np.std([2, 4, 8], ddof=1) / math.sqrt(3)
+    assert points[-1]["kl"] == 2 and points[-1]["reward"] == pytest.approx([14 / 3, half], abs=1e-4)
+    at_proxy = bands.banded(rows, "a", "reward")
+    assert at_proxy[-1] == {"reward": 2.0, "gold": [-2, 0]}  # where the lowest ends
+    apart = Rows("sentiment", front("a", 0, [0, 1], [0, 1]) + front("a", 1, [2, 3], [0, 1]))
+    assert bands.banded(apart, "a") == []
+    with pytest.raises(KeyError):
+        bands.banded(rows, "b")
 
 
 def test_a_decision_has_the_fields_of_claims_json_and_follows_its_rule():
@@ -493,6 +510,29 @@ def committed():
     return load("claims")
 
 
+def test_the_committed_bands_are_of_the_committed_curves_and_apart_by_the_effects_that_claims_have(committed):
+    kept = load("bands")
+    assert [kept[name] for name in ("seeds", "draws", "provenance")] == [
+        committed[name] for name in ("seeds", "draws", "provenance")]
+    places = [[(c["world"], c["study"], c["line"]) for c in found["curves"]] for found in (kept, committed)]
+    assert places[0] == places[1]
+    points = {(world, study, str(line)): c["points"] for (world, study, line), c in zip(places[0], kept["curves"])}
+    compared, by_name = 0, {claim.name: claim for claim in CLAIMS}
+    for found in committed["claims"]:
+        lines = [effects.line_of(line, Rows(found["world"], [])) for line in by_name[found["name"]].lines]
+        if found.get("level") is None or len(lines) != 2:
+            continue
+        x = "reward" if found["study"] == "weak" else "kl"
+        what = {"gold reward": "gold", "per token": "perplexity"}.get(found["unit"], "reward")
+        a, b = (np.interp(found["level"], *zip(*((point[x], point[what][0]) for point in
+                                                 points[found["world"], found["study"], str(line)])))
+                for line in lines)
+        between = 0.05 if found["study"] == "anchors" else 0.01  # trajectories jump between two levels of a curve
+        assert a - b == pytest.approx(found["effect"], abs=between), found["name"]
+        compared += 1
+    assert compared > 50
+
+
 def test_committed_verdicts_follow_from_their_values_by_their_rule(committed):
     by_name = {claim.name: claim for claim in CLAIMS}
     for entry in committed["claims"]:
@@ -546,6 +586,6 @@ def test_the_readme_says_what_the_committed_evidence_says(committed):
 
 
 def test_evidence_that_is_not_there_is_named():
-    names = "claims, coverage, decisive, four_draws, noise, predictions, smollm2, tuned"
+    names = "bands, claims, coverage, decisive, four_draws, noise, predictions, smollm2, tuned"
     with pytest.raises(ValueError, match=f"there is no evidence 'nonsense'; there is {names}"):
         load("nonsense")

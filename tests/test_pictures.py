@@ -228,6 +228,30 @@ def test_a_claims_picture_has_the_verdict_of_each_world_as_its_titles():
             assert axes.get_title(loc="left") == f"{world}: {CLAIMS[name, world]['verdict']}"
 
 
+def test_the_axis_of_a_claims_picture_says_what_its_effect_is():
+    for name, words in (("4-runs-against-1", "difference in reward"), ("length", "difference in length (tokens)"),
+                        ("angle", "angle (degrees)"), ("kl-convex", "coefficient of η² (nats)"),
+                        ("limit-90", "share of the limit's area")):
+        assert draw_evidence.draw_claim(CLAIMS, name).axes[0].get_ylabel().startswith(words)
+
+
+@pytest.mark.parametrize("name, what, study, lines, where", [
+    ("slerp-lerp-front", "reward", "merging", ("slerp-4", "lerp-4"), "at one KL"),
+    ("weak-lerp-0", "gold", "weak", ({"line": "lerp", "beta": 0.0}, {"line": "run", "beta": 0.0}), "at one proxy")])
+def test_curves_have_bands_and_the_bar_of_the_difference_ends_on_both_lines(name, what, study, lines, where):
+    bands = load("bands")
+    figure = draw_evidence.draw_curves(EVIDENCE, bands, CLAIMS, {
+        f"line {n}": (study, line, "black") for n, line in enumerate(lines, 1)}, name, what)
+    assert f"{len(bands['draws'])} draws {where}" in figure.get_supxlabel() and "95 %" in figure.get_supxlabel()
+    for axes, world in zip(figure.axes, draw_evidence.worlds_of(CLAIMS, name)):
+        assert len(axes.collections) == 2 and struck_labels(figure) == []
+        claim, drawn = CLAIMS[name, world], {line.get_label(): line.get_data() for line in axes.lines}
+        first, second = (np.interp(claim["level"], *drawn[f"line {n}"]) for n in (1, 2))
+        low, high = drawn["interval of the difference"][1]
+        assert first - second == pytest.approx(claim["effect"], abs=0.05)
+        assert (low, high) == pytest.approx((second + claim["ci_low"], second + claim["ci_high"]))
+
+
 def test_a_single_seed_contradicts_a_clear_verdict_as_often_as_its_sign_does():
     claim = {"verdict": "holds", "rule": "above", "effect": 1.0, "null": 0.0,
              "values": {"0": 1.0, "1": -1.0, "2": 2.0, "3": 3.0}}
@@ -264,10 +288,10 @@ def test_what_is_said_of_the_law_is_what_its_test_came_to(rank, squared, says):
 
     test = {"rank_correlation": value(*rank), "r_squared": value(*squared)}
     law = {"fitted_in": "detail", "c": value(1, 2), "alpha": value(0, 1), "tests": {"sentiment": test}}
-    cell = {"batch": 4, "lr": 1e-3, "gain": {"mean": 0.1}, "reach": 2.0, "mean reach": 3.0, "steps": 100,
-            "short angle": 70.0, "mean short angle": 60.0}
-    noise = {"laws": [law], "worlds": {"detail": {"cells": [cell, {**cell, "batch": 8}]},
-                                       "sentiment": {"cells": [cell]}}}
+    cell = {"batch": 4, "lr": 1e-3, "gain": {"mean": 0.1, "ci_low": 0.0, "ci_high": 0.2}, "reach": 2.0,
+            "mean reach": 3.0, "steps": 100, "short angle": 70.0, "mean short angle": 60.0}
+    noise = {"laws": [law], "seeds": [0, 1], "worlds": {"detail": {"cells": [cell, {**cell, "batch": 8}]},
+                                                        "sentiment": {"cells": [cell]}}}
     assert says in draw_evidence.law_sentences(noise)
     assert draw_evidence.draw_law(noise).axes[0].get_title(loc="left") == "fitted in detail"
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from warp_lite import WarpConfig, liti
+from warp_lite import ParetoExplorer, WarpConfig, liti
 from warp_lite.evaluation.statistics import t_interval
 from warp_lite.experiment import run_experiment
 from warp_lite.notebooks import figures, plans, running_example
@@ -62,6 +62,15 @@ def test_a_second_time_nothing_is_trained_or_measured_and_retrain_trains_it_agai
         assert second.paths == paths
     assert len(small(monkeypatch, retrain=True).results) == 2 and len(trained) == 8
     assert small(monkeypatch, seed=4).folder != second.folder
+
+
+def test_the_explorers_grid_is_measured_once_and_is_what_an_explorer_measures(small, monkeypatch):
+    example = small(monkeypatch)
+    fresh = ParetoExplorer(example.typical, fast=True, limit=example.limit, progress=False)
+    kept = ParetoExplorer(example.typical, grid=example.grid)
+    assert kept.table() == fresh.table() and kept.grid["limit"] == fresh.grid["limit"]
+    monkeypatch.setattr(running_example, "build_grid", lambda *a, **k: pytest.fail("it measured"))
+    assert ParetoExplorer(example.typical, grid=small(monkeypatch).grid).numbers_html() == fresh.numbers_html()
 
 
 def test_other_weights_are_measured_anew(small, monkeypatch):

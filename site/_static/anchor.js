@@ -21,10 +21,9 @@ scene("anchor", [
   plane.line(moving.behind, ema, {width: 1.5, dash: "5 4"});
   plane.line(moving.path, ema, {width: 3});
   plane.line(still.path, sft, {width: 3, dash: mu === 0 ? "2 6" : ""});
-  plane.text([steps, a * steps], "no anchor", none, {anchor: "end", dx: -24, dy: 2});
-  plane.text([380, moving.path[380][1]], "policy, moving anchor", ema, {anchor: "end", dx: -6, dy: -8});
-  plane.text([steps, moving.behind[steps][1]], "its anchor", ema, {anchor: "end", dy: 18});
-  plane.text([steps, still.end], "policy, fixed anchor", sft, {anchor: "end", dy: still.end < 0.3 ? -8 : 18});
+  // every line is below the dashed one, so the corner above it is free
+  [["no anchor", none], ["policy, moving anchor", ema], ["policy, fixed anchor", sft], ["moving anchor (dashed)", ema]].forEach(([words, colour], n) =>
+    plane.text([0, plane.y[1]], words, colour, {dx: 8, dy: 14 + 17 * n}));
   const pace = mu > 0 ? a / (1 + beta / mu) : 0;
   return {
     picture: plane.svg("a weight while it trains, held by a fixed and by a moving anchor"),

@@ -21,7 +21,10 @@ scene("arc", [
   plane.dot(one, single, {radius: 8, role: "omega"}); plane.dot(two, single, {radius: 8, role: "omega"});
   plane.text(one, "δ₁", single, {anchor: "end", dx: -12}); plane.text(two, "δ₂", single, {dx: 12});
   plane.dot(chord, lerp, {radius: 7, role: "lam"}); plane.dot(arc, slerp, {radius: 9, role: "lam"});
-  plane.text(chord, "LERP", lerp, {anchor: "middle", dy: 22}); plane.text(arc, "SLERP", slerp, {anchor: "middle", dy: -14});
+  // names on the side where no line runs: outward of the vectors, and above a chord that lies on the start
+  const side = lam < 0.5 ? "end" : "start", steep = Math.abs(lam - 0.5) * omega > 12;
+  plane.text(chord, "LERP", lerp, {anchor: side, dx: lam < 0.5 ? -10 : 10, dy: chord[1] < 0.3 ? -10 : 20});
+  plane.text(arc, "SLERP", slerp, {anchor: steep ? side : "middle", dy: -14});
   return {
     picture: plane.svg("two task vectors, the chord and the arc between their tips"),
     words: `Ω = ${omega}°, λ = ${lam.toFixed(2)}. <b style="color:${slerp}">SLERP</b> ${share[0].toFixed(2)} δ₁ + ${share[1].toFixed(2)} δ₂, length `

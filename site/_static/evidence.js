@@ -1,8 +1,8 @@
-// The evidence's filters: a row is shown where both agree with it.
+// The filters of each table of evidence: a row is shown where both agree with it.
 "use strict";
 
-{
-  const place = document.getElementById("evidence"), rows = [...place.querySelectorAll("tbody tr")];
+for (const place of document.querySelectorAll("[data-evidence]")) {
+  const rows = [...place.querySelectorAll("tbody tr")];
   const filters = [...place.querySelectorAll("[data-filter]")], count = place.querySelector("[data-count]");
   const filter = () => {
     for (const row of rows) row.hidden = filters.some(f => f.value && row.dataset[f.dataset.filter] !== f.value);

@@ -38,8 +38,7 @@ scene("explorer", place => {
     const rows = line(i), bold = i === values.iteration, colour = WARP.iterations[(i - 1) % WARP.iterations.length];
     plane.line(rows.map(p => [p.kl, p.reward]), colour, {width: bold ? 3 : 1.5, opacity: bold ? 1 : 0.5});
     for (const p of rows) plane.dot([p.kl, p.reward], colour, {radius: bold ? 3.5 : 2});
-    const end = rows[rows.length - 1];
-    plane.text([end.kl, end.reward], `iteration ${i}`, colour, {anchor: end.kl > 0.8 * right ? "end" : "start", dx: 6, dy: 16 + 2 * i});
+    plane.text([right, plane.y[0]], `iteration ${i}`, colour, {anchor: "end", dx: -6, dy: -10 - 18 * (iterations.length - i)});  // no front goes there
   }
   const colour = WARP.iterations[(values.iteration - 1) % WARP.iterations.length];
   plane.line([[here.kl - here.kl_se, here.reward], [here.kl + here.kl_se, here.reward]], "black", {width: 1.5});
@@ -51,7 +50,7 @@ scene("explorer", place => {
     words: `Iteration ${values.iteration}, ${count === 1 ? "run 1 alone" : `${count} runs merged`}${count === 2 ? ` at λ = ${values.lam.toFixed(2)}` : ""}, `
       + `η = <b>${values.eta.toFixed(2)}</b>: KL <b>${fixed(here.kl)}</b> ± ${here.kl_se.toFixed(2)} nats, reward <b>${signed(here.reward)}</b> `
       + `± ${here.reward_se.toFixed(2)}${"gold" in here ? `, gold ${signed(here.gold)}` : ""}, ${here.length.toFixed(1)} tokens. `
-      + `<span class="note">${about} ± is the standard error over prompts, ${samples} completions a point; between measured points the line is straight.</span>`
+      + `<span class="note">${about} ± is the standard error over prompts, ${samples} completions a point; between measured points the line is straight.${limit.length ? " The limit ends where too few samples carry it." : ""}</span>`
       + `<p class="head">Written at η = ${nearest.eta.toFixed(1)} (marked: other than at η = 0)</p>` + completions(prompts, nearest.completions),
   };
 });

@@ -27,7 +27,7 @@ scene("tilt", [
   const w = texts.map(t => Math.exp(t.reward / beta)), total = w.reduce((a, b) => a + b), row = 38;
   const bars = texts.map((t, i) => [t, w[i] / total]).sort((a, b) => a[0].reward - b[0].reward).map(([t, p], i) => {
     const y = 34 + i * row, long = 0.92 * (side - 60) * p, even = 0.92 * (side - 60) / texts.length;
-    const text = t.text.length > side / 7.6 ? t.text.slice(0, side / 7.6 - 2) + " …" : t.text;
+    const room = side / 8.2, text = t.text.length > room ? t.text.slice(0, room - 2) + " …" : t.text;
     return `<text x="0" y="${y - 4}">${signed(t.reward)} · ${escaped(text)}</text>`
       + `<rect x="0" y="${y}" width="${long.toFixed(1)}" height="12" fill="${limit}"/>`
       + `<line x1="${even}" x2="${even}" y1="${y - 1}" y2="${y + 13}" stroke="${sft}" stroke-width="2"/>`

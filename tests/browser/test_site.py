@@ -241,15 +241,26 @@ def test_the_dial_and_the_explorer_show_the_committed_numbers(reader):
     assert "2 runs merged at λ = 0.30" in reader.readout(explorer)
 
 
-def test_the_evidence_is_filtered_by_world_and_verdict(reader):
-    page, claims = reader.open("evidence.html"), load()["claims"]
-    assert page.locator("#evidence tbody tr:visible").count() == len(claims)
+@pytest.mark.parametrize("name, other", [("claims", "decisive"), ("decisive", "claims")])
+def test_the_evidence_is_filtered_by_world_and_verdict(name, other, reader):
+    page, claims = reader.open("evidence.html"), load(name)["claims"]
+    table, beside = (page.locator(f"[data-evidence={which}]") for which in (name, other))
+    assert table.locator("tbody tr:visible").count() == len(claims)
     for world, verdict in (("sentiment", "fails"), ("detail", ""), ("", "unclear")):
-        for name, value in (("world", world), ("verdict", verdict)):
-            page.locator(f"[data-filter={name}]").select_option(value)
+        for key, value in (("world", world), ("verdict", verdict)):
+            table.locator(f"[data-filter={key}]").select_option(value)
         expected = [c for c in claims if world in ("", c["world"]) and verdict in ("", c["verdict"])]
-        assert page.locator("#evidence tbody tr:visible").count() == len(expected)
-        assert f"{len(expected)} of {len(claims)}" in page.locator("[data-count]").inner_text()
+        assert table.locator("tbody tr:visible").count() == len(expected)
+        assert f"{len(expected)} of {len(claims)}" in table.locator("[data-count]").inner_text()
+    assert beside.locator("tbody tr:visible").count() == len(load(other)["claims"])
+
+
+def test_the_evidence_says_what_was_predicted_and_whether_it_came(reader):
+    cells = reader.open("evidence.html").locator("[data-evidence=decisive] td.effect").all_inner_texts()
+    claims = load("decisive")["claims"]
+    inside = [claim["prediction"][0] <= claim["effect"] <= claim["prediction"][1] for claim in claims]
+    assert ["it lies there" in cell for cell in cells] == inside and {*inside} == {True, False}
+    assert f"{sum(inside)} of {len(claims)} effects lie where they were predicted" in reader.page.content()
 
 
 # --- files ---------------------------------------------------------------------------------------

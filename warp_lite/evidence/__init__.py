@@ -11,10 +11,10 @@ from ..storage.files import read_json
 
 
 def load(name: str = "claims") -> dict:
-    """The committed results: "claims" (verdicts and tables), "tuned" (chosen settings), "noise" (the noise map and the
-    law), "decisive" (where merging would win), "coverage" (of intervals, by simulation), "four_draws" (the verdicts
-    that fewer draws gave), "predictions" (what the tiny worlds say of the real model, written before it was asked),
-    "smollm2" (what it said).
+    """The committed results: "claims" (verdicts and tables), "bands" (their curves with intervals), "tuned" (chosen
+    settings), "noise" (the noise map and the law), "decisive" (where merging would win), "coverage" (of intervals, by
+    simulation), "four_draws" (the verdicts that fewer draws gave), "predictions" (what the tiny worlds say of the real
+    model, written before it was asked), "smollm2" (what it said).
 
     Raises ValueError for a name that has none.
     """

@@ -12,10 +12,18 @@ from ..evaluation.statistics import VERDICTS
 from ..viewing.plots import COLOURS, KL_LABEL, iteration_colour, style
 from .bench import draw_of
 from .claims import METHODS, Claim, lines_of
-from .effects import Rows
+from .effects import AREA, REWARD, Rows
 
 VERDICT_COLOURS = {verdict: COLOURS[verdict] for verdict in VERDICTS}
 LINE_COLOURS = (COLOURS["slerp"], COLOURS["lerp"])
+# What an effect is, by its unit, for an axis; and of the claims on a curve's bend.
+EFFECTS = {REWARD: "difference in reward\n(standard deviations of SFT samples)",
+           AREA: "difference in area (reward × nats)",
+           "gold reward": "difference in gold reward\n(standard deviations)", "nats": "difference in KL (nats)",
+           "tokens": "difference in length (tokens)", "share of pairs": "difference in diversity (share of pairs)",
+           "per token": "difference in perplexity (per token)", "degrees": "angle (degrees)",
+           "share of the mean norm": "norm (share of the mean norm)"}
+BENDS = {"kl-convex": "coefficient of η² (nats)", "reward-concave": "coefficient of η² (reward)"}
 
 
 def claim_figure(claim: Claim, verdicts: Sequence[dict], evidence: Mapping[tuple[str, str], Rows]) -> Figure:
@@ -84,7 +92,8 @@ def draw_effect(axes: Axes, found: dict) -> None:
     axes.axhline(found["null"], color="black", lw=0.8)
     if band := found["margin"] or found["worth"]:
         axes.axhspan(found["null"] - band, found["null"] + band, color="black", alpha=0.07, lw=0)
-    axes.set(xticks=[], xlabel=f"{found['draws']} draws and all\n({found['seeds']} seeds)", ylabel=found["unit"])
+    axes.set(xticks=[], xlabel=f"{found['draws']} draws and all\n({found['seeds']} seeds)",
+             ylabel=BENDS.get(found["name"]) or EFFECTS.get(found["unit"], found["unit"]))
     axes.set_title(found["verdict"], color=colour)
 
 
@@ -109,7 +118,8 @@ def limit_figure(found: dict) -> Figure:
                 left.plot([p["kl"] for p in line], [p["reward"] for p in line], color=colour, marker="o", ms=3,
                           label=name)
             left.set(xlim=(0, 4.4), ylim=(None, limit[-1]["reward"] + 0.15), xlabel=KL_LABEL,
-                     ylabel="reward (standard deviations of SFT samples)", title=world)
+                     ylabel="reward (standard deviations of SFT samples)",
+                     title=f"{world}: means of {len(found['draws'])} draws at each η")
             left.legend(loc="lower right")
             shares = sorted((s for s in found["limit_share"] if s["world"] == world), key=lambda s: s["mean"])
             for y, some in enumerate(shares):

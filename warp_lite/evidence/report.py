@@ -13,6 +13,7 @@ from ..config import WarpConfig
 from ..evaluation.front import reward_at_kl
 from ..evaluation.statistics import VERDICTS, t_interval
 from ..storage.files import whole, write_bytes, write_json
+from .bands import write_bands
 from .bench import TUNING_SEEDS, WORLDS, draw_of
 from .claims import HEADLINES, METHODS, Claim, decide, lines_needed, lines_of, verdicts_of_halves
 from .drawing import claim_figure, limit_figure
@@ -37,7 +38,8 @@ def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds:
     lines = None if whole else lines_needed(claims, worlds)
     evidence = gather(studies_of(claims, whole), worlds, seeds, out, workers, progress, lines)
     found = report(claims, evidence, worlds, seeds, whole)
-    return f"{write_report(found, claims, evidence, out)}\nwritten: {out / 'claims.json'}, claims.md and figures/"
+    files = f"{out / 'claims.json'}, {'bands.json, ' if whole else ''}claims.md and figures/"
+    return f"{write_report(found, claims, evidence, out)}\nwritten: {files}"
 
 
 def run_tuning(out: Path, worlds: Sequence[str], workers: int | None = None, progress: bool = True) -> str:
@@ -320,6 +322,12 @@ def summary(found: dict) -> str:
             f"{halves['turned'] or 'none'} of these turn round, from holds to fails.")
 
 
+def lies_as_predicted(claim: dict) -> bool:
+    """Whether a claim's effect was measured and lies where it was predicted, the ends included."""
+    low, high = claim["prediction"]
+    return claim["effect"] is not None and low <= claim["effect"] <= high
+
+
 def headlines(found: dict) -> str:
     """The claims that the README shows, as Markdown: the verdict and the effect with its interval."""
     worlds = list(found["worlds"])
@@ -362,7 +370,8 @@ def bound(value: float | None, digits: int = 2) -> str:
 
 
 def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folder: Path) -> str:
-    """claims.json, claims.md and figures/ in a folder; returns the table, with what made its rows."""
+    """claims.json, claims.md and figures/ in a folder, and bands.json where `found` has curves; returns the table, with
+    what made its rows."""
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_json(folder / "claims.json", found)
@@ -371,6 +380,7 @@ def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folde
     figures = {claim.name: claim_figure(claim, found["claims"], evidence) for claim in claims}
     if "limits" in found:
         figures["limit"] = limit_figure(found)
+        write_bands(found, evidence, folder / "bands.json")
     for name, figure in figures.items():
         with whole(folder / "figures" / f"{name}.png") as made:
             figure.savefig(made, format="png", dpi=110)

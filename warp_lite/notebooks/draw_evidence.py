@@ -1,4 +1,4 @@
-"""The pictures and sentences of the notebook on the evidence, from what claims.json and noise.json hold.
+"""The pictures and sentences of the notebook on the evidence, from what claims.json, bands.json and noise.json hold.
 
 `claims` are the verdicts by name and world. Rewards are in standard deviations of SFT samples, KL in nats per sequence.
 """
@@ -12,8 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..evidence import drawing, law, report
+from ..evidence.bench import draw_of
 from ..viewing.plots import COLOURS, KL_LABEL, column
 
 Claims = Mapping[tuple[str, str], Mapping]
@@ -95,7 +97,8 @@ def draw_effects(claims: Claims, names: Sequence[str], label: str = f"difference
         axes.tick_params(axis="y", labelsize=8)
     for verdict, colour in drawing.VERDICT_COLOURS.items():
         panels[0][-1].plot([], [], "o-", color=colour, ms=4, label=verdict)
-    figure.supxlabel(f"{label}; bars: 95 % intervals", fontsize=9)
+    draws = max(claims[name, world]["draws"] for name in names for world in worlds if (name, world) in claims)
+    figure.supxlabel(f"{label}; dots: means of {draws} draws, bars: their 95 % intervals", fontsize=9)
     figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
     return figure
 
@@ -122,6 +125,7 @@ def draw_outcome(axes: Axes, claim: Mapping) -> None:
         axes.axvline(at, color="black", lw=0.9)
     room = 0.06 * (max(ends) - min(ends))
     axes.set(yticks=[], ylim=(-1, 1), xlim=(min(ends) - room, max(ends) + room))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="x", labelsize=7, pad=1, length=2)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
@@ -139,6 +143,8 @@ def draw_decisive(claims: Claims) -> Figure:
         row[0].text(-0.03, 0.5, words, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
     for axes, world in zip(panels[0], worlds):
         axes.set_title(f"world: {world}", fontsize=10)
+    draws = max(claim["draws"] for claim in claims.values())
+    figure.suptitle(f"Means of {draws} draws and their 95 % intervals", x=0.01, ha="left", fontsize=10)
     axes.plot([], [], color=COLOURS["lerp"], alpha=0.35, lw=8, label="predicted")
     for verdict in dict.fromkeys(claim["verdict"] for claim in claims.values()):
         axes.plot([], [], "o-", color=drawing.VERDICT_COLOURS[verdict], ms=5, label=f"measured: {verdict}")
@@ -152,9 +158,9 @@ def decisive_sentences(claims: Claims) -> str:
     lines = []
     for world in dict.fromkeys(world for _, world in claims):
         some = [claim for (_, other), claim in claims.items() if other == world]
-        effects = [(claim["effect"], *claim["prediction"]) for claim in some if claim["effect"] is not None]
-        inside, draws = sum(low <= effect <= high for effect, low, high in effects), max(c["draws"] for c in some)
-        lines.append(f"- **{world}**, {draws} draws: {inside} of {len(effects)} effects lie where they were predicted.")
+        measured, draws = sum(claim["effect"] is not None for claim in some), max(claim["draws"] for claim in some)
+        inside = sum(map(report.lies_as_predicted, some))
+        lines.append(f"- **{world}**, {draws} draws: {inside} of {measured} effects lie where they were predicted.")
         for verdict in ("holds", "fails", "no difference"):
             clear = [claim["statement"] for claim in some if claim["verdict"] == verdict]
             lines.append(f"    - {verdict}: {'; '.join(clear) or 'none'}.")
@@ -177,36 +183,45 @@ def draw_claim(claims: Claims, name: str) -> Figure:
         drawing.draw_effect(axes, claims[name, world])
         axes.set_title(f"{world}: {claims[name, world]['verdict']}")
     figure.suptitle(_broken(claims, name), fontsize=10)
-    figure.subplots_adjust(top=0.78, bottom=0.18, wspace=0.35)
+    words = "dots: single seeds, a column a draw; diamond and bar: the draws' mean and its 95 % interval"
+    figure.text(0.5, 0.01, words, ha="center", fontsize=8)
+    figure.subplots_adjust(top=0.78, bottom=0.22, wspace=0.45)
     return figure
 
 
 def curve(evidence: Mapping, world: str, study: str, line: object) -> list[dict]:
-    """The points of the mean curve of a line of a study. Raises StopIteration where there is none."""
+    """The points of a line of a study, of its mean curve (claims.json) or with bands (bands.json). Raises StopIteration
+    where there is none."""
     return next(c["points"] for c in evidence["curves"] if (c["world"], c["study"], c["line"]) == (world, study, line))
 
 
-def draw_curves(evidence: Mapping, claims: Claims, lines: Mapping[str, tuple[str, object, str]], name: str,
-                what: str = "reward", x: str = "kl", xlim: tuple[float, float] | None = None,
-                ylim: tuple[float, float] | None = None) -> Figure:
-    """The mean curves of `lines`, by label: (study, line, colour), and one claim's verdict in the title, in each world.
+def draw_curves(evidence: Mapping, bands: Mapping, claims: Claims, lines: Mapping[str, tuple[str, object, str]],
+                name: str, what: str = "reward", ylim: tuple[float, float] | None = None) -> Figure:
+    """The curves of `lines`, by label: (study, line, colour), with their bands, and one claim's verdict in the title,
+    in each world. `evidence` and `bands` are what claims.json and bands.json hold.
 
     Where the claim compares at one level, a bar shows the interval of the difference, drawn from the second line's
-    curve upward, as that line plus the difference.
+    curve upward: it ends where the first line is.
     """
     worlds = worlds_of(claims, name)
-    figure, panels = plt.subplots(1, len(worlds), figsize=(5.8 * len(worlds), 4.4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(worlds), figsize=(5.8 * len(worlds), 4.7), layout="constrained", squeeze=False)
     for axes, world in zip(panels[0], worlds):
-        curves = {label: curve(evidence, world, study, line) for label, (study, line, _) in lines.items()}
+        curves = {label: curve(bands, world, study, line) for label, (study, line, _) in lines.items()}
+        x = "kl" if "kl" in next(iter(curves.values()))[0] else "reward"
         for (label, points), (_, _, colour) in zip(curves.items(), lines.values()):
-            axes.plot(column(points, x), column(points, what), color=colour, marker="o", ms=3, label=label)
+            at, (mean, half) = column(points, x), np.array([point[what] for point in points]).T
+            axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.18, lw=0)
+            axes.plot(at, mean, color=colour, label=label)
         if (what, x) == ("reward", "kl"):
             axes.plot(*(column(evidence["limits"][world], key) for key in ("kl", "reward")), "k--", lw=1, label="limit")
         _draw_difference(axes, claims[name, world], curves, what, x)
-        axes.set(xlabel="proxy " + REWARD if x == "reward" else AXES[x], ylabel=AXES[what], xlim=xlim, ylim=ylim)
+        axes.set(xlabel="proxy " + REWARD if x == "reward" else AXES[x], ylabel=AXES[what], ylim=ylim)
         axes.set_title(f"{world}: {claims[name, world]['verdict']}\n{_difference(claims[name, world])}", fontsize=10)
         axes.legend(loc="best", fontsize=8)
     figure.suptitle(claims[name, worlds[0]]["statement"], x=0.01, ha="left", fontsize=11)
+    where = "KL" if x == "kl" else "proxy reward"
+    figure.supxlabel(f"lines: means of {len(bands['draws'])} draws at one {where}; bands: their 95 % intervals "
+                     "(Student's t); a line ends where the first seed's ends", fontsize=8)
     return figure
 
 
@@ -222,8 +237,7 @@ def _draw_difference(axes: Axes, claim: Mapping, curves: Mapping[str, Sequence[M
     if claim.get("level") is None or claim["ci_low"] is None or len(curves) < 2:
         return
     points = list(curves.values())[1]
-    order = np.argsort(column(points, x))
-    base = np.interp(claim["level"], column(points, x)[order], column(points, what)[order])
+    base = np.interp(claim["level"], column(points, x), [point[what][0] for point in points])
     colour = drawing.VERDICT_COLOURS[claim["verdict"]]
     axes.plot([claim["level"]] * 2, [base + claim["ci_low"], base + claim["ci_high"]], color=colour, lw=3, alpha=0.8,
               label="interval of the difference")
@@ -242,7 +256,7 @@ def draw_shares(evidence: Mapping, methods: Sequence[str]) -> Figure:
             axes.plot([row["ci_low"], row["ci_high"]], [y, y], color="black", lw=1.2)
         axes.set(yticks=range(len(rows)), yticklabels=[row["method"] for row in rows], xlim=(0, 1.05),
                  xlabel="share of the limit's area, 0 to 4 nats",
-                 title=f"{world}: {rows[0]['seeds']} seeds, bars are 95 % intervals")
+                 title=f"{world}: means of {len(evidence['draws'])} draws, bars: 95 % intervals")
         axes.grid(axis="y", visible=False)
     return figure
 
@@ -283,6 +297,10 @@ def folded(title: str, table: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
 
 
+def _draws(noise: Mapping) -> int:
+    return len({draw_of(seed) for seed in noise["seeds"]})
+
+
 PREDICTORS = {"angle": "angle between task vectors (degrees)", "noise over signal": "gradient noise scale / batch size"}
 
 
@@ -290,10 +308,13 @@ def draw_noise_map(noise: Mapping) -> Figure:
     """Where merging four gains: a map over batch size and learning rate, and the gain against what may explain it."""
     worlds = noise["worlds"]
     figure, panels = plt.subplots(len(worlds), 3, figsize=(12, 3.6 * len(worlds)), layout="constrained", squeeze=False)
+    figure.supxlabel(f"gains: differences in {REWARD}, means of {_draws(noise)} draws; bars and brackets: their 95 % "
+                     "intervals", fontsize=8)
     for row, (world, of_world) in zip(panels, worlds.items()):
         _draw_map(row[0], world, of_world["cells"])
         for axes, (name, words) in zip(row[1:], PREDICTORS.items()):
             _draw_predictor(axes, of_world, name, words)
+        row[1].legend(fontsize=7, loc="upper left")
     return figure
 
 
@@ -320,10 +341,9 @@ def _draw_predictor(axes: Axes, of_world: Mapping, name: str, words: str) -> Non
             axes.plot([cell[name]] * 2, [cell["gain"]["ci_low"], cell["gain"]["ci_high"]], color=shade, lw=0.8)
             axes.plot(cell[name], cell["gain"]["mean"], "o", ms=4, color=shade,
                       label=f"batch {batch}" if n == 0 else None)
-    axes.set(xlabel=words, ylabel="gain in reward")
+    axes.set(xlabel=words, ylabel="gain of merging four")
     axes.set_title(f"rank correlation {fit['correlation']:+.2f} [{fit['ci_low']:+.2f}, {fit['ci_high']:+.2f}]")
     axes.axhline(0, color="black", lw=0.8)
-    axes.legend(fontsize=7, loc="upper left")
     if name == "noise over signal":
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter("")
@@ -342,13 +362,18 @@ def draw_law(noise: Mapping) -> Figure:
                                          for cell in cells])
                 is_fit = half and world == of_law["fitted_in"]
                 colour = COLOURS["slerp" if world == of_law["fitted_in"] else "single"]
-                axes.scatter(said, [cell["gain"]["mean"] for cell in cells], s=28, edgecolors=colour,
+                axes.vlines(said, *([cell["gain"][end] for cell in cells] for end in ("ci_low", "ci_high")), lw=0.6,
+                            color=colour, alpha=0.5)
+                axes.scatter(said, [cell["gain"]["mean"] for cell in cells], s=28, zorder=3, edgecolors=colour,
                              facecolors="none" if is_fit else colour,
                              label=None if half and not is_fit else f"{world}, {'fitted' if is_fit else 'tested'}")
         ends = axes.get_xlim()
         axes.plot(ends, ends, color="black", lw=0.8, ls=":", label="as the law says")
-        axes.set(xlabel="gain that the law says", ylabel="gain measured", title=f"fitted in {of_law['fitted_in']}")
-        axes.legend(fontsize=8)
+        low, high = axes.get_ylim()
+        axes.set(xlabel="gain that the law says", ylabel="gain measured", title=f"fitted in {of_law['fitted_in']}",
+                 ylim=(low, high + 0.2 * (high - low)))  # room for the names above the bars
+        axes.legend(fontsize=8, loc="upper left", ncols=2)
+    figure.supxlabel(f"gains in {REWARD}; dots: means of {_draws(noise)} draws, bars: their 95 % intervals", fontsize=8)
     return figure
 
 

@@ -27,6 +27,7 @@ from ..storage.provenance import json_hash, package_versions, source_hash, writa
 from ..storage.tensors import weights_hash
 from ..task import Task
 from ..training.kept_runs import reward_key
+from ..viewing.explorer.grid import build_grid
 from . import plans
 from .start import Lab
 
@@ -143,6 +144,17 @@ class RunningExample:
         """The limit of every method on the held-out prompts, as far as it can be trusted (see `optimal_front`)."""
         rewards, gold = self.sft_rewards
         return optimal_front(rewards=rewards, gold=gold, betas=[beta * rewards.std().item() for beta in BETAS])
+
+    @cached_property
+    def grid(self) -> dict:
+        """What the explorer shows of `typical`, its smaller grid (see `build_grid`), measured once and kept."""
+        key = json_hash([self._about, source_hash("warp_lite.viewing.explorer.grid"), self.typical.config.seed,
+                         self.samples])
+        path = self.folder / f"grid-{key[:16]}.json"
+        if not path.is_file():
+            grid = build_grid(self.typical, fast=True, limit=self.limit, progress=False)
+            write_bytes(path, json.dumps(grid).encode())
+        return read_json(path)
 
     @cached_property
     def _about(self) -> list:

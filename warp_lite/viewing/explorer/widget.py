@@ -36,14 +36,15 @@ class ParetoExplorer:
 
     `fast` measures a smaller grid. `prompts` is the number of held-out prompts whose completions are
     shown. `limit` takes points of `optimal_front`; it is estimated where none are given. `grid` is the
-    data, plain dicts; `view` is where the explorer stands. Raises ValueError for a result without
-    iterations and for a view outside the grid.
+    data, plain dicts: another explorer's of the same result saves measuring it, and then the arguments before it
+    do nothing. `view` is where the explorer stands. Raises ValueError for a result without iterations and for a view
+    outside the grid.
     """
 
     def __init__(self, result: WarpResult, fast: bool = False, prompts: int = 4, limit: Sequence[dict] | None = None,
-                 progress: bool = True):
+                 progress: bool = True, grid: dict | None = None):
         self.result = result
-        self.grid = build_grid(result, fast, prompts, limit, progress)
+        self.grid = build_grid(result, fast, prompts, limit, progress) if grid is None else grid
         etas = self.grid["etas"]
         self.view = View(etas[len(etas) // 2], self.grid["iterations"][-1], self.grid["runs"][-1],
                          limit=bool(self.grid["limit"]))
