@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from warp_lite import WarpConfig
+from warp_lite.evaluation.front import MIN_ESS
 from warp_lite.notebooks import plans
 from warp_lite.notebooks.__main__ import paths
 from warp_lite.notebooks.start import begin, checked_parameters
@@ -43,6 +44,14 @@ def test_the_size_of_the_policy_chooses_the_settings(gpt2_policy, gpt2, gemma):
     assert plans.plan("running_example", gpt2_policy, fast=True).steps == 20
     fast = plans.plan("running_example", gpt2, fast=True)
     assert fast.lr == 1e-5 and fast.limit == 128 and fast.steps == 20  # the smaller of both, at its own rate
+
+
+def test_no_plan_draws_the_limit_from_so_few_samples_that_it_has_no_point(gpt2_policy, gpt2, gemma, smollm2):
+    """Twice the effective sample size at which the limit ends: KL 0 has all samples."""
+    worlds = ["", *plans.OF_WORLD]
+    for model in (gpt2_policy, gpt2, gemma, smollm2):
+        for fast in (True, False):
+            assert all(plans.plan("running_example", model, fast, world).limit >= 2 * MIN_ESS for world in worlds)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ PLANS = {
 # What a world has of its own in place of the column of its policy's size: a CPU is to carry smollm2.
 OF_WORLD = {
     "smollm2": {
-        "running_example": {"steps": 24, "runs": 3, "lr": 2e-5, "eval_every": 12, "limit": 16},
+        "running_example": {"steps": 24, "runs": 3, "lr": 2e-5, "eval_every": 12, "limit": 64},
         "00_kl_and_reward": {"completions": 32},
         "01_ema_anchor": {"short": 12},
         "02_slerp": {"counts": (1, 2, 3), "every": 3},
