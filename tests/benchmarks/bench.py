@@ -853,11 +853,11 @@ def main() -> None:
             if name == "growth":
                 results[name] = {"provenance": provenance(), "growth": bench_growth(world, scratch)}
                 draw_growth(results[name]["growth"]).savefig(arguments.out / "growth.png", dpi=130)
-                continue
-            results[name] = {"provenance": provenance(), "rows": parts[name]()}
-            print(table({name: results[name]}), file=sys.stderr)
-    kept.write_text(json.dumps({"parts": results}, indent=1) + "\n")
-    (arguments.out / "results.md").write_text(table(results) + "\n")
+            else:
+                results[name] = {"provenance": provenance(), "rows": parts[name]()}
+                print(table({name: results[name]}), file=sys.stderr)
+            kept.write_text(json.dumps({"parts": results}, indent=1) + "\n")  # after each, should the next be stopped
+            (arguments.out / "results.md").write_text(table(results) + "\n")
     print(table(results))
     print(f"\nOn {torch.get_num_threads()} threads of a CPU; nothing here was measured on a GPU.")
 
