@@ -263,7 +263,7 @@ def real_process(side: str, folder: Path) -> None:
         elif line.strip() == "parts":
             answer = step.parts(2)
         elif line.strip() == "sample":
-            t = interleaved(3, ours=lambda: real_samples(step, world, prompts),
+            t = interleaved(7, ours=lambda: real_samples(step, world, prompts),
                             theirs=lambda: generated(world.policy, prompts))
             answer = [t["ours"], t["theirs"]]
         elif step is not None:

@@ -19,9 +19,9 @@ APART = 8  # times that size, where there are several policies, each of which is
 
 def served(x: Tensor, matrices: Tensor) -> bool:
     """Whether oneDNN multiplies x (E, N, C) by such matrices (E, D, C) here: float32 on a CPU, and large ones."""
-    enough = SMALLEST * (APART if len(x) > 1 else 1)
-    return (x.dtype == matrices.dtype == torch.float32 and x.device.type == "cpu"
-            and matrices.shape[-2:].numel() >= enough and available())
+    policies = len(x)
+    return (matrices.numel() >= SMALLEST * (1 if policies == 1 else APART * policies)  # first, as it is asked often
+            and x.dtype == matrices.dtype == torch.float32 and x.device.type == "cpu" and available())
 
 
 def multiply_each(x: Tensor, matrices: list[Tensor], packs: Packs | None = None, name: str = "") -> list[Tensor]:
