@@ -612,6 +612,19 @@ def test_onednns_products_and_gradients_are_those_of_float64(rows, monkeypatch):
                                rtol=1e-5)
 
 
+@pytest.mark.parametrize("of", [torch.sum, lambda y: y[:, ::2].sum(), lambda y: (y.t() @ torch.ones(16, 3)).sum()],
+                         ids=["one number seen many times", "every second column", "a transposed gradient"])
+def test_onednn_takes_inputs_and_gradients_however_they_lie_in_memory(of):
+    torch.manual_seed(0)
+    matrix = torch.randn(400, 300, requires_grad=True)
+    for x in (torch.randn(300, 16).t(), torch.randn(32, 600)[::2, ::2], torch.randn(1, 300).expand(16, 300)):
+        x = x.requires_grad_() if x.is_leaf else x.detach().requires_grad_()
+        found, right = (torch.autograd.grad(of(y), (x, matrix)) for y in (products.multiply(x, matrix), x @ matrix.t()))
+        for one, other in zip(found, right):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    assert products.multiply(torch.empty(0, 300), matrix.detach()).shape == (0, 400)
+
+
 def test_without_onednn_products_are_those_of_blas(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 0)
     x, matrix = torch.randn(1, 4, 6), torch.randn(1, 5, 6)

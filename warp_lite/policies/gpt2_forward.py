@@ -178,7 +178,8 @@ class GPT2Forward:
 
 
 class GPT2Cache:
-    """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer, and the matrices of one policy."""
+    """Preallocated keys and values, one tensor (2, E·B·H, length, C/H) a layer, and large matrices as they are
+    multiplied by."""
 
     def __init__(self, layers: list[Tensor], heads: int, packs: Packs, length: int = 0):
         self.layers, self.heads, self.packs, self.length = layers, heads, packs, length

@@ -56,7 +56,7 @@ class LlamaForward:
             and next(model.parameters()).dtype != torch.float64
             and config.hidden_act == "silu"
             and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-            and (type(config).__name__ == "Qwen2Config" or getattr(config, "sliding_window", None) is None)
+            and getattr(config, "sliding_window", None) is None
         )
 
     def prepare(self, weights: Weights) -> Weights:
@@ -158,7 +158,8 @@ class LlamaForward:
 
 
 class LlamaCache:
-    """Preallocated keys and values, one tensor (2, E·B, heads, length, D) a layer, and the matrices of one policy."""
+    """Preallocated keys and values, one tensor (2, E·B, heads, length, D) a layer, and large matrices as they are
+    multiplied by."""
 
     def __init__(self, layers: list[Tensor], packs: Packs, length: int = 0):
         self.layers, self.packs, self.length = layers, packs, length
