@@ -44,7 +44,7 @@ def test_a_run_on_another_device_gives_the_same_bytes_and_leaves_its_weights_on_
     """
     monkeypatch.setattr(reinforce, "make_forward", lambda model, executor, *options: GPT2Forward(model, *options[:2]))
     # what is computed in another way on a CPU, and rounds otherwise, is computed here as elsewhere
-    monkeypatch.setattr(gpt2_forward, "gelu", partial(torch.nn.functional.gelu, approximate="tanh"))
+    monkeypatch.setattr(gpt2_forward, "gelu_", partial(torch.nn.functional.gelu, approximate="tanh"))
     monkeypatch.setattr(gpt2_forward, "SMALL", 0)
     model = policy_of("gpt2", dtype=torch.float32)
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ import warp_lite.policies.gpt2_forward as gpt2_module
 from warp_lite.averaging.state_dicts import load_weights, parameters, stack, unstack
 from warp_lite.policies import products
 from warp_lite.policies.forward import make_forward
-from warp_lite.policies.gelu import gelu
+from warp_lite.policies.gelu import gelu_
 from warp_lite.policies.gpt2_forward import ColumnCache, GPT2Cache, GPT2Forward
 from warp_lite.policies.llama_forward import LlamaForward
 from warp_lite.policies.module_forward import ModuleForward
@@ -86,19 +86,27 @@ def assert_rows_equal(logits, expected, mask, tolerance=1e-9):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_the_activation_and_its_gradient_are_the_librarys(dtype, tolerance):
     x = torch.cat([torch.linspace(-9, 9, 721), torch.tensor([-1e4, -40.0, 0.0, 40.0, 1e4])]).to(dtype).requires_grad_()
-    ours, library = gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    ours, library = gelu_(x.clone()), torch.nn.functional.gelu(x, approximate="tanh")
     torch.testing.assert_close(ours, library, atol=tolerance, rtol=tolerance)
     weight = torch.linspace(1, 2, len(x), dtype=dtype)
     slope, expected = (torch.autograd.grad(y, x, weight)[0] for y in (ours, library))
     torch.testing.assert_close(slope, expected, atol=8 * tolerance, rtol=8 * tolerance)
     with torch.no_grad():
-        assert torch.equal(gelu(x), ours)
+        assert torch.equal(gelu_(x.clone()), ours)
+
+
+def test_the_activations_gradient_is_taken_once_and_says_so():
+    x = torch.linspace(-3, 3, 7).requires_grad_()
+    y = gelu_(x.clone()).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_a_narrow_dtype_the_activation_is_the_librarys_own(dtype):
     x = torch.linspace(-9, 9, 721).to(dtype)
-    assert torch.equal(gelu(x), torch.nn.functional.gelu(x, approximate="tanh"))
+    assert torch.equal(gelu_(x), torch.nn.functional.gelu(x, approximate="tanh"))
 
 
 def test_columns_of_heads_hold_what_a_product_of_matrices_would():
@@ -226,6 +234,29 @@ def test_keep_gives_the_logits_from_a_position_on(forward, architecture, policie
     prepared = forward.prepare(weights)
     every = forward(prepared, ids, mask)
     torch.testing.assert_close(forward(prepared, ids, mask, keep=7), every[:, :, 7:], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("forward, architecture", CASES)
+def test_tokens_before_those_kept_are_looked_at_by_all_later_ones(forward, architecture, padded):
+    models, weights = policies_of(architecture)
+    (ids, mask), forward = ragged(), forward(models[0])
+    ids, mask = (ids, mask) if padded else (ids.clamp(min=3), torch.ones_like(mask))
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+    for keep in (11, 7):  # one token goes on, or some
+        gradients = []
+        for first in (keep, 0):
+            logits = forward(forward.prepare(leaves), ids, mask if padded else None, keep=first)[:, :, keep - first:]
+            gradients.append(torch.autograd.grad(logits.square().sum(), list(leaves.values()), materialize_grads=True))
+        for ours, expected in zip(*gradients):
+            torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+    with torch.no_grad():
+        prepared, cache = forward.prepare(weights), forward.new_cache(*ids.shape, next(iter(weights.values())))
+        forward(prepared, ids[..., :8], mask[..., :8], cache, keep=7)
+        following = forward(prepared, ids[..., 8:9], mask[..., :9], cache)
+        expected = forward(prepared, ids[..., :9], mask[..., :9], keep=8)
+    at = mask[..., 8].bool()
+    torch.testing.assert_close(following[at], expected[at], atol=1e-11, rtol=1e-11)
 
 
 class LlamaWithABias(LlamaForCausalLM):

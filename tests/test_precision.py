@@ -175,7 +175,7 @@ def test_the_gradient_of_a_chunk_is_the_numerical_one_and_the_closed_form():
 
         prepare = staticmethod(dict)
 
-        def hidden(self, w, ids, mask=None):
+        def hidden(self, w, ids, mask=None, keep=0):
             return w["x"]
 
         def head(self, w, x):

@@ -61,8 +61,9 @@ class Forward(Protocol):
                  keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of ids (E, B, Q), from position `keep` on; a cache takes in the tokens."""
 
-    def hidden(self, prepared: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """The first half of a call: the hidden states (E, B, Q, C) that `head` takes."""
+    def hidden(self, prepared: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None,
+               keep: int = 0) -> Tensor:
+        """The first half of a call: the hidden states (E, B, Q − keep, C) that `head` takes, from position `keep` on."""
 
     def head(self, prepared: Any, x: Tensor) -> Tensor:
         """The second half: logits (E, N, V) of hidden states (E, N, C), for whom all at once are too many."""

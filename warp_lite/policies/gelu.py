@@ -11,39 +11,42 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 A = 2 * math.sqrt(2 / math.pi)
 B = 0.044715 * A
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU of x (…), (…), by its approximation with a hyperbolic tangent; differentiable once.
+def gelu_(x: Tensor) -> Tensor:
+    """GELU of x (…) by its approximation with a hyperbolic tangent, in the place of x on a CPU; differentiable once.
 
+    A fresh tensor as large as the activations of a layer costs more than the arithmetic that fills it.
     Source: Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return F.gelu(x, approximate="tanh")  # one pass there, and its sums are not rounded to a narrow dtype
-    return Gelu.apply(x) if torch.is_grad_enabled() and x.requires_grad else share_of(x).mul_(x)
+    return Gelu.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.mul_(share_of(x))
 
 
 class Gelu(torch.autograd.Function):
-    """`gelu` with its gradient; the derivative is kept in the place of x."""
+    """`gelu_` with its gradient, which is taken in the place of the derivative, so once."""
 
     @staticmethod
     def forward(context: FunctionCtx, x: Tensor) -> Tensor:
-        """GELU of x (…)."""
+        """GELU of x (…), in its place."""
         share = share_of(x)
-        y = x * share
         # d/dx x·σ(z) = σ + x·σ·(1 − σ)·z′ with z′ = a + 3b·x²
-        slope = torch.addcmul(constant(x.dtype), x, x, value=3 * B).mul_(y)
+        slope = torch.addcmul(constant(x.dtype), x, x, value=3 * B)
+        context.mark_dirty(x)
+        slope.mul_(x.mul_(share))
         context.save_for_backward(slope.addcmul_(slope, share, value=-1).add_(share))
-        return y
+        return x
 
     @staticmethod
+    @once_differentiable
     def backward(context: FunctionCtx, gradient: Tensor) -> Tensor:
-        """The gradient of x (…)."""
-        return gradient * context.saved_tensors[0]
+        """The gradient of x (…). Raises RuntimeError where it is taken a second time, as what was saved has changed."""
+        return context.saved_tensors[0].mul_(gradient)
 
 
 def share_of(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
-from .gelu import gelu
+from .gelu import gelu_
 from .products import Packs, multiply_each, served
 
 # Weights (E, …) by name, and the folded ones: (gain, shift, matrix, bias) of a layer norm and what follows it.
@@ -91,8 +91,9 @@ class GPT2Forward:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
         return cache.of(rows)
 
-    def hidden(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """The last hidden states before the final norm, (E, B, Q, C)."""
+    def hidden(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None,
+               keep: int = 0) -> Tensor:
+        """The last hidden states before the final norm, (E, B, Q − keep, C), from position `keep` on."""
         E, B, Q = ids.shape
         start = cache.length if cache else 0
         if isinstance(cache, GPT2Cache):
@@ -108,17 +109,20 @@ class GPT2Forward:
         again = self.checkpointing and cache is None and torch.is_grad_enabled()
         with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype, cache_enabled=False):
             for layer in range(self.layers):
+                dropped = keep if layer == self.layers - 1 else 0
                 if again:
-                    x = checkpoint(self._layer, w, layer, x, bias, B, None, use_reentrant=False,
+                    x = checkpoint(self._layer, w, layer, x, bias, B, None, dropped, use_reentrant=False,
                                    preserve_rng_state=False)
                 else:
-                    x = self._layer(w, layer, x, bias, B, cache)
+                    x = self._layer(w, layer, x, bias, B, cache, dropped)
         if cache:
             cache.length += Q
-        return x.view(E, B, Q, self.width)
+        return x.view(E, B, Q - keep, self.width)
 
-    def _layer(self, w, layer: int, x: Tensor, bias: Tensor | None, B: int, cache: Cache | None) -> Tensor:
-        """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·Q, C)."""
+    def _layer(self, w, layer: int, x: Tensor, bias: Tensor | None, B: int, cache: Cache | None,
+               dropped: int) -> Tensor:
+        """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·(Q − dropped), C): the first `dropped` tokens
+        are looked at and go no further."""
         h, (E, N, C), H = f"h.{layer}", x.shape, self.heads
         Q = N // B
         qkv = self._norm_linear(w, f"{h}.qkv", x, cache)                            # (E, B·Q, 3C)
@@ -128,10 +132,13 @@ class GPT2Forward:
             q, k, v = qkv.view(E * B, Q, 3, H, C // H).permute(2, 0, 3, 1, 4).reshape(3, E * B * H, Q, C // H)
             if cache:
                 k, v = cache.append(layer, k, v)
+            if dropped:
+                q, bias, Q = q[:, dropped:], bias[..., dropped:, :], Q - dropped
+                x = x.view(E, B, -1, C)[:, :, dropped:].reshape(E, B * Q, C)
             y = attend(q, k, v, bias, H)                                            # (E·B·H, Q, C/H)
             y = y.view(E * B, H, Q, C // H).transpose(1, 2).reshape(E, B * Q, C)
         x = self._add_linear(w, f"{h}.attn.c_proj", x, y, cache)
-        y = gelu(self._norm_linear(w, f"{h}.fc", x, cache))                         # (E, B·Q, 4C)
+        y = gelu_(self._norm_linear(w, f"{h}.fc", x, cache))                        # (E, B·Q, 4C)
         return self._add_linear(w, f"{h}.mlp.c_proj", x, y, cache)
 
     def head(self, w: Prepared, x: Tensor, cache: Cache | None = None) -> Tensor:
@@ -141,9 +148,8 @@ class GPT2Forward:
     def __call__(self, w: Prepared, ids: Tensor, mask: Tensor | None = None, cache: Cache | None = None,
                  keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
-        x = self.hidden(w, ids, mask, cache)[:, :, keep:]
-        E, B, Q, C = x.shape
-        return self.head(w, x.reshape(E, B * Q, C), cache).view(E, B, Q, -1)
+        x = self.hidden(w, ids, mask, cache, keep)
+        return self.head(w, x.flatten(1, 2), cache).view(*x.shape[:-1], -1)
 
     def _norm_linear(self, w: Prepared, name: str, x: Tensor, cache: Cache | None) -> Tensor:
         """LN and a matrix, (E, N, C) → (E, N, D)."""

@@ -77,8 +77,9 @@ class LlamaForward:
         """The cache of those sequences alone whose places in the batch are `rows` (E, some)."""
         return cache.of(rows)
 
-    def hidden(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: LlamaCache | None = None) -> Tensor:
-        """The last hidden states before the final norm, (E, B, Q, C)."""
+    def hidden(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: LlamaCache | None = None,
+               keep: int = 0) -> Tensor:
+        """The last hidden states before the final norm, (E, B, Q − keep, C), from position `keep` on."""
         E, B, Q = ids.shape
         start = cache.length if cache else 0
         if cache:
@@ -97,19 +98,21 @@ class LlamaForward:
         again = self.checkpointing and cache is None and torch.is_grad_enabled()
         with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype, cache_enabled=False):
             for layer in range(self.layers):
+                dropped = keep if layer == self.layers - 1 else 0
                 if again:
-                    x = checkpoint(self._layer, w, layer, x, rotation, bias, B, None, use_reentrant=False,
+                    x = checkpoint(self._layer, w, layer, x, rotation, bias, B, None, dropped, use_reentrant=False,
                                    preserve_rng_state=False)
                 else:
-                    x = self._layer(w, layer, x, rotation, bias, B, cache)
+                    x = self._layer(w, layer, x, rotation, bias, B, cache, dropped)
         if cache:
             cache.length += Q
-        return x.view(E, B, Q, self.width)
+        return x.view(E, B, Q - keep, self.width)
 
     def _layer(self, w: Weights, layer: int, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor | None, B: int,
-               cache: LlamaCache | None) -> Tensor:
-        """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·Q, C)."""
-        h, (E, N, _), D = f"layers.{layer}", x.shape, self.size
+               cache: LlamaCache | None, dropped: int) -> Tensor:
+        """Attention and feed-forward of one layer, (E, B·Q, C) → (E, B·(Q − dropped), C): the first `dropped` tokens
+        are looked at and go no further."""
+        h, (E, N, C), D = f"layers.{layer}", x.shape, self.size
         Q = N // B
         y = self._norm(x, w[f"{h}.input_layernorm.weight"])
         q, k, v = (part.view(E * B, Q, -1, D) for part in self._products(w, h, QKV, y, cache))
@@ -117,12 +120,15 @@ class LlamaForward:
         v = v.transpose(1, 2)
         if cache:
             k, v = cache.append(layer, k, v)
+        if dropped:
+            q, x = q[:, :, dropped:], x.view(E, B, Q, C)[:, :, dropped:].flatten(1, 2)
+            bias, Q = None if bias is None else bias[..., dropped:, :], Q - dropped
         if Q == 1:  # the queries of all heads that share a key, as so many tokens
             y = F.scaled_dot_product_attention(q.reshape(E * B, self.kv_heads, -1, D), k, v, bias)
             y = y.reshape(E, B, -1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=self.kv_heads < self.heads)
-            y = y.transpose(1, 2).reshape(E, N, -1)
+            y = y.transpose(1, 2).reshape(E, B * Q, -1)
         x = x + self._products(w, h, ("self_attn.o_proj",), y, cache)[0]
         y = self._norm(x, w[f"{h}.post_attention_layernorm.weight"])
         gate, up = self._products(w, h, GATED, y, cache)
@@ -136,9 +142,8 @@ class LlamaForward:
     def __call__(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: LlamaCache | None = None,
                  keep: int = 0) -> Tensor:
         """Logits (E, B, Q − keep, V) of tokens ids (E, B, Q), from position `keep` on."""
-        x = self.hidden(w, ids, mask, cache)[:, :, keep:]
-        E, B, Q, C = x.shape
-        return self.head(w, x.reshape(E, B * Q, C), cache).view(E, B, Q, -1)
+        x = self.hidden(w, ids, mask, cache, keep)
+        return self.head(w, x.flatten(1, 2), cache).view(*x.shape[:-1], -1)
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
         """x over the root of its mean square, in float32 as the library does, times the gain, (E, N, C)."""

@@ -53,14 +53,14 @@ class HalvedForward:
         again = isinstance(cache, Recomputed)  # then the logits of all tokens so far would be computed at each
         if (self.dtype is None and not again) or self.linear_head is None:
             return self.run(self.model, w, ids, mask, cache, "logits", keep)
-        x = self.hidden(w, ids, mask, cache)[:, :, keep:]
+        x = self.hidden(w, ids, mask, cache, keep)
         return self.head(w, x.flatten(1, 2)).view(*x.shape[:3], -1)
 
-    def hidden(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """The last hidden states, (E, B, Q, C)."""
+    def hidden(self, w: Weights, ids: Tensor, mask: Tensor | None = None, cache: Any = None, keep: int = 0) -> Tensor:
+        """The last hidden states, (E, B, Q − keep, C), from position `keep` on."""
         prefix = f"{self.model.base_model_prefix}."
         inner = {name.removeprefix(prefix): tensor for name, tensor in w.items() if name.startswith(prefix)}
-        return self.run(self.model.base_model, inner, ids, mask, cache, "last_hidden_state")
+        return self.run(self.model.base_model, inner, ids, mask, cache, "last_hidden_state", keep)
 
     def head(self, w: Weights, x: Tensor) -> Tensor:
         """Logits (E, N, V) of last hidden states (E, N, C), where there is a `linear_head`."""

@@ -98,9 +98,10 @@ class Policies:
         """
         return self.forward(self.prepared, ids, mask, keep=keep)
 
-    def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The last hidden states (E, B, Q, C) of ids (E, B, Q), as the forward's `head` takes them."""
-        return self.forward.hidden(self.prepared, ids, mask)
+    def hidden(self, ids: Tensor, mask: Tensor | None = None, keep: int = 0) -> Tensor:
+        """The last hidden states (E, B, Q − keep, C) of ids (E, B, Q), from position `keep` on, as the forward's `head`
+        takes them."""
+        return self.forward.hidden(self.prepared, ids, mask, keep=keep)
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, uniforms: Tensor, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0,
@@ -174,7 +175,7 @@ class Policies:
             logits = self.completion_logits(rollout)
             return chosen_logprobs(logits, rollout.ids, temperature) * rollout.mask
         ids, mask = completion_input(rollout)
-        hidden = self.hidden(ids, mask)[:, :, rollout.prompts.ids.shape[-1] - 1:]                   # (E, B, T, C)
+        hidden = self.hidden(ids, mask, keep=rollout.prompts.ids.shape[-1] - 1)                     # (E, B, T, C)
 
         def of_chunk(x, ids):
             return chosen_logprobs(self.forward.head(self.prepared, x), ids, temperature)
