@@ -44,6 +44,7 @@ from warp_lite.evidence.claims import (
 from warp_lite.evidence.effects import Rows
 from warp_lite.evidence.settings import NOISE_GRID
 from warp_lite.evidence.studies import STUDIES
+from warp_lite.evidence.tuned import asked_by, tuned
 from warp_lite.storage import provenance
 
 
@@ -316,7 +317,7 @@ def fake_study(bench):
 def test_units_are_run_once_and_again_where_their_file_is_damaged(tmp_path, monkeypatch):
     fake_study.calls = 0
     monkeypatch.setattr(runner, "studies", lambda: {"fake": fake_study})
-    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: seeds))
+    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: Seeds(seeds)))
     units = runner.units_of(["fake"], ["sentiment"], range(4))
     assert [(unit.draw, unit.seeds) for unit in units] == [(draw_of(seed), (seed,)) for seed in range(4)]
     first = runner.run_units(units, tmp_path, workers=1, progress=False)
@@ -341,7 +342,7 @@ def test_a_unit_with_all_lines_serves_for_one_with_some_and_not_the_other_way_ro
 
 
 class Seeds(tuple):
-    """What stands in for a bench: its seeds, and an attribute `lines`."""
+    """What stands in for a bench: its seeds, and attributes."""
 
 
 def test_the_lines_that_claims_need_are_those_they_compare_or_all():
@@ -376,18 +377,21 @@ def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path,
         patched.setattr(runner, "package_versions", lambda: {"torch": "9"})
         assert unit.fingerprint() != before[0]
     with monkeypatch.context() as patched:
-        patched.setattr(runner.settings, "ANCHOR_BETAS", (0.5,))
+        patched.setattr(runner.settings, "ETAS", (0.5,))
         assert unit.fingerprint() != before[0]
     with monkeypatch.context() as patched:  # what was chosen counts where it is used, and not while it is chosen
-        patched.setattr(runner, "tuned_configs", lambda world: {"EMA anchor": {"beta": 9}})
+        chosen = runner.tuned_configs("sentiment")
+        patched.setattr(runner, "tuned_configs", lambda world: {**chosen, "EMA anchor": {"beta": 9}})
         assert unit.fingerprint() != before[0] and tuning_unit.fingerprint() == before[1]
+        patched.setattr(runner, "tuned_configs", lambda world: {**chosen, "best WARP": {"beta": 9}})
+        assert unit.fingerprint() == before[0]
     assert (unit.fingerprint(), tuning_unit.fingerprint()) == before
     assert unit.fingerprint() != runner.Unit("equal", "sentiment", 1, (0, 4)).fingerprint()
 
 
 def test_rows_are_reported_with_the_commit_that_made_them_and_not_with_todays(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "studies", lambda: {"s": two_line_study})
-    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: seeds))
+    monkeypatch.setattr(runner.Bench, "of", classmethod(lambda cls, world, draw, seeds: Seeds(seeds)))
     claim = Claim("c", "3b", "a is above b", "s", effects.at_one_kl("a", "b"), "above", lines=("a", "b"))
     stamp = runner.provenance()
     commits = iter(["1111111111aa"] * 2 + ["2222222222bb"] * 2)
@@ -457,6 +461,17 @@ def test_the_best_line_is_chosen_on_the_other_seeds_alone():
     assert effect.values == pytest.approx({0: -2.0, 1: -2.0, 2: -1.0}) and effect.level == 4
 
 
+def test_a_study_has_no_setting_that_it_does_not_say_it_uses(world):
+    some = Bench("sentiment", 1, (0,), world)
+    assert some.tuned("best WARP") == tuned("sentiment", "best WARP")
+    some.asks = asked_by(STUDIES["anchors"])
+    assert some.tuned("SFT anchor") == tuned("sentiment", "SFT anchor")
+    with pytest.raises(ValueError, match="uses the setting for 'best WARP', but is marked with EMA anchor, SFT anchor"):
+        some.tuned("best WARP")
+    with pytest.raises(ValueError, match="no setting was chosen for 'x' in the world 'sentiment'"):
+        tuned("sentiment", "x")
+
+
 class ShortBench(Bench):
     """A bench whose runs take two steps of two completions; a study is told that what it may keep is of the last."""
 
@@ -474,7 +489,8 @@ def test_a_study_has_the_lines_that_its_claims_ask_for(study, world, monkeypatch
     for module in (studies, decisive):  # one world for all settings: what is asked is only whether lines are there
         monkeypatch.setattr(module, "reviews_world", lambda **settings: world)
     monkeypatch.setattr(bench, "LIMIT_SAMPLES", 64)
-    short = ShortBench("sentiment", 1, (0,), world.measured_on(world.eval_prompts.given[:8]))
+    short = ShortBench("sentiment", 1, (0,), world.measured_on(world.eval_prompts.given[:8]),
+                       asks=asked_by(runner.studies()[study]))
     rows = runner.studies()[study](short)
     limit = rows if study == "limit" else STUDIES["limit"](short) if study in ("equal", "best") else []
     bounds = [{1: [row for row in limit if row["line"] == line]} for line in ("limit", "best of n")]
@@ -572,7 +588,7 @@ def test_committed_settings_are_the_best_of_those_that_were_tried():
 
 def test_a_setting_at_the_edge_of_what_was_tried_is_named():
     found = load("tuned")
-    for purpose, name, value in (("WARP", "lr", 7.5e-5), ("one long run", "beta", 2.4)):
+    for purpose, name, value in (("WARP", "lr", 3.75e-5), ("one long run", "beta", 2.4)):
         moved = json.loads(json.dumps(found))
         moved["worlds"]["detail"][purpose]["config"][name] = value
         assert f"detail, {purpose}: {name} = {value:g}" in report.at_an_edge(moved)

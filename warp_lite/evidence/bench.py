@@ -21,6 +21,7 @@ from ..rewards.calling import rollout_rewards
 from ..task import World
 from ..training.reinforce import advantages, regularised_rewards, reinforce_loss
 from ..worlds.reviews import reviews_world
+from .tuned import tuned
 
 WORLDS = {"sentiment": "film reviews that should praise", "detail": "film reviews that should go into detail"}
 TUNING_SEEDS = (9000, 9001, 9002)  # on which settings are chosen, never reported
@@ -50,6 +51,7 @@ class Bench:
     seeds: tuple[int, ...]
     world: World
     lines: frozenset[str] | None = None  # the lines that are asked for; None: all
+    asks: tuple[str, ...] | None = None  # the purposes whose settings may be used (tuned.py); None: all
 
     @classmethod
     def of(cls, taste: str, draw: int, seeds: Sequence[int]) -> Bench:
@@ -60,6 +62,17 @@ class Bench:
     def sft(self) -> Weights:
         """θ_sft of this draw, on the CPU."""
         return self.world.sft
+
+    def tuned(self, purpose: str) -> WarpConfig:
+        """The setting that was chosen for a purpose in this world.
+
+        Raises ValueError where none was, or for a purpose that the study does not say it uses: its rows would be kept
+        when that setting changes.
+        """
+        if self.asks is not None and purpose not in self.asks:
+            raise ValueError(f"the study uses the setting for {purpose!r}, but is marked with "
+                             f"{', '.join(self.asks) or 'none'}; add it to its @asks")
+        return tuned(self.taste, purpose)
 
     def train(self, configs: Mapping[str, WarpConfig], **options: object) -> Experiment:
         """`run_experiment` of the settings, by name, for every seed of the bench; `options` are its own.

@@ -24,7 +24,7 @@ from ..worlds.reviews import reviews_world
 from .bench import Bench
 from .effects import KLS, Effect, Rows, compare_values
 from .settings import ANCHORS, ETAS, NOISY, WEAK_ETAS
-from .tuning import tuned
+from .tuned import asks
 
 # parameters of the policy: width and layers of the tiny GPT-2
 SIZES = {"30k": {"width": 32}, "110k": {"width": 64}, "400k": {"width": 128}, "1.6M": {"width": 256}}
@@ -71,14 +71,15 @@ def four_and_merge(bench: Bench, **changes: object) -> list[tuple[dict, Weights]
     return lines
 
 
+@asks("merged, β = 0.01", "batch of 32, β = 0.01")
 def quality(bench: Bench) -> list[dict]:
     """Weak regularisation, β = 0.01, with a poor and with a good reward model: four runs of batches of 8, merged,
     against one of batches of 32. Lines, with `quality`: `lerp`, `batch of 32`, `run`."""
     rows = []
     for name, settings in QUALITIES.items():
         judged = replace(bench, world=reviews_world(seed=bench.draw, taste=bench.taste, progress=False, **settings))
-        experiment = judged.train({"runs": tuned(bench.taste, "merged, β = 0.01"),
-                                   "wide": tuned(bench.taste, "batch of 32, β = 0.01")})
+        experiment = judged.train({"runs": bench.tuned("merged, β = 0.01"),
+                                   "wide": bench.tuned("batch of 32, β = 0.01")})
         lines: list[tuple[dict, Weights]] = []
         for seed, four, wide in zip(bench.seeds, experiment.results["runs"], experiment.results["wide"]):
             policies = four.iterations[0].policies

@@ -22,7 +22,8 @@ from .law import tested_law
 from .noise import PREDICTORS, correlations
 from .runner import provenances, run_units, units_of
 from .settings import EQUAL, KL_MAX
-from .tuning import PARTS, chosen_settings, grids, tuned
+from .tuned import tuned
+from .tuning import PARTS, chosen_settings, grids
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
 

@@ -19,7 +19,8 @@ from ..storage.files import read_json, write_json
 from ..storage.provenance import json_hash, package_versions, provenance, source_hash
 from . import settings
 from .bench import Bench, draw_of
-from .tuning import PARTS, tuned_configs, tuning
+from .tuned import asked_by, tuned_configs
+from .tuning import PARTS, tuning
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,10 @@ class Unit:
 
     def fingerprint(self) -> str:
         """A hash of all that its rows depend on: the code of the study's module and of all that this imports, the
-        versions of packages, the settings, those that were chosen, the world and the seeds."""
+        versions of packages, the settings, those of the chosen ones that it uses, the world and the seeds."""
         study = studies()[self.study]
-        is_tuning = isinstance(study, partial)  # it chooses settings, so it depends on none that were chosen
         shared = {name: repr(value) for name, value in vars(settings).items() if name.isupper()}
-        chosen = {} if is_tuning else tuned_configs(self.world)
+        chosen = {purpose: tuned_configs(self.world).get(purpose) for purpose in asked_by(study)}
         seeds = [] if self.study == "limit" else list(self.seeds)
         lines = [] if self.lines is None else [list(self.lines)]
         return json_hash([self.study, code_of(study), package_versions(), shared, chosen, self.world, self.draw, seeds,
@@ -87,6 +87,7 @@ def run_unit(unit: Unit, folder: Path) -> Path:
     # before it runs: the code may be edited, or another commit checked out, in the meantime
     path, made_by = unit.file(folder), {**provenance(), "code": code_of(study)[:12]}
     bench = Bench.of(unit.world, unit.draw, unit.seeds)
+    bench.asks = asked_by(study)
     if unit.lines is not None:
         bench.lines = frozenset(unit.lines)
     rows = study(bench)

@@ -19,7 +19,6 @@ NOISY = WarpConfig(iterations=1, runs=4, steps=100, batch_size=4, lr=1e-3, beta=
 # Longer runs of batches of 8, on which anchors are compared.
 ANCHORS = WarpConfig(iterations=1, runs=1, steps=240, batch_size=8, lr=1e-3, beta=0.3, mu=0.01, merge="none",
                      eval_every=20)
-ANCHOR_BETAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of either anchor
 # The noise map: batch size × learning rate.
 NOISE_GRID = tuple(NOISY.replace(batch_size=batch, lr=lr) for batch in (2, 4, 8, 16, 32) for lr in (3e-4, 1e-3, 3e-3))
 SHORT = 20  # steps of the two runs whose angle predicts what longer ones gain
@@ -32,13 +31,10 @@ EQUAL = {
     "batch of 16": NOISY.replace(runs=1, steps=200, batch_size=16, merge="none"),
     "batch of 32": NOISY.replace(runs=1, steps=100, batch_size=32, merge="none"),
 }
-EQUAL_LRS, EQUAL_BETAS = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3), (0.075, 0.15, 0.3, 0.6, 1.2, 2.4)
 # Weak regularisation: merged runs of batches of 8 against one run of batches of 32.
 WEAK = NOISY.replace(steps=150, batch_size=8, lr=7e-4, merge="lerp")
 WIDE = WEAK.replace(runs=1, batch_size=32, merge="none")
-WEAK_LRS = (2e-5, 4e-5, 8e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3, 3e-3)
 # The nearest to the limit, at any compute.
-LARGE_BETAS = (0.15, 0.3, 0.6, 1.2)
 LARGE = WarpConfig(iterations=1, runs=4, batch_size=32, steps=200, lr=5e-4, mu=0.01, eta=0.5, eval_every=0)
 
 

@@ -21,7 +21,7 @@ from ..rewards.bradley_terry import BradleyTerry
 from ..worlds.reviews import reviews_world
 from .bench import Bench
 from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH_BETAS, TAX_ETAS, WEAK_ETAS
-from .tuning import tuned
+from .tuned import asks
 
 
 def merging(bench: Bench) -> list[dict]:
@@ -72,6 +72,7 @@ def geometry(init: Weights, policies: list[Weights], seed: int) -> list[dict]:
     return rows
 
 
+@asks("SFT anchor")
 def iterations(bench: Bench) -> list[dict]:
     """Algorithm 1 and each stage left out in turn, M = 4.
 
@@ -85,7 +86,7 @@ def iterations(bench: Bench) -> list[dict]:
 
     two = NOISY.replace(iterations=2)
     configs = {"WARP": NOISY.replace(iterations=3), "LERP": two.replace(merge="lerp"),
-               "without EMA": two.replace(anchor="sft", beta=tuned(bench.taste, "SFT anchor").beta),
+               "without EMA": two.replace(anchor="sft", beta=bench.tuned("SFT anchor").beta),
                "without SLERP": two.replace(runs=1, merge="none"), "without LITI": two.replace(eta=1.0),
                "η = 0.5": two.replace(eta=0.5), "mixed η": two}
     experiment = bench.train(configs, starts={"mixed η": apart})
@@ -104,19 +105,21 @@ def iterations(bench: Bench) -> list[dict]:
                    for (seed, eta, _), row in zip(places, measured)]
 
 
+@asks("EMA anchor", "SFT anchor")
 def anchors(bench: Bench) -> list[dict]:
     """Trajectories of one long run a seed under each anchor.
 
     Lines: `EMA`, `EMA, half μ`, `EMA, double β`, `SFT` (each anchor with the β chosen for it), and `no KL`.
     """
-    best = tuned(bench.taste, "EMA anchor")
+    best = bench.tuned("EMA anchor")
     configs = {"EMA": best, "EMA, half μ": best.replace(mu=best.mu / 2),
                "EMA, double β": best.replace(beta=2 * best.beta), "no KL": ANCHORS.replace(anchor="none")}
-    configs["SFT"] = tuned(bench.taste, "SFT anchor")
+    configs["SFT"] = bench.tuned("SFT anchor")
     experiment = bench.train(configs, trajectory_samples=2, traced=1)
     return [row for name in configs for row in bench.trajectories(experiment, name, name)]
 
 
+@asks(*EQUAL)
 def equal(bench: Bench) -> list[dict]:
     """The same number of completions spent in each way, every one with its own best lr and β.
 
@@ -124,7 +127,7 @@ def equal(bench: Bench) -> list[dict]:
     (its KL is an upper bound) and `limit`; fronts with perplexity at ten points.
     """
     kept: dict[int, list[Weights]] = {}
-    configs = {name: tuned(bench.taste, name) for name in EQUAL}
+    configs = {name: bench.tuned(name) for name in EQUAL}
 
     def keep(name, seed, iteration, run, step, weights):
         if 2 * step >= configs[name].steps:
@@ -206,6 +209,7 @@ def outer(bench: Bench) -> list[dict]:
                          for seed, result in zip(bench.seeds, results)], ETAS)
 
 
+@asks("merged, β = 0", "batch of 32, β = 0", "merged, β = 0.01", "batch of 32, β = 0.01")
 def weak(bench: Bench) -> list[dict]:
     """Weak regularisation at equal samples: four runs of batches of 8, merged, against one of batches of 32.
 
@@ -213,8 +217,8 @@ def weak(bench: Bench) -> list[dict]:
     """
     configs = {}
     for beta in (0.0, 0.01):
-        configs[beta, "runs"] = tuned(bench.taste, f"merged, β = {beta:g}")
-        configs[beta, "wide"] = tuned(bench.taste, f"batch of 32, β = {beta:g}")
+        configs[beta, "runs"] = bench.tuned(f"merged, β = {beta:g}")
+        configs[beta, "wide"] = bench.tuned(f"batch of 32, β = {beta:g}")
     experiment = bench.train(configs)
     lines = []
     for (beta, kind), results in experiment.results.items():
@@ -230,6 +234,7 @@ def weak(bench: Bench) -> list[dict]:
     return bench.fronts(lines, WEAK_ETAS)
 
 
+@asks("best WARP")
 def best(bench: Bench) -> list[dict]:
     """The WARP that comes nearest to the limit, at any compute.
 
@@ -237,7 +242,7 @@ def best(bench: Bench) -> list[dict]:
     the merge. Each point is measured with four completions a prompt: the noise of points that are compared with
     a fixed share would lift their upper envelope.
     """
-    experiment = bench.train({"best": tuned(bench.taste, "best WARP")})
+    experiment = bench.train({"best": bench.tuned("best WARP")})
     points = bench.fronts([({"line": "best WARP", "seed": seed, "iteration": i}, found.merged)
                            for seed, result in zip(bench.seeds, experiment.results["best"])
                            for i, found in enumerate(result.iterations, 1)], (*TAX_ETAS, *PAST_ETAS), samples=4)

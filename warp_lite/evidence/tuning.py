@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from ..config import WarpConfig
-from ..storage.files import read_json
 from .bench import TUNING_SEEDS, Bench, draw_of
-from .settings import (
-    ANCHOR_BETAS,
-    ANCHORS,
-    EQUAL,
-    EQUAL_BETAS,
-    EQUAL_LRS,
-    ETAS,
-    LARGE,
-    LARGE_BETAS,
-    WEAK,
-    WEAK_ETAS,
-    WEAK_LRS,
-    WIDE,
-    area,
-)
+from .settings import ANCHORS, EQUAL, ETAS, LARGE, WEAK, WEAK_ETAS, WIDE, area
 
-EVIDENCE = Path(__file__).parent
-TUNED = EVIDENCE / "tuned.json"
+# What is tried. A choice at the edge of it is named (report.py).
+ANCHOR_BETAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of either anchor
+EQUAL_LRS, EQUAL_BETAS = (3.75e-5, 7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3), (0.075, 0.15, 0.3, 0.6, 1.2, 2.4)
+WEAK_LRS = (2e-5, 4e-5, 8e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3, 3e-3)
+LARGE_BETAS = (0.15, 0.3, 0.6, 1.2)
 PARTS = ("anchors", "equal", "weak", "best")  # each a study of its own
 WEAK_PURPOSES = [f"{name}, β = {beta:g}" for beta in (0.0, 0.01) for name in ("merged", "batch of 32")]
 
@@ -107,23 +93,3 @@ def chosen_settings(rows: list[dict]) -> dict[str, dict]:
                           "draws": [draw_of(seed) for seed in TUNING_SEEDS],
                           "scores": {n: None if None in s else round(float(np.mean(s)), 4) for n, s in scores.items()}}
     return found
-
-
-@lru_cache(maxsize=1)
-def _tuned() -> dict:
-    if not TUNED.is_file():
-        raise ValueError(f"{TUNED} is missing; make it with `warp-lite claims --tune --out DIR`")
-    return read_json(TUNED)
-
-
-def tuned_configs(world: str) -> dict[str, dict]:
-    """The settings that were chosen for a world, by purpose, without their scores."""
-    return {purpose: found["config"] for purpose, found in _tuned()["worlds"].get(world, {}).items()}
-
-
-def tuned(world: str, purpose: str) -> WarpConfig:
-    """The setting that was chosen for a purpose. Raises ValueError where none was."""
-    found = _tuned()["worlds"].get(world, {})
-    if purpose not in found:
-        raise ValueError(f"no setting was chosen for {purpose!r} in the world {world!r}; run `warp-lite claims --tune`")
-    return WarpConfig(**found[purpose]["config"])

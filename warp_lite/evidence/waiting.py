@@ -18,13 +18,14 @@ from ..averaging.state_dicts import Weights
 from .bench import Bench
 from .effects import Effect, Rows
 from .settings import ETAS, area
-from .tuning import tuned
+from .tuned import asks
 
 STEPS = 200
 WORKERS, BATCHES = (4, 8), (4, 2)  # how many, and of how many completions a step each
 MERGED, SHARED = "merged", "shared batch"
 
 
+@asks("one iteration", "batch of 16", "batch of 32")
 def waiting(bench: Bench) -> list[dict]:
     """Workers merged at the end, and one run of their batches together, at every 50 steps up to 200.
 
@@ -32,11 +33,11 @@ def waiting(bench: Bench) -> list[dict]:
     chosen for take the learning rate of twice the batch, divided by √2. Lines, with `steps`: `merged`, with `workers`
     and `batch` of each, and `shared batch`, with `completions` a step.
     """
-    merged, shared = tuned(bench.taste, "one iteration"), tuned(bench.taste, "batch of 16")
+    merged, shared = bench.tuned("one iteration"), bench.tuned("batch of 16")
     configs = {(MERGED, 4): merged.replace(runs=max(WORKERS)),
                (MERGED, 2): merged.replace(runs=max(WORKERS), batch_size=2, lr=merged.lr / sqrt(2)),
                (SHARED, 8): shared.replace(batch_size=8, lr=shared.lr / sqrt(2)),
-               (SHARED, 16): shared, (SHARED, 32): tuned(bench.taste, "batch of 32")}
+               (SHARED, 16): shared, (SHARED, 32): bench.tuned("batch of 32")}
     kept: dict[tuple, dict[int, Weights]] = {}
 
     def keep(name, seed, iteration, run, step, weights):

@@ -63,7 +63,7 @@ class Forward(Protocol):
 
     def hidden(self, prepared: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None,
                keep: int = 0) -> Tensor:
-        """The first half of a call, from position `keep` on: the hidden states (E, B, Q − keep, C) that `head` takes."""
+        """The first half of a call: the hidden states (E, B, Q − keep, C) that `head` takes, from `keep` on."""
 
     def head(self, prepared: Any, x: Tensor) -> Tensor:
         """The second half: logits (E, N, V) of hidden states (E, N, C), for whom all at once are too many."""
