@@ -186,3 +186,7 @@ def test_no_more_runs_train_together_than_fit_in_memory(policy, monkeypatch):
     for free, count in ((0, 1), (3.1 * one, 2), (10**15, 128)):
         monkeypatch.setattr("warp_lite.experiment.free_memory", lambda device, free=free: free)
         assert policies_that_fit(task, CONFIG) == count
+    size = sum(tensor.nbytes for tensor in task.sft.values())
+    for at_once, count in ((5 * size, 5), (size - 1, 1)):  # what large policies would gain together is memory alone
+        monkeypatch.setattr("warp_lite.experiment.WEIGHTS_AT_ONCE", at_once)
+        assert policies_that_fit(task, CONFIG) == count

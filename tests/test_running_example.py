@@ -1,6 +1,7 @@
 """The running example: trained once, found again, measured closely; and what the notebooks' figures share."""
 
 import dataclasses
+import weakref
 
 import matplotlib
 import numpy as np
@@ -79,6 +80,27 @@ def test_other_weights_are_measured_anew(small, monkeypatch):
     assert example.measure([one]) != example.measure([other])
     assert example.measure([one, other])[1] == example.measure([other])[0]
     assert example.measure([one], texts=True)[0].perplexity > 1 and example.measure([one])[0].perplexity is None
+
+
+def test_no_more_weights_are_held_than_are_measured_together(small, monkeypatch):
+    example, alive = small(monkeypatch), []
+    merged = example.results[0].iterations[0].merged
+
+    def made(etas):
+        for eta in etas:
+            state = liti(example.sft, merged, eta)
+            alive.append(weakref.ref(next(iter(state.values()))))
+            assert sum(ref() is not None for ref in alive) <= 2  # the one that is made, and the one before it
+            yield state
+            del state
+
+    whole = example.measure([liti(example.sft, merged, eta) for eta in (0.2, 0.4, 0.6, 0.8)])
+    monkeypatch.setattr("warp_lite.result.WEIGHTS_AT_ONCE", 1)
+    for _ in range(2):  # measured, and read
+        found = example.measure(made((0.2, 0.4, 0.6, 0.8)))
+        assert [metrics.kl for metrics in found] == pytest.approx([metrics.kl for metrics in whole], abs=1e-6)
+    assert [metrics.reward for metrics in example.results[0].measure(made((0.2, 0.8)), samples=2)] == pytest.approx(
+        [whole[0].reward, whole[3].reward], abs=1e-5)
 
 
 def test_only_traced_runs_have_a_path_and_it_begins_where_the_run_began(small, monkeypatch):

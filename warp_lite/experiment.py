@@ -15,10 +15,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .averaging.slerp import lerp
-from .averaging.state_dicts import Weights, stack
+from .averaging.state_dicts import Weights, bytes_of, stack
 from .config import WarpConfig, check_count
 from .evaluation.metrics import PolicyMetrics, evaluate_many
-from .result import ETAS, Iteration, WarpResult
+from .result import ETAS, WEIGHTS_AT_ONCE, Iteration, WarpResult
 from .rewards.calling import RewardFunc
 from .storage.provenance import source_hash
 from .task import Task, check_rewards
@@ -29,7 +29,7 @@ from .training.memory import MEMORY_SHARE, free_memory, training_memory
 from .training.run import OnStep, Run
 from .warp import finish_iteration
 
-POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
+POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU, nor are more than WEIGHTS_AT_ONCE bytes of them
 
 
 @dataclass
@@ -216,10 +216,17 @@ def _groups(shared: list[_SharedRun], task: Task) -> list[list[_SharedRun]]:
 
 
 def policies_that_fit(task: Task, config: WarpConfig) -> int:
-    """How many runs train as one program, by the memory that is free on the policy's device; one at least."""
-    of_one = training_memory(task.policy, 1, config.batch_size, task.prompts.ids.shape[-1],
-                             config.max_new_tokens).total
-    return max(1, min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(task.policy.device) / of_one)))
+    """How many runs train as one program, by the memory that is free on the policy's device; one at least.
+
+    On a CPU a step of a large policy is products of large matrices, which take as long for two policies one after the
+    other as together.
+    """
+    device, of_one = task.policy.device, training_memory(
+        task.policy, 1, config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens).total
+    fit = min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(device) / of_one))
+    if device.type == "cpu":
+        fit = min(fit, WEIGHTS_AT_ONCE // bytes_of(task.sft))
+    return max(1, fit)
 
 
 def _mean(inits: list[Weights]) -> Weights:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .averaging.liti import liti
-from .averaging.state_dicts import Weights, load_weights, stack
+from .averaging.state_dicts import Weights, bytes_of, load_weights, stack
 from .config import LoraSettings, WarpConfig
 from .evaluation.metrics import PolicyMetrics, evaluate_many, policies_at_once, sample_completions
 from .policies.loading import save_policy
@@ -26,6 +26,13 @@ from .training.run_folder import RunFolder, run_settings, write_iteration, write
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts
 WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are stacked to be measured together
+
+
+def stacked_together(task: Task, samples: int) -> int:
+    """How many policies of a task are stacked to be measured, `samples` completions a held-out prompt: full batches
+    where they are small, else as many as are no more than WEIGHTS_AT_ONCE; one at least."""
+    at_once, count = policies_at_once(samples * len(task.eval_prompts)), max(1, WEIGHTS_AT_ONCE // bytes_of(task.sft))
+    return count - count % at_once if count > at_once else count
 
 
 @dataclass
@@ -120,10 +127,7 @@ class WarpResult:
         """
         task, metrics, states = self.task if prompts is None else self.task.measured_on(prompts), [], iter(states)
         samples = samples or max(1, math.ceil(EVALUATION_SAMPLES / len(task.eval_prompts)))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.sft.values())
-        together = policies_at_once(samples * len(task.eval_prompts))
-        together *= max(1, WEIGHTS_AT_ONCE // (size * together))
-        while batch := list(islice(states, together)):
+        while batch := list(islice(states, stacked_together(task, samples))):
             metrics += evaluate_many(task, stack(batch), samples=samples, seed=seed, texts=texts)
         return metrics
 

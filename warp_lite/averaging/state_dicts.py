@@ -186,6 +186,11 @@ def load_weights(model: Module, state: Weights) -> Module:
     return model
 
 
+def bytes_of(weights: Weights) -> int:
+    """How many bytes weights take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
 def copy_weights(weights: Weights) -> Weights:
     """The same weights in memory of their own, on the CPU."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..config import WarpConfig
 from ..evaluation.limit import BETAS, limit_rewards, optimal_front
 from ..evaluation.metrics import PolicyMetrics
 from ..experiment import Experiment, run_experiment
-from ..result import WarpResult
+from ..result import WarpResult, stacked_together
 from ..storage.files import read_json, write_bytes
 from ..storage.provenance import json_hash, package_versions, source_hash, writable_cache
 from ..storage.tensors import weights_hash
@@ -92,15 +93,19 @@ class RunningExample:
     def measure(self, states: Iterable[Weights], samples: int = 2, texts: bool = False) -> list[PolicyMetrics]:
         """Metrics of any weights on the held-out prompts, `samples` completions each, measured once and kept.
 
+        Large weights are better made one by one, by a generator: only those that are measured together are held.
         `texts`: with the perplexity of held-out texts. Raises ValueError where what is kept cannot be read.
         """
-        states = list(states)
-        key = json_hash([self._about, samples, texts, [weights_hash(dict(sorted(state.items()))) for state in states]])
-        path = self.folder / f"measured-{key[:16]}.json"
-        if not path.is_file():
-            measured = WarpResult(self.task, self.config).measure(states, samples=samples, texts=texts)
-            write_bytes(path, json.dumps([dataclasses.asdict(metrics) for metrics in measured]).encode())  # NaN too
-        return [PolicyMetrics(**values) for values in read_json(path)]
+        found, states = [], iter(states)
+        while batch := list(islice(states, stacked_together(self.task, samples))):  # large ones are made as they come
+            hashes = [weights_hash(dict(sorted(state.items()))) for state in batch]
+            key = json_hash([self._about, samples, texts, hashes])
+            path = self.folder / f"measured-{key[:16]}.json"
+            if not path.is_file():
+                measured = WarpResult(self.task, self.config).measure(batch, samples=samples, texts=texts)
+                write_bytes(path, json.dumps([dataclasses.asdict(metrics) for metrics in measured]).encode())  # NaN too
+            found += [PolicyMetrics(**values) for values in read_json(path)]
+        return found
 
     def sweep(self, make: Callable[[WarpResult, float], Weights], values: Sequence[float],
               texts: bool = False) -> list[dict]:

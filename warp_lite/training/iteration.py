@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..averaging.state_dicts import Weights, stack
+from ..averaging.state_dicts import Weights, bytes_of, stack
 from ..config import WarpConfig
 from ..evaluation.metrics import evaluate_many
 from ..policies.sampling import Policies, Rollout
@@ -70,7 +70,7 @@ class Stage1:
         steps_taken = sum(run.state.step for run in waiting if run.state)
         with tqdm(total=len(waiting) * config.steps, initial=steps_taken, desc=f"iteration {iteration}", unit="step",
                   disable=None if self.progress and waiting else True, leave=False) as bar:
-            clock = SaveClock(config.save_every, at_once * 4 * sum(tensor.nbytes for tensor in self.task.sft.values()))
+            clock = SaveClock(config.save_every, at_once * 4 * bytes_of(self.task.sft))
             watch = _Watch(self, bar, clock, trajectory)
             for start in range(0, len(waiting), at_once):
                 states, failed = self._train_group(waiting[start:start + at_once], watch)

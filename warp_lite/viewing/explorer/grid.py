@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ...averaging.liti import liti
 from ...averaging.merging import merge
-from ...averaging.state_dicts import Weights
+from ...averaging.state_dicts import Weights, bytes_of
 from ...evaluation.limit import optimal_front, reference_rewards
 from ...evaluation.metrics import sample_completions
 from ...policies.prompts import Prompts
@@ -57,8 +57,7 @@ def build_grid(result: WarpResult, fast: bool = False, prompts: int = 4, limit: 
     keys = _keys(result, lambdas)
     places = [(key, eta) for key in keys for eta in etas[1:]]
     per_prompt = max(1, math.ceil(samples / len(result.task.eval_prompts)))
-    sized = sum(tensor.numel() * tensor.element_size() for tensor in result.sft.values())
-    at_once = max(1, min(64, BYTES_AT_ONCE // sized))
+    at_once = max(1, min(64, BYTES_AT_ONCE // bytes_of(result.sft)))
     with tqdm(total=len(places) + 1, desc="explorer", unit="point", disable=None if progress else True,
               leave=False) as bar:
         (start,) = measure_points(result, [result.sft], [0.0], shown, per_prompt)
