@@ -15,7 +15,7 @@ from warp_lite.policies.forward import make_forward
 from warp_lite.policies.module_forward import ModuleForward
 from warp_lite.policies.prompts import Prompts, encode_prompts, room_for_prompts
 from warp_lite.policies.randomness import token_uniforms
-from warp_lite.policies.sampling import Policies, Rollout, completion_ids, completions_text
+from warp_lite.policies.sampling import Policies, Rollout, completion_ids, completions_text, inverted
 
 RAGGED = ["this film", "that plot was great and i loved it but", "i", "this film was dull ."]
 LONGEST = 8  # tokens of a completion
@@ -372,3 +372,23 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(name, folder):
         load_policy(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("words", [18, 4096, 4097, 9000, 20 * 256])
+def test_the_token_is_where_the_running_sum_passes_the_number_and_has_a_probability(words, dtype):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(2, 50, words, generator=generator, dtype=dtype).mul(4).softmax(-1)
+    p[:, ::2] *= torch.rand(2, 25, words, generator=generator) < 0.01  # most words have none, whole blocks of them
+    p[..., 5] += 1e-9
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    u = torch.rand(2, 50, 1, generator=generator, dtype=dtype)
+    for given in (u, 0 * u, torch.full_like(u, below_one)):
+        token = inverted(p, given)
+        assert token.shape == given.shape and (p.gather(-1, token) > 0).all()
+        cdf = p.double().cumsum(-1)
+        share = cdf.gather(-1, token) / cdf[..., -1:]
+        before = share - p.double().gather(-1, token) / cdf[..., -1:]
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        assert (before <= given + tolerance).all() and (given <= share + tolerance).all()
+    assert (inverted(p, 0 * u) == (p > 0).byte().argmax(-1, keepdim=True)).all()  # the first that has one

@@ -19,6 +19,7 @@ from .prompts import Prompts, pad_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+WORDS, BLOCK = 4096, 256  # of a vocabulary up to which one running sum is as fast; tokens of a block of a larger one
 DROP_AT, DROP_FROM = 0.75, 64  # completions that ended are dropped from this share on, in batches of at least so many
 
 
@@ -136,9 +137,7 @@ class Policies:
             seen = None if mask is None else mask[..., :P + t]
             logits = self.forward(self.prepared, tokens, seen, cache, keep=tokens.shape[-1] - 1)[:, :, 0]
             p = softmax(logits, temperature)                                                 # (E, rows, V)
-            cdf = p.cumsum(-1)
-            point = u[t] * cdf[..., -1:]
-            tokens = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)  # (E, rows, 1)
+            tokens = inverted(p, u[t])                                                       # (E, rows, 1)
             if rows is None:
                 ids[t], chosen[t] = tokens, p.gather(-1, tokens)
             else:
@@ -183,6 +182,26 @@ class Policies:
         logp = [checkpoint(of_chunk, x, ids, use_reentrant=False, preserve_rng_state=False) for x, ids in zip(
             hidden.flatten(1, 2).split(chunk, 1), rollout.ids.flatten(1, 2).split(chunk, 1))]       # (E, chunk) each
         return torch.cat(logp, 1).view(rollout.ids.shape) * rollout.mask
+
+
+def inverted(p: Tensor, u: Tensor) -> Tensor:
+    """The token (…, 1) at which the running sum of probabilities p (…, V) passes the share u (…, 1), in [0, 1), of
+    their total: one that has a probability.
+
+    Of many words the sums of blocks come first, and then the running sum of one block alone.
+    """
+    V = p.shape[-1]
+    if V <= WORDS:
+        cdf = p.cumsum(-1)
+        return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp_(max=V - 1)
+    blocks = F.pad(p, (0, -V % BLOCK)).unflatten(-1, (-1, BLOCK))                            # (…, V / BLOCK, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1)
+    point = u * ends[..., -1:]
+    block = torch.searchsorted(ends, point, right=True).clamp_(max=ends.shape[-1] - 1)
+    point -= torch.where(block > 0, ends.gather(-1, (block - 1).clamp_(min=0)), 0)
+    cdf = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, BLOCK))[..., 0, :].cumsum(-1)
+    last = cdf[..., -1:]  # rounded otherwise than the sum of the block
+    return block * BLOCK + torch.searchsorted(cdf, torch.minimum(point, torch.nextafter(last, 0 * last)), right=True)
 
 
 def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Rollout:
