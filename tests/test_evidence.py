@@ -601,6 +601,22 @@ def test_the_readme_says_what_the_committed_evidence_says(committed):
     assert report.headlines(committed) in text and report.summary(committed) in text
 
 
+def test_more_draws_leave_fewer_unclear_and_as_many_as_there_are_leave_as_many(committed):
+    share = [report.unclear_with(committed, draws) for draws in (16, 32, 64, 10**9)]
+    assert share == sorted(share, reverse=True) and share[-1] < 0.02
+    assert share[0] == committed["chance"]["unclear"] / committed["chance"]["verdicts"]
+    one = {"claims": [{**claim, "draws": 1, "ci_low": None, "ci_high": None, "verdict": "unclear"}
+                      for claim in committed["claims"][:3]]}
+    assert report.unclear_with(one, 64) == 1
+    values = np.random.default_rng(0).normal(size=9)  # four times as many of one mean and one spread
+    spread = values.std(ddof=1)
+    many = values.mean() + spread * np.sqrt(35 / 36) * np.repeat([1, -1], 18)
+    assert many.std(ddof=1) == pytest.approx(spread)
+    found, expected = t_interval(values).with_groups(36), t_interval(many)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert math.isnan(t_interval([1.0]).with_groups(9).low) and math.isnan(found.with_groups(1).low)
+
+
 def test_evidence_that_is_not_there_is_named():
     names = "bands, claims, coverage, decisive, four_draws, noise, predictions, smollm2, tuned"
     with pytest.raises(ValueError, match=f"there is no evidence 'nonsense'; there is {names}"):

@@ -35,6 +35,15 @@ class Interval:
         """
         return verdict(self.low, self.high, rule, null, margin, worth)
 
+    def with_groups(self, groups: int) -> Interval:
+        """The interval that so many groups would have, a value each, with the mean and the spread of these; (nan, nan)
+        of fewer than two."""
+        if min(groups, self.groups) < 2:
+            return Interval(self.mean, math.nan, math.nan, groups, groups)
+        now, then = (stdtrit(n - 1, (1 + LEVEL) / 2) / math.sqrt(n) for n in (self.groups, groups))
+        half = (self.high - self.low) / 2 * then / now
+        return Interval(self.mean, self.mean - half, self.mean + half, groups, groups)
+
     def p_value(self, null: float = 0.0) -> float:
         """The two-sided p-value of Student's t test that the mean is `null`; nan with fewer than two groups."""
         if self.groups < 2:

@@ -11,7 +11,7 @@ from scipy.stats import false_discovery_control
 
 from ..config import WarpConfig
 from ..evaluation.front import reward_at_kl
-from ..evaluation.statistics import VERDICTS, t_interval
+from ..evaluation.statistics import VERDICTS, Interval, t_interval
 from ..storage.files import whole, write_bytes, write_json
 from .bands import write_bands
 from .bench import TUNING_SEEDS, WORLDS, draw_of
@@ -26,6 +26,7 @@ from .tuned import tuned
 from .tuning import PARTS, chosen_settings, grids
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
+MORE_DRAWS = (32, 64)  # for which the report says what they would bring
 
 
 def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds: Sequence[int],
@@ -312,7 +313,8 @@ def table(found: dict) -> str:
 
 
 def summary(found: dict) -> str:
-    """How many verdicts are of each kind and how far they can be trusted, in three sentences."""
+    """How many verdicts are of each kind, how far they can be trusted, and what more draws would bring, in four
+    sentences."""
     counts, halves = found["chance"], found["stability"]
     return (f"Of {counts['verdicts']} verdicts {counts['holds']} hold, {counts['fails']} fail, "
             f"{counts['no difference']} say that there is no difference worth having, and {counts['unclear']} are "
@@ -320,7 +322,24 @@ def summary(found: dict) -> str:
             f"chance; where at most one in twenty of the clear ones is to be false (Benjamini and Hochberg), "
             f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear. Decided on each half "
             f"of the draws alone, {halves['same']} verdicts are the same on both, {halves['moved']} differ, and "
-            f"{halves['turned'] or 'none'} of these turn round, from holds to fails.")
+            f"{halves['turned'] or 'none'} of these turn round, from holds to fails. Were effects and their spread "
+            "between draws to stay as they are, "
+            + " and ".join(f"{draws} draws would leave {100 * unclear_with(found, draws):.0f} % unclear"
+                           for draws in MORE_DRAWS) + ".")
+
+
+def unclear_with(found: dict, draws: int) -> float:
+    """The share of the verdicts that would be unclear with so many draws, a seed each, if every effect and its spread
+    between draws stayed as they are."""
+    unclear = 0
+    for claim in found["claims"]:
+        if claim["effect"] is None or claim["draws"] < 2:  # no spread to go by
+            unclear += claim["verdict"] == "unclear"
+            continue
+        interval = Interval(claim["effect"], claim["ci_low"], claim["ci_high"], claim["seeds"], claim["draws"])
+        rule = (claim[name] for name in ("rule", "null", "margin", "worth"))
+        unclear += interval.with_groups(draws).verdict(*rule) == "unclear"
+    return unclear / len(found["claims"])
 
 
 def lies_as_predicted(claim: dict) -> bool:
