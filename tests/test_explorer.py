@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
-from warp_lite.viewing.explorer.grid import View, changed_words, line_at, merged_weights, point_at, shown_kl
+from warp_lite.viewing.explorer.grid import (
+    View,
+    build_grid,
+    changed_words,
+    completions_of,
+    line_at,
+    merged_weights,
+    point_at,
+    shown_kl,
+)
 from warp_lite.viewing.explorer.picture import draw_picture
 from warp_lite.viewing.labels import struck_labels
 
@@ -309,3 +318,14 @@ def test_nothing_strikes_a_name_through_wherever_the_point_is(explorer):
             names = [text.get_text() for text in figure.axes[0].texts]
             assert {"iteration 1", "iteration 2"} <= set(names) and len(names) == 4
             assert struck_labels(figure) == [], (reward, eta)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_completions_of_a_grid_are_counted_before_it_is_measured(result, fast, monkeypatch):
+    counted = []
+    original = type(result).measure
+    monkeypatch.setattr(type(result), "measure", lambda self, states, samples, texts: (
+        counted.append(len(states) * samples * len(self.task.eval_prompts)),
+        original(self, states, samples=1, texts=texts))[1])
+    build_grid(result, fast=fast, limit=[], progress=False)
+    assert completions_of(result, fast) == sum(counted)

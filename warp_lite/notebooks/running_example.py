@@ -28,7 +28,7 @@ from ..storage.provenance import json_hash, package_versions, source_hash, writa
 from ..storage.tensors import weights_hash
 from ..task import Task
 from ..training.kept_runs import reward_key
-from ..viewing.explorer.grid import build_grid
+from ..viewing.explorer.grid import build_grid, completions_of
 from . import plans
 from .start import Lab
 
@@ -157,6 +157,7 @@ class RunningExample:
                          self.samples])
         path = self.folder / f"grid-{key[:16]}.json"
         if not path.is_file():
+            plans.announce(self.task.policy, self.config, completions=completions_of(self.typical, fast=True))
             grid = build_grid(self.typical, fast=True, limit=self.limit, progress=False)
             write_bytes(path, json.dumps(grid).encode())
         return read_json(path)

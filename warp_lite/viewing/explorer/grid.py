@@ -80,6 +80,13 @@ def build_grid(result: WarpResult, fast: bool = False, prompts: int = 4, limit: 
             "trajectories": [dict(row) for row in result.trajectories], "limit": [dict(p) for p in limit]}
 
 
+def completions_of(result: WarpResult, fast: bool = False) -> int:
+    """How many completions `build_grid` measures, that of the limit left out."""
+    etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
+    prompts = len(result.task.eval_prompts)
+    return (1 + len(_keys(result, lambdas)) * (len(etas) - 1)) * prompts * max(1, math.ceil(samples / prompts))
+
+
 def _keys(result, lambdas) -> list[tuple[int, int, float | None]]:
     """(iteration, merged runs, λ or None) of every line. All numbers of runs up to 5, then every doubling."""
     total = min(len(iteration.policies) for iteration in result.iterations)
