@@ -392,3 +392,5 @@ def test_the_token_is_where_the_running_sum_passes_the_number_and_has_a_probabil
         tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         assert (before <= given + tolerance).all() and (given <= share + tolerance).all()
     assert (inverted(p, 0 * u) == (p > 0).byte().argmax(-1, keepdim=True)).all()  # the first that has one
+    p[0] = torch.nan  # is told of where the loss is not finite
+    assert (inverted(p, u) < words).all()

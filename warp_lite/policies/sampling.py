@@ -201,7 +201,8 @@ def inverted(p: Tensor, u: Tensor) -> Tensor:
     point -= torch.where(block > 0, ends.gather(-1, (block - 1).clamp_(min=0)), 0)
     cdf = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, BLOCK))[..., 0, :].cumsum(-1)
     last = cdf[..., -1:]  # rounded otherwise than the sum of the block
-    return block * BLOCK + torch.searchsorted(cdf, torch.minimum(point, torch.nextafter(last, 0 * last)), right=True)
+    inside = torch.searchsorted(cdf, torch.minimum(point, torch.nextafter(last, 0 * last)), right=True)
+    return (block * BLOCK + inside).clamp_(max=V - 1)  # NaN, which is told of where its loss is
 
 
 def join_rollouts(prompts: Prompts, fill: int, parts: Sequence[Rollout]) -> Rollout:
