@@ -209,6 +209,23 @@ def test_nothing_strikes_a_name_on_the_map_of_weights():
         assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in map(Text.get_window_extent, names))
 
 
+def test_the_map_of_weights_of_a_real_models_short_runs_has_lines_of_kl_below_a_nat():
+    torch.manual_seed(0)
+    init, one, two = ({"w": torch.randn(8)} for _ in range(3))
+    plane, marks = draw_warp.Plane(init, one, two), {"a single run": (one, "0.5"), "the merge": (two, "b")}
+    xs = ys = np.linspace(-0.25, 1.35, 3)
+
+    def named(points):
+        figure = draw_warp.landscape(plane, xs, ys, points, marks, "units", "")
+        return [text.get_text() for text in figure.axes[0].texts if text.get_text().endswith(" nats")]
+
+    assert named([{"reward": x, "kl": 0.1 * (x**2 + y**2)} for y in ys for x in xs]) == ["0.091 nats", "0.18 nats"]
+    touching = [{"reward": x, "kl": 2.0 if x == y == xs[1] else 1.0} for y in ys for x in xs]
+    touching[0]["kl"] = 0.9999999
+    assert named(touching)[-1:] != []  # and a ring without points is none
+
+
+
 EVIDENCE = load("claims")
 CLAIMS = draw_evidence.by_name(EVIDENCE)
 

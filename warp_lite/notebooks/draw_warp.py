@@ -16,6 +16,8 @@ from ..evaluation.statistics import Interval, t_interval
 from ..viewing.plots import COLOURS, KL_LABEL, column, iteration_colour
 from . import figures
 
+KL_LINES = (1, 2, 4, 8)  # nats, of a map of weights
+
 
 class Plane:
     """The plane through θ_init and two policies, in weights: the first policy lies at (1, 0), lengths are shares of its
@@ -55,13 +57,14 @@ def landscape(plane: Plane, xs: Sequence[float], ys: Sequence[float], points: Se
     figure, axes = plt.subplots(figsize=(8.2, 5.6), layout="constrained")
     shades = axes.contourf(xs, ys, column(points, "reward").reshape(shape), levels=10, cmap="Greens", alpha=0.7)
     figure.colorbar(shades, label=f"reward ({unit})")
-    lines = axes.contour(xs, ys, column(points, "kl").reshape(shape), levels=(1, 2, 4, 8), colors="0.35",
-                         linestyles=":", linewidths=0.9)
+    kls = column(points, "kl")
+    levels = [kl for kl in KL_LINES if kls.min() < kl < kls.max()] or [kls.max() / 4, kls.max() / 2]  # of short runs
+    lines = axes.contour(xs, ys, kls.reshape(shape), levels=levels, colors="0.35", linestyles=":", linewidths=0.9)
     ends, places = {}, {name: plane.place(theta) for name, (theta, _) in marks.items()}
     for kl, ring in zip(lines.levels, lines.allsegs):
-        if ring:
-            x, y = clearest(max(ring, key=len), [(0.0, 0.0), *places.values()], axes)
-            figures.label_end(axes, [x], [y], f"{kl:g} nats", "0.35").set_fontsize(7)
+        if longest := max(map(len, ring), default=0):  # a level that only touches the plane has rings of no points
+            x, y = clearest(next(line for line in ring if len(line) == longest), [(0.0, 0.0), *places.values()], axes)
+            figures.label_end(axes, [x], [y], f"{kl:.2g} nats", "0.35").set_fontsize(7)
     for name, (_, colour) in marks.items():
         x, y = places[name]
         axes.plot([0, x], [0, y], color=colour)
