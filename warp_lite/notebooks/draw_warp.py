@@ -62,8 +62,9 @@ def landscape(plane: Plane, xs: Sequence[float], ys: Sequence[float], points: Se
     lines = axes.contour(xs, ys, kls.reshape(shape), levels=levels, colors="0.35", linestyles=":", linewidths=0.9)
     ends, places = {}, {name: plane.place(theta) for name, (theta, _) in marks.items()}
     for kl, ring in zip(lines.levels, lines.allsegs):
-        if longest := max(map(len, ring), default=0):  # a level that only touches the plane has rings of no points
-            x, y = clearest(next(line for line in ring if len(line) == longest), [(0.0, 0.0), *places.values()], axes)
+        longest = max(ring, key=len, default=())
+        if len(longest):  # matplotlib has rings without points, too
+            x, y = clearest(longest, [(0.0, 0.0), *places.values()], axes)
             figures.label_end(axes, [x], [y], f"{kl:.2g} nats", "0.35").set_fontsize(7)
     for name, (_, colour) in marks.items():
         x, y = places[name]

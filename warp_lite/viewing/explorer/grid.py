@@ -52,11 +52,9 @@ def build_grid(result: WarpResult, fast: bool = False, prompts: int = 4, limit: 
     """
     if not result.iterations:
         raise ValueError("the result has no iterations to explore; run_warp returns one that has")
-    etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
+    etas, lambdas, keys, per_prompt = _extent(result, fast)
     shown = result.task.first(prompts).eval_prompts
-    keys = _keys(result, lambdas)
     places = [(key, eta) for key in keys for eta in etas[1:]]
-    per_prompt = max(1, math.ceil(samples / len(result.task.eval_prompts)))
     at_once = max(1, min(64, BYTES_AT_ONCE // bytes_of(result.sft)))
     with tqdm(total=len(places) + 1, desc="explorer", unit="point", disable=None if progress else True,
               leave=False) as bar:
@@ -82,9 +80,14 @@ def build_grid(result: WarpResult, fast: bool = False, prompts: int = 4, limit: 
 
 def completions_of(result: WarpResult, fast: bool = False) -> int:
     """How many completions `build_grid` measures, that of the limit left out."""
+    etas, _, keys, per_prompt = _extent(result, fast)
+    return (1 + len(keys) * (len(etas) - 1)) * len(result.task.eval_prompts) * per_prompt
+
+
+def _extent(result, fast):
+    """η, λ, the keys of the lines, and completions a held-out prompt of a grid."""
     etas, lambdas, samples = (FAST_ETAS, FAST_LAMBDAS, FAST_SAMPLES) if fast else (ETAS, LAMBDAS, SAMPLES)
-    prompts = len(result.task.eval_prompts)
-    return (1 + len(_keys(result, lambdas)) * (len(etas) - 1)) * prompts * max(1, math.ceil(samples / prompts))
+    return etas, lambdas, _keys(result, lambdas), max(1, math.ceil(samples / len(result.task.eval_prompts)))
 
 
 def _keys(result, lambdas) -> list[tuple[int, int, float | None]]:
