@@ -16,7 +16,7 @@ from warp_lite import _HOME_OF
 from warp_lite import __all__ as public
 from warp_lite.evaluation.statistics import VERDICTS
 from warp_lite.evidence import load
-from warp_lite.evidence.report import lies_as_predicted, summary
+from warp_lite.evidence.wording import lies_as_predicted, summary
 from warp_lite.viewing.plots import COLOURS, ITERATION_COLOURS
 
 

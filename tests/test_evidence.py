@@ -29,6 +29,7 @@ from warp_lite.evidence import (
     studies,
     tuning,
     waiting,
+    wording,
 )
 from warp_lite.evidence.bench import TUNING_SEEDS, Bench, draw_of, noise_scale
 from warp_lite.evidence.claims import (
@@ -368,7 +369,7 @@ def test_a_unit_is_run_again_where_what_its_rows_depend_on_has_changed(tmp_path,
         changed = unit.fingerprint()
         patched.setattr(provenance, "_code", lambda path: "as it was")
         assert unit.fingerprint() != changed != before[0]
-        drawing = ("plots.py", "report.py", "drawing.py")
+        drawing = ("plots.py", "report.py", "wording.py", "drawing.py")
         patched.setattr(provenance, "_code", lambda path: "changed" if path.name in drawing else "as it was")
         drawn = unit.fingerprint()
         patched.setattr(provenance, "_code", lambda path: "as it was")
@@ -566,7 +567,7 @@ def test_the_committed_evidence_is_of_every_claim_with_a_draw_a_seed(committed):
     assert len(committed["seeds"]) == len(committed["draws"]) >= 11
     assert not set(committed["seeds"]) & set(committed["tuning_seeds"])
     assert not set(committed["draws"]) & set(committed["tuning_draws"])
-    for line in report.made_by(committed):
+    for line in wording.made_by(committed):
         assert re.fullmatch(r"torch [\w.+]+, transformers [\w.]+, warp-lite [\w.]+ at commit [0-9a-f]{10}(: .*)?", line)
     counts = report.chance(committed["claims"])
     assert committed["chance"] == counts and counts["verdicts"] == len(committed["claims"])
@@ -591,23 +592,23 @@ def test_a_setting_at_the_edge_of_what_was_tried_is_named():
     for purpose, name, value in (("WARP", "lr", 3.75e-5), ("one long run", "beta", 2.4)):
         moved = json.loads(json.dumps(found))
         moved["worlds"]["detail"][purpose]["config"][name] = value
-        assert f"detail, {purpose}: {name} = {value:g}" in report.at_an_edge(moved)
+        assert f"detail, {purpose}: {name} = {value:g}" in wording.at_an_edge(moved)
     moved["worlds"] = {"detail": {"WARP": {"config": {"lr": 3e-4, "beta": 0.3}}}}
-    assert report.at_an_edge(moved) == []
+    assert wording.at_an_edge(moved) == []
 
 
 def test_the_readme_says_what_the_committed_evidence_says(committed):
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert report.headlines(committed) in text and report.summary(committed) in text
+    assert wording.headlines(committed) in text and wording.summary(committed) in text
 
 
 def test_more_draws_leave_fewer_unclear_and_as_many_as_there_are_leave_as_many(committed):
-    share = [report.unclear_with(committed, draws) for draws in (16, 32, 64, 10**9)]
+    share = [wording.unclear_with(committed, draws) for draws in (16, 32, 64, 10**9)]
     assert share == sorted(share, reverse=True) and share[-1] < 0.02
     assert share[0] == committed["chance"]["unclear"] / committed["chance"]["verdicts"]
     one = {"claims": [{**claim, "draws": 1, "ci_low": None, "ci_high": None, "verdict": "unclear"}
                       for claim in committed["claims"][:3]]}
-    assert report.unclear_with(one, 64) == 1
+    assert wording.unclear_with(one, 64) == 1
     values = np.random.default_rng(0).normal(size=9)  # four times as many of one mean and one spread
     spread = values.std(ddof=1)
     many = values.mean() + spread * np.sqrt(35 / 36) * np.repeat([1, -1], 18)

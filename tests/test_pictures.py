@@ -10,7 +10,7 @@ import torch
 from matplotlib.text import Text
 
 from warp_lite.evaluation.statistics import t_interval
-from warp_lite.evidence import load, report
+from warp_lite.evidence import load, wording
 from warp_lite.notebooks import draw_anchor, draw_evidence, draw_liti, draw_memory, draw_slerp, draw_warp, figures
 from warp_lite.viewing import plots
 from warp_lite.viewing.labels import struck_labels
@@ -234,7 +234,7 @@ def test_a_sentence_has_the_claim_and_the_verdict_of_each_world():
     text = draw_evidence.sentence(CLAIMS, "4-runs-against-1")
     for world in EVIDENCE["worlds"]:
         claim = CLAIMS["4-runs-against-1", world]
-        assert claim["statement"] in text and f"{world}: {report.short(claim)}" in text
+        assert claim["statement"] in text and f"{world}: {wording.short(claim)}" in text
 
 
 def test_a_claims_picture_has_the_verdict_of_each_world_as_its_titles():

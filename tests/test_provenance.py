@@ -93,7 +93,8 @@ def test_no_study_run_or_front_depends_on_how_it_is_drawn_or_reported():
     for module in (*STUDIES, "warp_lite.experiment", "warp_lite.result", "warp_lite.evaluation.limit"):
         for name in modules_used(module):
             assert not name.startswith(("warp_lite.viewing", "warp_lite.notebooks", "warp_lite.cli")), (module, name)
-            assert name not in {f"warp_lite.evidence.{part}" for part in ("report", "drawing", "claims", "effects")}
+            shown = ("report", "wording", "drawing", "claims", "effects")
+            assert name not in {f"warp_lite.evidence.{part}" for part in shown}
 
 
 @pytest.mark.parametrize("edited", ["averaging/liti.py", "training/reinforce.py", "policies/sampling.py",
@@ -106,7 +107,8 @@ def test_a_changed_function_in_another_module_changes_what_studies_depend_on(edi
     path.write_text(path.read_text(encoding="utf-8") + "\n\ndef added():\n    return 1\n", encoding="utf-8")
     assert source_hash(*STUDIES, package=other) != source_hash(*STUDIES)
     other = shutil.copytree(PACKAGE, tmp_path / "drawn" / "warp_lite", ignore=shutil.ignore_patterns("__pycache__"))
-    for drawing in ("viewing/plots.py", "evidence/report.py", "evidence/drawing.py", "notebooks/figures.py"):
+    for drawing in ("viewing/plots.py", "evidence/report.py", "evidence/wording.py", "evidence/drawing.py",
+                    "notebooks/figures.py"):
         (other / drawing).write_text("drawn = 1\n")
     assert source_hash(*STUDIES, package=other) == source_hash(*STUDIES)
 

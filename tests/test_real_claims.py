@@ -22,7 +22,7 @@ from warp_lite.evidence.real_units import (
     needs,
     units_of_seeds,
 )
-from warp_lite.evidence.report import cell
+from warp_lite.evidence.wording import cell
 from warp_lite.notebooks import draw_real
 from warp_lite.notebooks.scenes import write_real_front
 from warp_lite.storage.provenance import provenance

@@ -19,9 +19,9 @@ from .decisive import best_of_others
 from .effects import Effect, Rows, at_one_kl, ends, plain
 from .law import Law
 from .real_units import HELD_OUT, LIMIT_SAMPLES_REAL, LINES, SFT_BETAS_REAL, TRACED, WARP, run_real_units
-from .report import bound, cell, short
 from .runner import provenances
 from .settings import KL_MAX
+from .wording import bound, cell, short
 
 SECOND = "WARP, 2"  # the line of the second iteration's merge
 ONE = {"line": "run", "run": 1}  # the front of the run whose trajectory is measured

@@ -1,4 +1,4 @@
-"""The evidence as JSON and a Markdown table, with its figures beside them."""
+"""The evidence put together: from kept units to claims.json, with its table and figures beside it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scipy.stats import false_discovery_control
 
 from ..config import WarpConfig
 from ..evaluation.front import reward_at_kl
-from ..evaluation.statistics import VERDICTS, Interval, t_interval
+from ..evaluation.statistics import VERDICTS, t_interval
 from ..storage.files import whole, write_bytes, write_json
 from .bands import write_bands
 from .bench import TUNING_SEEDS, WORLDS, draw_of
-from .claims import HEADLINES, METHODS, Claim, decide, lines_needed, lines_of, verdicts_of_halves
+from .claims import METHODS, Claim, decide, lines_needed, lines_of, verdicts_of_halves
 from .drawing import claim_figure, limit_figure
 from .effects import Rows, share
 from .law import tested_law
@@ -23,10 +23,10 @@ from .noise import PREDICTORS, correlations
 from .runner import provenances, run_units, units_of
 from .settings import EQUAL, KL_MAX
 from .tuned import tuned
-from .tuning import PARTS, chosen_settings, grids
+from .tuning import PARTS, chosen_settings
+from .wording import made_by, table
 
 Evidence = Mapping[tuple[str, str], Rows]  # by world and study
-MORE_DRAWS = (32, 64)  # for which the report says what they would bring
 
 
 def run_claims(out: Path, claims: Sequence[Claim], worlds: Sequence[str], seeds: Sequence[int],
@@ -57,21 +57,6 @@ def run_tuning(out: Path, worlds: Sequence[str], workers: int | None = None, pro
     lines = [f"{world:10} {purpose:24} {some['chosen']}" for world, found in chosen.items()
              for purpose, some in found.items()]
     return "\n".join([*lines, f"written: {out / 'tuned.json'}; the claims read warp_lite/evidence/tuned.json"])
-
-
-def at_an_edge(found: dict) -> list[str]:
-    """What was chosen at the edge of what was tried, as "world, purpose: setting": a better one may lie outside.
-
-    `found` is what tuned.json holds.
-    """
-    edges = []
-    for world, purposes in found["worlds"].items():
-        for purpose, chosen in purposes.items():
-            for name in ("lr", "beta"):
-                tried = sorted({getattr(config, name) for config in grids()[purpose].values()})
-                if len(tried) > 1 and chosen["config"][name] in (tried[0], tried[-1]):
-                    edges.append(f"{world}, {purpose}: {name} = {chosen['config'][name]:g}")
-    return edges
 
 
 def run_noise_map(out: Path, worlds: Sequence[str], seeds: Sequence[int], workers: int | None = None,
@@ -179,22 +164,6 @@ def commits(rows: Rows) -> list[str | None]:
     return list(dict.fromkeys(made_by["commit"] for made_by in provenances(rows.kept)))
 
 
-def made_by(found: dict) -> list[str]:
-    """What made the rows of a report, a line each: versions, commit, and the studies where there are several.
-
-    `found` is what claims.json, tuned.json or noise.json holds; those that were written before rows had a
-    provenance of their own say when they were put together.
-    """
-    sources = found["provenance"] if isinstance(found["provenance"], list) else [found["provenance"]]
-    lines = []
-    for source in sources:
-        versions = ", ".join(f"{name} {source['packages'][name]}" for name in ("torch", "transformers", "warp-lite"))
-        lines.append(f"{versions} at commit {str(source['commit'])[:10]}")
-        if len(sources) > 1:
-            lines[-1] += f": {'; '.join(source['studies'])}"
-    return lines
-
-
 def stability(verdicts: Sequence[dict]) -> dict[str, int]:
     """How many verdicts are `same` on the two halves of the draws, `moved` to another, or `turned`: holds on one half
     and fails on the other. Those that moved have those that turned among them."""
@@ -290,103 +259,6 @@ def interval_of(values: Mapping[int, float]) -> dict:
     seeds = sorted(values)
     interval = t_interval([values[seed] for seed in seeds], [draw_of(seed) for seed in seeds])
     return {"mean": interval.mean, "ci_low": interval.low, "ci_high": interval.high, "seeds": interval.count}
-
-
-# --- the table ---
-
-
-def table(found: dict) -> str:
-    """The verdicts as Markdown, a column a world."""
-    worlds = list(found["worlds"])
-    by_name: dict[str, dict[str, dict]] = {}
-    for claim in found["claims"]:
-        by_name.setdefault(claim["name"], {})[claim["world"]] = claim
-    lines = [f"| claim | paper | {' | '.join(worlds)} |", "|---|---|" + "---|" * len(worlds)]
-    for some in by_name.values():
-        claim = next(iter(some.values()))
-        cells = [cell(some[world]) if world in some else "–" for world in worlds]
-        lines.append(f"| {claim['statement']} | {claim['paper_figure']} | {' | '.join(cells)} |")
-    note = (f"{len(found['seeds'])} seeds on {len(found['draws'])} draws of SFT policy and reward model a world; "
-            f"settings were chosen on {len(found['tuning_seeds'])} other seeds and {len(found['tuning_draws'])} other "
-            f"draws. Brackets are 95 % intervals, Student's t on the means of draws. {summary(found)}")
-    return "\n".join(lines) + f"\n\n{note}\n"
-
-
-def summary(found: dict) -> str:
-    """How many verdicts are of each kind, how far they can be trusted, and what more draws would bring, in four
-    sentences."""
-    counts, halves = found["chance"], found["stability"]
-    return (f"Of {counts['verdicts']} verdicts {counts['holds']} hold, {counts['fails']} fail, "
-            f"{counts['no difference']} say that there is no difference worth having, and {counts['unclear']} are "
-            f"unclear. If nothing had any effect about {counts['expected_clear_by_chance']:g} would be clear by "
-            f"chance; where at most one in twenty of the clear ones is to be false (Benjamini and Hochberg), "
-            f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear. Decided on each half "
-            f"of the draws alone, {halves['same']} verdicts are the same on both, {halves['moved']} differ, and "
-            f"{halves['turned'] or 'none'} of these turn round, from holds to fails. Were effects and their spread "
-            "between draws to stay as they are, "
-            + " and ".join(f"{draws} draws would leave {100 * unclear_with(found, draws):.0f} % unclear"
-                           for draws in MORE_DRAWS) + ".")
-
-
-def unclear_with(found: dict, draws: int) -> float:
-    """The share of the verdicts that would be unclear with so many draws, a seed each, if every effect and its spread
-    between draws stayed as they are."""
-    unclear = 0
-    for claim in found["claims"]:
-        if claim["effect"] is None or claim["draws"] < 2:  # no spread to go by
-            unclear += claim["verdict"] == "unclear"
-            continue
-        interval = Interval(claim["effect"], claim["ci_low"], claim["ci_high"], claim["seeds"], claim["draws"])
-        rule = (claim[name] for name in ("rule", "null", "margin", "worth"))
-        unclear += interval.with_groups(draws).verdict(*rule) == "unclear"
-    return unclear / len(found["claims"])
-
-
-def lies_as_predicted(claim: dict) -> bool:
-    """Whether a claim's effect was measured and lies where it was predicted, the ends included."""
-    low, high = claim["prediction"]
-    return claim["effect"] is not None and low <= claim["effect"] <= high
-
-
-def headlines(found: dict) -> str:
-    """The claims that the README shows, as Markdown: the verdict and the effect with its interval."""
-    worlds = list(found["worlds"])
-    lines = [f"| claim | {' | '.join(worlds)} |", "|---|" + "---|" * len(worlds)]
-    for name in HEADLINES:
-        some = {claim["world"]: claim for claim in found["claims"] if claim["name"] == name}
-        cells = [short(some[world]) if world in some else "–" for world in worlds]
-        lines.append(f"| {next(iter(some.values()))['statement']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def short(claim: dict) -> str:
-    """A verdict with its effect and interval alone."""
-    if claim["effect"] is None:
-        return f"**{claim['verdict']}**"
-    digits = 1 if claim["unit"] == "degrees" else 2
-    low, high = (bound(claim[end], digits) for end in ("ci_low", "ci_high"))
-    return f"**{claim['verdict']}** {claim['effect']:+.{digits}f} [{low}, {high}]"
-
-
-def cell(claim: dict) -> str:
-    """A verdict with its effect and, for a comparison at one level, that level and how many seeds reach it."""
-    if claim["effect"] is None:
-        return f"**{claim['verdict']}**, no level is reached by all seeds"
-    text = (f"**{claim['verdict']}** {claim['effect']:+.2f} [{bound(claim['ci_low'])}, {bound(claim['ci_high'])}] "
-            f"{claim['unit']}")
-    if claim["null"] or claim["margin"]:
-        wanted = {"above": f"> {claim['null']:g}", "below": f"< {claim['null']:g}",
-                  "within": f"{claim['null']:g} ± {claim['margin']:g}"}[claim["rule"]]
-        text += f", wanted {wanted}"
-    if claim.get("level") is not None:
-        what = "proxy reward" if claim["study"] == "weak" else "nats"
-        text += f", at {claim['level']:g} {what} ({claim['reached'][format(claim['level'], 'g')]} reach it)"
-    return text
-
-
-def bound(value: float | None, digits: int = 2) -> str:
-    """An end of an interval, which one draw alone has not."""
-    return "–" if value is None else f"{value:+.{digits}f}"
 
 
 def write_report(found: dict, claims: Sequence[Claim], evidence: Evidence, folder: Path) -> str:

@@ -11,7 +11,7 @@ from ..config import WarpConfig
 from .bench import TUNING_SEEDS, Bench, draw_of
 from .settings import ANCHORS, EQUAL, ETAS, LARGE, WEAK, WEAK_ETAS, WIDE, area
 
-# What is tried. A choice at the edge of it is named (report.py).
+# What is tried. A choice at the edge of it is named (wording.py).
 ANCHOR_BETAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of either anchor
 EQUAL_LRS, EQUAL_BETAS = (3.75e-5, 7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3), (0.075, 0.15, 0.3, 0.6, 1.2, 2.4)
 WEAK_LRS = (2e-5, 4e-5, 8e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3, 3e-3)

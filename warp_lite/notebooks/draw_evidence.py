@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evidence import drawing, law, report
+from ..evidence import drawing, law, wording
 from ..evidence.bench import draw_of
 from ..viewing.plots import COLOURS, KL_LABEL, column
 
@@ -38,7 +38,7 @@ def worlds_of(claims: Claims, name: str) -> list[str]:
 def sentence(claims: Claims, name: str) -> str:
     """A claim and what became of it in each world, as Markdown."""
     worlds = worlds_of(claims, name)
-    verdicts = "; ".join(f"{world}: {report.short(claims[name, world])}" for world in worlds)
+    verdicts = "; ".join(f"{world}: {wording.short(claims[name, world])}" for world in worlds)
     return f"{claims[name, worlds[0]]['statement']} – {verdicts}."
 
 
@@ -159,7 +159,7 @@ def decisive_sentences(claims: Claims) -> str:
     for world in dict.fromkeys(world for _, world in claims):
         some = [claim for (_, other), claim in claims.items() if other == world]
         measured, draws = sum(claim["effect"] is not None for claim in some), max(claim["draws"] for claim in some)
-        inside = sum(map(report.lies_as_predicted, some))
+        inside = sum(map(wording.lies_as_predicted, some))
         lines.append(f"- **{world}**, {draws} draws: {inside} of {measured} effects lie where they were predicted.")
         for verdict in ("holds", "fails", "no difference"):
             clear = [claim["statement"] for claim in some if claim["verdict"] == verdict]
@@ -226,7 +226,7 @@ def draw_curves(evidence: Mapping, bands: Mapping, claims: Claims, lines: Mappin
 
 
 def _difference(claim: Mapping) -> str:
-    text = f"{report.short(claim).replace('**' + claim['verdict'] + '**', '').strip()} {claim['unit']}"
+    text = f"{wording.short(claim).replace('**' + claim['verdict'] + '**', '').strip()} {claim['unit']}"
     level = claim.get("level")
     where = "" if level is None else f" at {level:g} {'of proxy reward' if claim['study'] == 'weak' else 'nats'}"
     return f"difference {text}{where}\n{claim['seeds']} seeds on {claim['draws']} draws"
@@ -287,7 +287,7 @@ def how_chosen(chosen: Mapping) -> str:
         for purpose, setting in purposes.items():
             draws.setdefault(len(setting["draws"]), []).append(f"{world}, {purpose}")
     few = [f"on {count}: {'; '.join(names)}" for count, names in sorted(draws.items()) if count < max(draws)]
-    edges = report.at_an_edge(chosen)
+    edges = wording.at_an_edge(chosen)
     return (f"Settings were chosen on {max(draws)} draws that no verdict uses" + "".join(f", some {one}" for one in few)
             + f". At an edge of what was tried, where a better one may lie outside: {'; '.join(edges) or 'none'}.")
 

@@ -19,7 +19,7 @@ from ..evidence import real
 from ..evidence.drawing import VERDICT_COLOURS
 from ..evidence.effects import Rows
 from ..evidence.real_units import SFT_BETAS_REAL, SHOWN_ETAS, WARP
-from ..evidence.report import cell
+from ..evidence.wording import cell
 from ..viewing.explorer.grid import changed_words
 from ..viewing.explorer.widget import NEW_WORD
 from ..viewing.plots import COLOURS, KL_LABEL, column, iteration_colour

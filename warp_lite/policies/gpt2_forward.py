@@ -19,6 +19,7 @@ from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
 from .gelu import gelu_
 from .products import Packs, multiply_each, served
+from .rows import gather_rows, offsets
 
 # Weights (E, …) by name, and the folded ones: (gain, shift, matrix, bias) of a layer norm and what follows it.
 Prepared = dict[str, Tensor | tuple[Tensor | None, ...]]
@@ -265,14 +266,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> 
         scores = torch.bmm(q * scale, k.transpose(1, 2)).view(-1, heads, q.shape[1], k.shape[1])
         scores = (scores + bias).view(q.shape[0], q.shape[1], k.shape[1])
     return torch.bmm(scores.softmax(-1), v)
-
-
-def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (E, …) of each policy's table (E, N, C), (E, …, C): one flat embedding look-up."""
-    E, N, C = table.shape
-    return F.embedding(ids if E == 1 else ids + offsets(ids, N), table.reshape(E * N, C))
-
-
-def offsets(ids: Tensor, N: int) -> Tensor:
-    """Where the N rows of each policy begin when those of all lie one after the other, to be added to ids (E, …)."""
-    return torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.dim() - 1)) * N

@@ -26,8 +26,8 @@ from transformers import (
 
 from ..averaging.state_dicts import Weights
 from .attention import attention_bias, positions
-from .gpt2_forward import gather_rows, offsets
 from .products import Packs, multiply_each, served
+from .rows import gather_rows, offsets
 from .shape import shape_of
 
 CAUSAL_LMS, TRUNKS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM), (LlamaModel, MistralModel, Qwen2Model)
