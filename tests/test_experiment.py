@@ -188,5 +188,5 @@ def test_no_more_runs_train_together_than_fit_in_memory(policy, monkeypatch):
         assert policies_that_fit(task, CONFIG) == count
     size = sum(tensor.nbytes for tensor in task.sft.values())
     for at_once, count in ((5 * size, 5), (size - 1, 1)):  # what large policies would gain together is memory alone
-        monkeypatch.setattr("warp_lite.experiment.WEIGHTS_AT_ONCE", at_once)
+        monkeypatch.setattr("warp_lite.training.memory.WEIGHTS_AT_ONCE", at_once)
         assert policies_that_fit(task, CONFIG) == count

@@ -22,10 +22,12 @@ from short_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_lite import evaluate, lerp, liti, load_result, run_warp, slerp, train_batched
-from warp_lite.averaging.state_dicts import parameters
+from warp_lite.averaging.state_dicts import bytes_of, parameters
 from warp_lite.evaluation.limit import limit_rewards
 from warp_lite.policies.prompts import encode_prompts
 from warp_lite.task import hold_out
+from warp_lite.training import memory
+from warp_lite.training.executors import BatchedTrainer
 from warp_lite.training.run import Run
 from warp_lite.training.run_folder import RunFolder
 from warp_lite.viewing.front_report import complete_front
@@ -366,6 +368,31 @@ def test_a_run_may_be_stopped_at_every_step_and_still_ends_with_the_same_bytes(
         except KeyboardInterrupt:
             stops += 1
     assert stops == CONFIG.iterations * CONFIG.steps and files(tmp_path / "run") == uninterrupted["batched"]
+
+
+def test_no_more_large_policies_share_a_program_than_are_worth_it(policy_of, tokenizer, tmp_path, monkeypatch):
+    """On a CPU; and a run that was stopped in any of its programs goes on to the same bytes."""
+    policy = policy_of("gpt2")  # in float64, as Adam makes steps of what a zero gradient is rounded to
+    together, programs = short_run(policy, tokenizer, runs=5), []
+    monkeypatch.setattr(memory, "WEIGHTS_AT_ONCE", 2 * bytes_of(parameters(policy)))
+    train = BatchedTrainer.train
+    monkeypatch.setattr(BatchedTrainer, "train", lambda self, runs, on_step: (
+        programs.append([run.number for run in runs]), train(self, runs, on_step))[1])
+    short_run(policy, tokenizer, out=tmp_path / "whole", runs=5)
+    assert programs == 2 * [[1, 2], [3, 4], [5]]
+    apart = load_result(tmp_path / "whole", reward=score)
+    for one, other in zip(together.iterations, apart.iterations):
+        for name, tensor in one.merged.items():
+            torch.testing.assert_close(other.merged[name], tensor, atol=1e-7, rtol=1e-6)
+    for calls in (2, 6, 9):  # in each of the first iteration's programs
+        with pytest.raises(KeyboardInterrupt):
+            short_run(policy, tokenizer, out=tmp_path / str(calls), runs=5, stop=stop_after(calls))
+        short_run(policy, tokenizer, out=tmp_path / str(calls), runs=5, resume=True)
+        assert files(tmp_path / str(calls)) == files(tmp_path / "whole")
+    del programs[:]
+    monkeypatch.setattr(memory, "WEIGHTS_AT_ONCE", 1)  # not even one
+    short_run(policy, tokenizer, iterations=1)
+    assert programs == [[1], [2]]
 
 
 @pytest.mark.parametrize("calls", [2, 12, 20])

@@ -15,21 +15,21 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .averaging.slerp import lerp
-from .averaging.state_dicts import Weights, bytes_of, stack
+from .averaging.state_dicts import Weights, stack
 from .config import WarpConfig, check_count
 from .evaluation.metrics import PolicyMetrics, evaluate_many
-from .result import ETAS, WEIGHTS_AT_ONCE, Iteration, WarpResult
+from .result import ETAS, Iteration, WarpResult
 from .rewards.calling import RewardFunc
 from .storage.provenance import source_hash
 from .task import Task, check_rewards
 from .training.batched import SHARED, train_batched
 from .training.iteration import MeasuredSteps
 from .training.kept_runs import NOT_OF_A_RUN, KeptRuns
-from .training.memory import MEMORY_SHARE, free_memory, training_memory
+from .training.memory import MEMORY_SHARE, free_memory, training_memory, worth_together
 from .training.run import OnStep, Run
 from .warp import finish_iteration
 
-POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU, nor are more than WEIGHTS_AT_ONCE bytes of them
+POLICIES_AT_ONCE = 128  # more in one program is no faster on a CPU
 
 
 @dataclass
@@ -216,17 +216,12 @@ def _groups(shared: list[_SharedRun], task: Task) -> list[list[_SharedRun]]:
 
 
 def policies_that_fit(task: Task, config: WarpConfig) -> int:
-    """How many runs train as one program, by the memory that is free on the policy's device; one at least.
-
-    On a CPU a step of a large policy is products of large matrices, which take as long for two policies one after the
-    other as together.
-    """
+    """How many runs train as one program, by the memory that is free on the policy's device and by what is worth it;
+    one at least."""
     device, of_one = task.policy.device, training_memory(
         task.policy, 1, config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens).total
     fit = min(POLICIES_AT_ONCE, int(MEMORY_SHARE * free_memory(device) / of_one))
-    if device.type == "cpu":
-        fit = min(fit, WEIGHTS_AT_ONCE // bytes_of(task.sft))
-    return max(1, fit)
+    return max(1, min(fit, worth_together(task)))
 
 
 def _mean(inits: list[Weights]) -> Weights:

@@ -120,6 +120,6 @@ def say_duration(task: Task, config: WarpConfig, trainer: Trainer) -> None:
     """Say on stderr how long training will take, where that is more than a minute; not of what trains elsewhere, or by
     a trainer of its own."""
     if type(trainer) in (SerialTrainer, BatchedTrainer):
-        expected = expected_duration(task, config, trainer.at_once)
+        expected = expected_duration(task, config, trainer.name, trainer.at_once)
         if expected.seconds > WORTH_SAYING:
             print(f"warp-lite: training takes {expected}", file=sys.stderr)

@@ -20,12 +20,12 @@ from .storage.files import locked
 from .storage.run_config import check_out
 from .task import Task
 from .training.iteration import Trained
+from .training.memory import WEIGHTS_AT_ONCE
 from .training.run import Failure, RunState
 from .training.run_folder import RunFolder, run_settings, write_iteration, write_start
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EVALUATION_SAMPLES = 512  # completions a point of a front is measured on, spread over the prompts
-WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are stacked to be measured together, or on a CPU to be trained
 
 
 def stacked_together(task: Task, samples: int) -> int:

@@ -54,17 +54,18 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds < 36000 else f"{seconds / 3600:.0f} hours"
 
 
-def expected_duration(task: Task, config: WarpConfig, at_once: int = 1) -> Duration:
+def expected_duration(task: Task, config: WarpConfig, executor: str = "serial",
+                      at_once: int = 1) -> Duration:
     """What the training of all runs of all iterations will take, by a batch of `at_once` policies that are sampled
-    together and scored, and some completions of held-out prompts where runs are measured on their way. The time of the
-    rewards, of merging and of the front after it is not in it.
+    together and scored, as `executor` does, "serial" or "batched", and by some completions of held-out prompts where
+    runs are measured on their way. The time of the rewards, of merging and of the front after it is not in it.
 
     Raises ValueError as `forward_for` does.
     """
     count = max(1, min(at_once, config.runs))
     runs = [Run(config, 1, m, task.sft, task.sft, reward)
             for m, reward in enumerate(task.rewards(config.runs)[:count], 1)]
-    forward = forward_for(task.policy, "batched" if count > 1 else "serial", config)
+    forward = forward_for(task.policy, executor, config)
     sampling, scoring = seconds_of(task, forward, config, *draw(runs, 0, task.prompts))
     steps, points = config.iterations * config.runs * config.steps, len(measured_steps(config))
     measuring = 0.0

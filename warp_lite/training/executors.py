@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -86,9 +87,15 @@ class SerialTrainer(LocalTrainer):
 
 
 class BatchedTrainer(LocalTrainer):
-    """The runs as one program."""
+    """The runs as one program, or as several of fewer runs."""
 
     name, at_once = "batched", TOGETHER
+
+    def at_most(self, count: int) -> BatchedTrainer:
+        """The trainer of the same task that takes no more than so many runs into one program."""
+        trainer = copy.copy(self)
+        trainer.at_once = min(count, self.at_once)
+        return trainer
 
     def train(self, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
         """Train runs; raises RunFailed, naming run, step and prompt."""

@@ -72,8 +72,8 @@ class Stage1:
                   disable=None if self.progress and waiting else True, leave=False) as bar:
             clock = SaveClock(config.save_every, at_once * 4 * bytes_of(self.task.sft))
             watch = _Watch(self, bar, clock, trajectory)
-            for start in range(0, len(waiting), at_once):
-                states, failed = self._train_group(waiting[start:start + at_once], watch)
+            for group in self._programs(runs, waiting):
+                states, failed = self._train_group(group, watch)
                 ended |= states
                 failures += failed
         if not ended:
@@ -84,6 +84,13 @@ class Stage1:
         return Trained([state.policy for state in states], [state.anchor for state in states],
                        sorted(failures, key=lambda failure: failure.run),
                        sorted(trajectory, key=lambda row: (row["run"], row["step"])))
+
+    def _programs(self, runs: list[Run], waiting: list[Run]) -> list[list[Run]]:
+        """The runs that wait, by the program that they share: one, whichever of an iteration's `runs` are over."""
+        size, numbers = max(1, min(self.trainer.at_once, len(runs))), {run.number for run in waiting}
+        programs = [[run for run in runs[start:start + size] if run.number in numbers]
+                    for start in range(0, len(runs), size)]
+        return [program for program in programs if program]
 
     def _train_group(self, group: list[Run], watch: _Watch) -> tuple[dict[int, RunState], list[Failure]]:
         """Train runs that share a program: the states of those that ended, by number, and those that failed on the
@@ -124,7 +131,7 @@ class Stage1:
                              f"({first.reason}); resume with --on-failure=continue, or remove "
                              f"{folder.run(iteration, first.run)} to train it again")
         waiting = _not_over(runs, ended, failures)
-        for group in [[run] for run in waiting] if self.trainer.at_once == 1 else [waiting]:
+        for group in self._programs(runs, waiting):
             for run, state in zip(group, folder.load_states(iteration, [run.number for run in group])):
                 run.state = state
                 folder.cut_logs(iteration, run.number, state.step if state else 0, measured_steps(config))

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from ..averaging.state_dicts import bytes_of
 from ..config import WarpConfig
 from ..policies.gpt2_forward import GPT2Forward
 from ..policies.precision import compute_dtype
 from ..policies.shape import shape_of
 from ..task import Task
-from .executors import Trainer
+from .executors import TOGETHER, BatchedTrainer, Trainer
 from .reinforce import check_trains, forward_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
+WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are trained, or stacked to be measured, together on a CPU
 WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
 
 
@@ -149,9 +151,20 @@ def free_memory(device: str | torch.device = "cpu") -> int:
     return psutil.virtual_memory().available
 
 
+def worth_together(task: Task) -> int:
+    """How many policies of a task are worth training as one program, one at least.
+
+    On a CPU a step of a large policy is products of large matrices, which take as long for two policies one after the
+    other as together.
+    """
+    on_cpu = torch.device(task.policy.device).type == "cpu"
+    return max(1, WEIGHTS_AT_ONCE // bytes_of(task.sft)) if on_cpu else TOGETHER
+
+
 def fitting_trainer(trainer: Trainer, task: Task, config: WarpConfig, progress: bool = True) -> Trainer:
     """How an iteration's runs train: one after the other if together they would not fit in memory, or cannot be
-    checkpointed. Says so, and what to set where not even one fits, on stderr in one line.
+    checkpointed; else no more together than are worth it. Says what does not fit, and what to set where not even one
+    does, on stderr in one line.
 
     Raises ValueError for settings that the policy cannot be trained with, and for one that is frozen.
     """
@@ -164,15 +177,19 @@ def fitting_trainer(trainer: Trainer, task: Task, config: WarpConfig, progress: 
         except ValueError as error:
             print(f"warp-lite: {str(error).partition(';')[0]}; they train one after the other", file=sys.stderr)
             trainer = trainer.one_by_one()
+    together = trainer.at_once > 1  # as programs beside the model, be they of one run each
+    if type(trainer) is BatchedTrainer:
+        trainer = trainer.at_most(worth_together(task))
     if config.checkpointing or config.logit_chunk:
-        forward_for(policy, "serial" if trainer.at_once == 1 else "batched", config)
+        forward_for(policy, "batched" if together else "serial", config)
     shape = config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens, config
     free = free_memory(policy.device)
     there, line, apart = f"{free / 2**30:.2f} GiB are free", "", ""
-    together = trainer.at_once > 1
-    needed = training_memory(policy, config.runs if together else 1, *shape, together, adapter)
+    count = min(config.runs, trainer.at_once)
+    needed = training_memory(policy, count, *shape, together, adapter)
     if together and needed.total > MEMORY_SHARE * free:
-        line = f"warp-lite: together the runs would take {needed}, and {there}; they train one after the other"
+        what = "together the runs" if count > 1 else "beside the model a run"
+        line = f"warp-lite: {what} would take {needed}, and {there}; they train one after the other"
         apart = "the runs do not fit together and they train one after the other; even "
         trainer, needed = trainer.one_by_one(), training_memory(policy, 1, *shape, False, adapter)
     if trainer.at_once == 1 and needed.total > MEMORY_SHARE * free:
