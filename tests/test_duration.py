@@ -15,7 +15,7 @@ def test_a_step_is_sampling_and_forwards_of_all_runs_over_their_number(world, mo
     ticks = count()
     monkeypatch.setattr(duration.time, "perf_counter", lambda: float(next(ticks)))  # sampling 1 s, scoring 1 s
     config = WarpConfig(iterations=2, runs=3, steps=10, batch_size=4, eval_every=0)
-    alone, together = expected_duration(world, config), expected_duration(world, config, "batched", at_once=8)
+    alone, together = expected_duration(world, config, "serial"), expected_duration(world, config, "batched", at_once=8)
     assert (alone.steps, alone.step_seconds, alone.seconds) == (60, 5.0, 300.0)
     assert (together.steps, together.step_seconds) == (60, pytest.approx(5 / 3))
     measured = expected_duration(world, config.replace(eval_every=5), "batched", at_once=3)

@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 from warp_lite.evaluation.statistics import t_interval
 from warp_lite.evidence import load, wording
+from warp_lite.evidence.claims import decide_values, pick
 from warp_lite.notebooks import draw_anchor, draw_evidence, draw_liti, draw_memory, draw_slerp, draw_warp, figures
 from warp_lite.viewing import plots
 from warp_lite.viewing.labels import struck_labels
@@ -235,6 +236,19 @@ def test_a_sentence_has_the_claim_and_the_verdict_of_each_world():
     for world in EVIDENCE["worlds"]:
         claim = CLAIMS["4-runs-against-1", world]
         assert claim["statement"] in text and f"{world}: {wording.short(claim)}" in text
+
+
+def test_fresh_draws_repeat_a_verdict_leave_it_open_or_turn_it_round():
+    claim, near = pick(["4-runs-against-1"])[0], [0.9, 1.0, 1.1, 1.0]
+    said = {}
+    for name, later in (("same", near), ("open", [-2.0, 1.0, 2.0, -1.0]), ("turned", [-x for x in near]), ("none", [])):
+        found = {("4-runs-against-1", "sentiment"): decide_values(claim, "sentiment", dict(enumerate(near + later)))}
+        said[name] = draw_evidence.on_fresh_draws(found, 4)
+    assert "1 verdicts are clear on the 4; the 4 alone repeat 1 of them, leave 0 open and turn none" in said["same"]
+    assert said["same"].endswith("as the 4 found them, 1 would be clear on 4.")
+    assert "repeat 0 of them, leave 1 open and turn none round" in said["open"]
+    assert f"turn 1 round: {claim.statement} (sentiment, holds)" in said["turned"]
+    assert said["none"] == "No draws were added to the first 4 that could decide by themselves."
 
 
 def test_a_claims_picture_has_the_verdict_of_each_world_as_its_titles():

@@ -389,8 +389,12 @@ def test_no_more_large_policies_share_a_program_than_are_worth_it(policy_of, tok
             short_run(policy, tokenizer, out=tmp_path / str(calls), runs=5, stop=stop_after(calls))
         short_run(policy, tokenizer, out=tmp_path / str(calls), runs=5, resume=True)
         assert files(tmp_path / str(calls)) == files(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        short_run(policy, tokenizer, out=tmp_path / "moved", runs=5, stop=stop_after(6))
+    monkeypatch.setattr(memory, "WEIGHTS_AT_ONCE", 1)  # as on another machine, where not even one is
+    short_run(policy, tokenizer, out=tmp_path / "moved", runs=5, resume=True)
+    assert files(tmp_path / "moved") == files(tmp_path / "whole")
     del programs[:]
-    monkeypatch.setattr(memory, "WEIGHTS_AT_ONCE", 1)  # not even one
     short_run(policy, tokenizer, iterations=1)
     assert programs == [[1], [2]]
 

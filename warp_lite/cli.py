@@ -100,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                      help="change a setting of WarpConfig; may be repeated")
     run.add_argument("--executor", choices=("batched", "serial", "ray"), default="batched",
-                     help="train the runs as one program, one after the other, or as tasks of Ray (default: batched)")
+                     help="train the runs as one program (large ones on a CPU as several), one after the other by the "
+                          "library's module, or as tasks of Ray (default: batched)")
     run.add_argument("--ray-address", metavar="ADDRESS", help="the Ray cluster to join: auto or HOST:PORT "
                      "(default: $RAY_ADDRESS, or a Ray of its own on this machine)")
     run.add_argument("--ray-cpus", type=int, metavar="N", help="CPUs, and threads, of a run on Ray (default: 1)")
@@ -146,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
                         help="how many RL seeds, each with an SFT policy and a reward model of its own (default: 16); "
                              "of smollm2, which has one of each, 3")
     claims.add_argument("--seed-offset", type=int, default=0, metavar="K",
-                        help="the first seed: 16 for sixteen others (default: 0)")
+                        help="the first seed: 24 for others than those of the committed evidence (default: 0)")
     claims.add_argument("--only", metavar="NAME", action="append", default=[],
                         help="decide only this claim, and measure only what it compares; may be repeated")
     claims.add_argument("--decisive", action="store_true",

@@ -42,7 +42,8 @@ def run_warp(policy: Task | PreTrainedModel | str | Path, tokenizer: PreTrainedT
     one for each of the M runs.
     prompts: a list of str, or a data set with a `prompt` column; without `eval_prompts` every fifth is held out
     (`task.hold_out`).
-    executor: "batched" trains the M runs as one program where that fits in memory, "serial" one after the other,
+    executor: "batched" trains the M runs as one program where that fits in memory (on a CPU large policies as several),
+    "serial" one after the other,
     "ray" (or a `RayExecutor` with settings) as tasks of Ray, with the policies that "serial" gives.
     out: a run folder, written as the run goes; with resume=True an unfinished one is continued.
     on_failure: what follows when the reward, loss or gradient of a run is not finite: "stop", with the last
@@ -110,7 +111,7 @@ def open_folder(out: str | Path | None, resume: bool, task: Task, config: WarpCo
         if progress:
             say_duration(task, config, trainer)
     with locked(Path(out)):
-        folder = RunFolder(out, settings, task.sft, resume, trainer.name)
+        folder = RunFolder(out, settings, task.sft, resume, trainer.name, min(trainer.at_once, config.runs))
         folder.tidy()
         write_start(folder, task)
         yield folder

@@ -18,7 +18,7 @@ from ..storage.files import write_bytes
 from .bench import draw_of
 from .effects import Rows, gold_at_proxy
 
-LEVELS = 21  # of a curve, evenly from where all of its fronts have begun to where the first of them ends
+LEVELS = 41  # of a curve, evenly from where all of its fronts have begun to where the first of them ends
 NUMBERS = ("reward", "gold", "length", "perplexity")
 
 

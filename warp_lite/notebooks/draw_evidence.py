@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..evaluation.statistics import Interval
 from ..evidence import drawing, law, wording
 from ..evidence.bench import draw_of
+from ..evidence.claims import decide_values, pick
 from ..viewing.plots import COLOURS, KL_LABEL, column
 
 Claims = Mapping[tuple[str, str], Mapping]
@@ -23,6 +25,7 @@ REWARD = "reward (standard deviations of SFT samples)"
 AXES = {"reward": REWARD, "gold": "gold reward (standard deviations)", "perplexity": "perplexity of held-out texts",
         "length": "length (tokens)", "kl": KL_LABEL}
 WIDTH = 72  # characters of a claim on a line
+SURE = ("holds", "fails")  # verdicts that are clear
 
 
 def by_name(evidence: Mapping) -> Claims:
@@ -57,12 +60,11 @@ def since_four_draws(claims: Claims, four: Mapping) -> str:
     """What became of the verdicts that four draws gave, as Markdown: how many moved, which turned, and why."""
     before = {(old["name"], old["world"]): old for old in four["claims"] if (old["name"], old["world"]) in claims}
     pairs = {key: (old["by_percentile_bootstrap"], old["by_t"], claims[key]["verdict"]) for key, old in before.items()}
-    clear = ("holds", "fails")
 
     def counted(index: int) -> str:
-        first = [key for key, verdicts in pairs.items() if verdicts[index] in clear]
-        turned = [key for key in first if pairs[key][2] in clear and pairs[key][2] != pairs[key][index]]
-        lost = [key for key in first if pairs[key][2] not in clear]
+        first = [key for key, verdicts in pairs.items() if verdicts[index] in SURE]
+        turned = [key for key in first if pairs[key][2] in SURE and pairs[key][2] != pairs[key][index]]
+        lost = [key for key in first if pairs[key][2] not in SURE]
         kept = len(first) - len(turned) - len(lost)
         names = "; ".join(f"{claims[key]['statement']} ({key[1]})" for key in turned)
         return (f"{len(first)} verdicts were clear. Now {kept} of them say the same, {len(lost)} are no longer clear "
@@ -74,6 +76,34 @@ def since_four_draws(claims: Claims, four: Mapping) -> str:
             f"- With the percentile bootstrap that was in use: {counted(0)}\n"
             f"- With Student's t on the means of the same {four['draws']} draws: {counted(1)}\n"
             f"- Unclear on {four['draws']} draws by t: {unclear[0]}; on {draws} draws: {unclear[1]}.")
+
+
+def on_fresh_draws(claims: Claims, looked_at: int) -> str:
+    """What the draws that were added once the first `looked_at` seeds had been looked at say of the verdicts that were
+    clear on those, both decided at the levels that all of them reach, in sentences: how many they repeat, how many they
+    leave open, which they turn round."""
+    found: dict[str, list[str]] = {"same": [], "open": [], "turned": []}
+    expected, fresh = 0, 0
+    for (name, world), entry in claims.items():
+        (claim,), values = pick([name]), {int(seed): value for seed, value in entry["values"].items()}
+        old, new = (decide_values(claim, world, {seed: value for seed, value in values.items()
+                                                 if (seed < looked_at) == early}) for early in (True, False))
+        fresh = max(fresh, new["draws"])
+        if old["verdict"] in SURE:
+            now = new["verdict"]
+            kind = "same" if now == old["verdict"] else "turned" if now in SURE else "open"
+            found[kind].append(f"{entry['statement']} ({world}, {old['verdict']})")
+            first = Interval(old["effect"], old["ci_low"], old["ci_high"], old["seeds"], old["draws"])
+            rule = (old[name] for name in ("rule", "null", "margin", "worth"))
+            expected += first.with_groups(new["draws"]).verdict(*rule) == old["verdict"]
+    if fresh < 2:
+        return f"No draws were added to the first {looked_at} that could decide by themselves."
+    clear, turned = sum(map(len, found.values())), found["turned"]
+    return (f"The first {looked_at} draws had been looked at when {fresh} more were added. Decided again at the levels "
+            f"that all {looked_at + fresh} reach, {clear} verdicts are clear on the {looked_at}; the {fresh} alone "
+            f"repeat {len(found['same'])} of them, leave {len(found['open'])} open and turn {len(turned) or 'none'} "
+            f"round{': ' + '; '.join(turned) if turned else ''}. Were effects and spreads as the {looked_at} found "
+            f"them, {expected} would be clear on {fresh}.")
 
 
 def of_one_unit(claims: Claims, unit: str) -> list[str]:

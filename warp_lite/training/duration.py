@@ -54,8 +54,7 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds < 36000 else f"{seconds / 3600:.0f} hours"
 
 
-def expected_duration(task: Task, config: WarpConfig, executor: str = "serial",
-                      at_once: int = 1) -> Duration:
+def expected_duration(task: Task, config: WarpConfig, executor: str, at_once: int = 1) -> Duration:
     """What the training of all runs of all iterations will take, by a batch of `at_once` policies that are sampled
     together and scored, as `executor` does, "serial" or "batched", and by some completions of held-out prompts where
     runs are measured on their way. The time of the rewards, of merging and of the front after it is not in it.

@@ -91,10 +91,10 @@ class BatchedTrainer(LocalTrainer):
 
     name, at_once = "batched", TOGETHER
 
-    def at_most(self, count: int) -> BatchedTrainer:
-        """The trainer of the same task that takes no more than so many runs into one program."""
+    def of(self, count: int) -> BatchedTrainer:
+        """The trainer of the same task that takes so many runs into one program."""
         trainer = copy.copy(self)
-        trainer.at_once = min(count, self.at_once)
+        trainer.at_once = count
         return trainer
 
     def train(self, runs: Sequence[Run], on_step: OnStep | None = None) -> list[RunState]:
@@ -145,9 +145,11 @@ def named(place: str) -> Callable:
 
 
 def as_begun(trainer: Trainer, folder: RunFolder | None) -> Trainer:
-    """The trainer, or the one that takes runs one after the other where a folder's runs began so: together they would
-    have no step in common to go on from, and would round otherwise."""
+    """The trainer that takes as many runs into a program as those of a folder began with, one after the other where
+    they began so: others would have no step in common to go on from, and would round otherwise."""
     if folder is not None and trainer.name == "batched" and folder.executor in ("serial", "ray"):
         print(f"warp-lite: the runs in {folder.path} began one after the other and go on so", file=sys.stderr)
         return trainer.one_by_one()
+    if folder is not None and type(trainer) is BatchedTrainer:
+        return trainer.of(folder.at_once or TOGETHER)
     return trainer

@@ -86,7 +86,7 @@ class Stage1:
                        sorted(trajectory, key=lambda row: (row["run"], row["step"])))
 
     def _programs(self, runs: list[Run], waiting: list[Run]) -> list[list[Run]]:
-        """The runs that wait, by the program that they share: one, whichever of an iteration's `runs` are over."""
+        """The runs that wait, by program: that of a run is the same whichever of an iteration's `runs` are over."""
         size, numbers = max(1, min(self.trainer.at_once, len(runs))), {run.number for run in waiting}
         programs = [[run for run in runs[start:start + size] if run.number in numbers]
                     for start in range(0, len(runs), size)]
@@ -112,7 +112,8 @@ class Stage1:
                 for run, state in zip(group, states):
                     self.trainer.keep(self.folder, run, state)
                     self.folder.finish_run(run.iteration, run.number, state)
-            return {run.number: state for run, state in zip(group, states)}, failures
+            return {run.number: RunState.finished(state.step, state.policy, state.anchor)  # the moments are let go
+                    for run, state in zip(group, states)}, failures
         return {}, failures
 
     def _take_up(self, runs: list[Run]) -> tuple[dict[int, RunState], list[Failure], list[dict]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MEMORY_SHARE = 0.8  # of the free memory, that a run may take by its estimate
-WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are trained, or stacked to be measured, together on a CPU
+WEIGHTS_AT_ONCE = 2**29  # bytes of weights that are stacked to be measured together, or on a CPU to be trained
 WORTH_SAYING = 2**30  # bytes from which on the estimate is printed though it fits
 
 
@@ -179,18 +179,22 @@ def fitting_trainer(trainer: Trainer, task: Task, config: WarpConfig, progress: 
             trainer = trainer.one_by_one()
     together = trainer.at_once > 1  # as programs beside the model, be they of one run each
     if type(trainer) is BatchedTrainer:
-        trainer = trainer.at_most(worth_together(task))
+        trainer = trainer.of(min(config.runs, worth_together(task)))
     if config.checkpointing or config.logit_chunk:
         forward_for(policy, "batched" if together else "serial", config)
     shape = config.batch_size, task.prompts.ids.shape[-1], config.max_new_tokens, config
     free = free_memory(policy.device)
     there, line, apart = f"{free / 2**30:.2f} GiB are free", "", ""
-    count = min(config.runs, trainer.at_once)
+    count = max(1, min(config.runs, trainer.at_once))
+    finished = 2 * bytes_of(task.sft) * (config.runs - count) * (policy.device.type == "cpu")  # and wait
+    if finished > WORTH_SAYING:
+        there += f", of which finished runs will take {finished / 2**30:.2f}"
     needed = training_memory(policy, count, *shape, together, adapter)
-    if together and needed.total > MEMORY_SHARE * free:
-        what = "together the runs" if count > 1 else "beside the model a run"
+    if together and needed.total > MEMORY_SHARE * free - finished:
+        what = ("together the runs" if count == config.runs else
+                f"{count} runs together" if count > 1 else "beside the model a run")
         line = f"warp-lite: {what} would take {needed}, and {there}; they train one after the other"
-        apart = "the runs do not fit together and they train one after the other; even "
+        apart = "" if count == 1 else "the runs do not fit together and they train one after the other; even "
         trainer, needed = trainer.one_by_one(), training_memory(policy, 1, *shape, False, adapter)
     if trainer.at_once == 1 and needed.total > MEMORY_SHARE * free:
         changes, then = settings_that_fit(policy, 1, *shape, MEMORY_SHARE * free, False, adapter)

@@ -53,15 +53,16 @@ class RunFolder:
     """A run folder opened for writing: new, or the unfinished or finished one of the same settings."""
 
     def __init__(self, path: str | Path, settings: dict, like: Weights, resume: bool = False,
-                 executor: str | None = None):
+                 executor: str | None = None, at_once: int | None = None):
         """`settings` is what must be equal for a run to go on; weights are read to the device of `like`
-        and in its order; `executor` is noted. Raises ValueError, the folder untouched, as `check_out` does."""
+        and in its order; `executor` is noted, and `at_once`, how many runs share a program. Raises ValueError, the
+        folder untouched, as `check_out` does."""
         self.path, self.like = Path(path), like
         if not check_out(path, resume, settings):
-            made_by = {**provenance(), "executor": executor}
+            made_by = {**provenance(), "executor": executor, "at_once": at_once}
             write_json(self.path / "config.json", {"settings": settings, "provenance": made_by})
         facts = read_config(path)["provenance"]
-        self.threads, self.executor = facts["threads"], facts.get("executor")
+        self.threads, self.executor, self.at_once = facts["threads"], facts.get("executor"), facts.get("at_once")
 
     def tidy(self) -> None:
         """Remove what a process that was killed left behind: what is half-written, and the states of runs
