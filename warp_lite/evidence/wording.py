@@ -45,15 +45,16 @@ def summary(found: dict) -> str:
 def unclear_with(found: dict, draws: int) -> float:
     """The share of the verdicts that would be unclear with so many draws, a seed each, if every effect and its spread
     between draws stayed as they are."""
-    unclear = 0
-    for claim in found["claims"]:
-        if claim["effect"] is None or claim["draws"] < 2:  # no spread to go by
-            unclear += claim["verdict"] == "unclear"
-            continue
-        interval = Interval(claim["effect"], claim["ci_low"], claim["ci_high"], claim["seeds"], claim["draws"])
-        rule = (claim[name] for name in ("rule", "null", "margin", "worth"))
-        unclear += interval.with_groups(draws).verdict(*rule) == "unclear"
-    return unclear / len(found["claims"])
+    return sum(verdict_with(claim, draws) == "unclear" for claim in found["claims"]) / len(found["claims"])
+
+
+def verdict_with(claim: dict, draws: int) -> str:
+    """The verdict that a claim would have with so many draws, a seed each, if its effect and the spread between draws
+    stayed as they are; its own where there is no spread to go by."""
+    if claim["effect"] is None or claim["draws"] < 2:
+        return claim["verdict"]
+    interval = Interval(claim["effect"], claim["ci_low"], claim["ci_high"], claim["seeds"], claim["draws"])
+    return interval.with_groups(draws).verdict(*(claim[name] for name in ("rule", "null", "margin", "worth")))
 
 
 def headlines(found: dict) -> str:

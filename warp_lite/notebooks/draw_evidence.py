@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.statistics import Interval
 from ..evidence import drawing, law, wording
 from ..evidence.bench import draw_of
 from ..evidence.claims import decide_values, pick
@@ -93,9 +92,7 @@ def on_fresh_draws(claims: Claims, looked_at: int) -> str:
             now = new["verdict"]
             kind = "same" if now == old["verdict"] else "turned" if now in SURE else "open"
             found[kind].append(f"{entry['statement']} ({world}, {old['verdict']})")
-            first = Interval(old["effect"], old["ci_low"], old["ci_high"], old["seeds"], old["draws"])
-            rule = (old[name] for name in ("rule", "null", "margin", "worth"))
-            expected += first.with_groups(new["draws"]).verdict(*rule) == old["verdict"]
+            expected += wording.verdict_with(old, new["draws"]) == old["verdict"]
     if fresh < 2:
         return f"No draws were added to the first {looked_at} that could decide by themselves."
     clear, turned = sum(map(len, found.values())), found["turned"]
