@@ -7,7 +7,14 @@ import pytest
 import torch
 from short_run import short_run
 from tiny import ARCHITECTURES, make_policy
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from warp_lite import WarpConfig, load_policy, load_result
@@ -223,10 +230,28 @@ def test_a_cap_on_the_logits_is_heeded_and_other_heads_are_refused(tokenizer):
             output.logits = 2 * output.logits
             return output
 
-    model = Scaled(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=40, **small)).eval()
-    for executor in EXECUTORS:
-        with pytest.raises(ValueError, match="^logit_chunk: the logits of a Scaled are not a linear map"):
-            train(executor, model, tokenizer, CONFIG.replace(logit_chunk=4))
+    class Bounded(GPT2LMHeadModel):
+        """Its small logits are a linear map, and its large ones are not."""
+
+        def forward(self, *args, **options):
+            """Logits within ± 30."""
+            output = super().forward(*args, **options)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+    for kind in (Scaled, Bounded):
+        model = kind(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=40, **small)).eval()
+        for executor in EXECUTORS:
+            with pytest.raises(ValueError, match=f"^logit_chunk: the logits of a {kind.__name__} are not a linear map"):
+                train(executor, model, tokenizer, CONFIG.replace(logit_chunk=4))
+
+
+def test_a_cap_by_another_name_is_heeded():
+    torch.manual_seed(0)
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, lru_width=16, num_hidden_layers=3, num_attention_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    assert ModuleForward(model).linear_head.cap == model.config.logits_soft_cap
 
 
 # --- bfloat16 --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -177,22 +178,28 @@ class Side:
 
     def __init__(self, *arguments: object, threads: int | None = None):
         own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        self.name, self.complaints = str(arguments[0]).lstrip("-"), tempfile.TemporaryFile("w+")
         self.child = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], env={**os.environ, **own},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True)
 
     def __call__(self, word: str) -> list:
-        self.child.stdin.write(f"{word}\n")
-        self.child.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: what it said is below
+            self.child.stdin.write(f"{word}\n")
+            self.child.stdin.flush()
         while line := self.child.stdout.readline():
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        raise RuntimeError("the process of a side ended")
+        self.complaints.seek(0)
+        said = self.complaints.read().strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"the process of the side {self.name!r} ended with {self.child.wait()}: {said[-1]}")
 
     def close(self) -> None:
-        """End the process."""
-        self.child.stdin.close()
+        """End the process, if it has not."""
+        with suppress(BrokenPipeError):
+            self.child.stdin.close()
         self.child.wait()
+        self.complaints.close()
 
 
 class TRLStep(Side):

@@ -19,6 +19,9 @@ from ..averaging.state_dicts import Weights
 from .attention import positions
 from .trial import cached, learned, left_in_modules, padded, trial_of
 
+# what a config calls the bound of its logits, which are then cap · tanh(logits / cap)
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 class LinearHead:
     """Where a module's logits come from: W·x + b of its last hidden states, capped where its config says so."""
@@ -26,7 +29,8 @@ class LinearHead:
     def __init__(self, model: PreTrainedModel):
         layer, names = model.get_output_embeddings(), {id(p): name for name, p in model.named_parameters()}
         self.weight, self.bias = names[id(layer.weight)], names.get(id(layer.bias))
-        self.cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        config = model.config.get_text_config()
+        self.cap = next((cap for cap in (getattr(config, name, None) for name in CAPS) if cap is not None), None)
 
     def __call__(self, w: Weights, x: Tensor) -> Tensor:
         """Logits (E, N, V) of hidden states (E, N, C)."""
@@ -69,19 +73,27 @@ class HalvedForward:
     @cached_property
     @torch.no_grad()
     def linear_head(self) -> LinearHead | None:
-        """The head, if it gives the module's logits (tried on a few tokens), else None."""
+        """The head, if it gives the module's logits (tried on a few tokens), else None.
+
+        Tried with logits made large, too: under small ones a cap of a name unknown here would not show.
+        """
         size = self.model.get_input_embeddings().num_embeddings
         ids = torch.arange(4, device=self.model.device).view(1, 1, 4) % size
         weights = {name: tensor.detach().unsqueeze(0) for name, tensor in self.model.named_parameters()}
         mask = torch.ones_like(ids)
-        expected = self.run(self.model, weights, ids, mask, None, "logits")
+        tolerance = 1e-4 if self.dtype is None else 0.05  # the module's own head is in `dtype`, too
+        self.run(self.model, weights, ids, mask, None, "logits")  # a module that has no logits says so
         try:
             head = LinearHead(self.model)
-            logits = head(weights, self.hidden(weights, ids, mask).flatten(1, 2)).view(expected.shape)
+            for factor in (1, 1000):
+                own = weights | {head.weight: factor * weights[head.weight]}
+                expected = self.run(self.model, own, ids, mask, None, "logits")
+                logits = head(own, self.hidden(own, ids, mask).flatten(1, 2)).view(expected.shape)
+                if not (logits - expected).abs().max() < tolerance * expected.abs().max():
+                    return None
         except Exception:  # whatever a module has in place of a trunk and a head
             return None
-        tolerance = 1e-4 if self.dtype is None else 0.05  # the module's own head is in `dtype`, too
-        return head if (logits - expected).abs().max() < tolerance * expected.abs().max() else None
+        return head
 
     @cached_property
     def matrices(self) -> set[str]:
