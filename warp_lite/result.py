@@ -105,10 +105,12 @@ class WarpResult:
         return load_weights(model, self.weights(eta, iteration, toward))
 
     def front(self, etas: Sequence[float] = ETAS, iterations: Sequence[int] | None = None, toward: str = "sft",
-              prompts: Sequence[str] | None = None, samples: int | None = None, seed: int = 0) -> list[dict]:
+              prompts: Sequence[str] | None = None, samples: int | None = None,
+              seed: int | None = None) -> list[dict]:
         """Measure the front: a dict a point with `iteration`, `eta` and the numbers of `PolicyMetrics`.
 
-        `prompts` default to the held-out ones and `samples` a prompt to what makes 512 in all.
+        `prompts` default to the held-out ones, `samples` a prompt to what makes 512 in all, and `seed` to the task's
+        `eval_seed`.
         Raises ValueError for no η or no iteration, and for one that is not there.
         """
         chosen = range(1, len(self.iterations) + 1) if iterations is None else iterations
@@ -120,7 +122,7 @@ class WarpResult:
                 for (i, eta), metrics in zip(places, self.measure(states, prompts, samples, seed))]
 
     def measure(self, states: Iterable[Weights], prompts: Sequence | None = None, samples: int | None = None,
-                seed: int = 0, texts: bool = True) -> list[PolicyMetrics]:
+                seed: int | None = None, texts: bool = True) -> list[PolicyMetrics]:
         """`PolicyMetrics` of any weights of this architecture, against the SFT policy, `samples` completions a prompt.
 
         `texts`: with the perplexity of held-out texts, where there are any.
@@ -131,8 +133,9 @@ class WarpResult:
             metrics += evaluate_many(task, stack(batch), samples=samples, seed=seed, texts=texts)
         return metrics
 
-    def completions(self, prompts: Sequence, eta: float = 1.0, iteration: int = -1, seed: int = 0) -> list[str]:
-        """One completion a prompt at η; the same random numbers at every η.
+    def completions(self, prompts: Sequence, eta: float = 1.0, iteration: int = -1,
+                    seed: int | None = None) -> list[str]:
+        """One completion a prompt at η; the same random numbers at every η, the task's unless `seed` says others.
 
         Raises ValueError for prompts that cannot be used.
         """

@@ -30,7 +30,9 @@ class Task:
     every KL is to. `dtype` is that of the policy that came in. `reward` is one function, or a list with one for each
     run; `gold` a true reward, measured but never trained on. `prompts` and `eval_prompts` are encoded, on the policy's
     device; `texts` are held-out texts, for perplexity. Completions have at most `max_new_tokens` tokens and are
-    sampled at `temperature`. `source` says where policy and rewards came from, for the run folder.
+    sampled at `temperature`. `source` says where policy and rewards came from, for the run folder. `eval_seed` is that
+    of the random numbers on which policies are measured: the same for all that one task measures, so that their
+    differences are more exact than each of them.
     """
 
     policy: PreTrainedModel
@@ -45,6 +47,7 @@ class Task:
     source: dict | None = None
     dtype: torch.dtype | None = None
     sft: Weights = field(default=None, repr=False)
+    eval_seed: int = 0
 
     def __post_init__(self):
         if self.sft is None:

@@ -81,10 +81,11 @@ def evaluate(policy: PreTrainedModel, reference: PreTrainedModel, reward: Reward
 
 
 @torch.no_grad()
-def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int = 0,
+def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int | None = None,
                   texts: bool = True) -> list[PolicyMetrics]:
     """Measure E policies, `weights` (E, …), of a task's architecture on its held-out prompts, all with the same random
-    numbers, `samples` completions a prompt; with the perplexity of its held-out texts unless `texts` is False.
+    numbers, the task's own (`eval_seed`) unless `seed` says others, `samples` completions a prompt; with the perplexity
+    of its held-out texts unless `texts` is False.
 
     The KL is the Rao–Blackwellised estimator of KL(policy ‖ reference): completions are
     sampled from the policy and the exact KL over the vocabulary is summed at every position
@@ -95,7 +96,8 @@ def evaluate_many(task: Task, weights: Weights, *, samples: int = 1, seed: int =
     check_count("samples", samples)
     forward, prompts, device = make_forward(task.policy), task.eval_prompts, task.policy.device
     E = len(next(iter(weights.values())))
-    uniforms = evaluation_uniforms(seed, len(prompts), samples, task.max_new_tokens, prompts.ids.device)   # (N·k, T)
+    uniforms = evaluation_uniforms(task.eval_seed if seed is None else seed, len(prompts), samples,
+                                   task.max_new_tokens, prompts.ids.device)                               # (N·k, T)
     reference = Policies(forward, {name: tensor.unsqueeze(0).to(device) for name, tensor in task.sft.items()})
     at_once, results = policies_at_once(len(prompts) * samples), []
     for e in range(0, E, at_once):
@@ -161,13 +163,14 @@ def _measure_completions(task: Task, policies: Policies, reference: Policies, un
 
 
 @torch.no_grad()
-def sample_completions(task: Task, states: Sequence[Weights], seed: int = 0) -> list[list[str]]:
+def sample_completions(task: Task, states: Sequence[Weights], seed: int | None = None) -> list[list[str]]:
     """One completion of each held-out prompt of a task by each of the policies, as texts: a list a policy.
 
-    All with the same random numbers.
+    All with the same random numbers, the task's own unless `seed` says others.
     """
     prompts = task.eval_prompts
-    uniforms = evaluation_uniforms(seed, len(prompts), 1, task.max_new_tokens, task.policy.device)
+    uniforms = evaluation_uniforms(task.eval_seed if seed is None else seed, len(prompts), 1, task.max_new_tokens,
+                                   task.policy.device)
     rollout = Policies.of(task.policy, states).sample(
         prompts.repeat(len(states)), uniforms.expand(len(states), -1, -1), task.tokenizer, task.temperature)
     texts = completions_text(task.tokenizer, rollout)

@@ -27,7 +27,7 @@ WORLDS = {"sentiment": "film reviews that should praise", "detail": "film review
 TUNING_SEEDS = (9000, 9001, 9002)  # on which settings are chosen, never reported
 TUNING_DRAW = 101  # of the first of them; the others have the next. No reported seed has one of these draws
 LIMIT_SAMPLES = 4096  # completions a prompt: the limit is known to 4 nats, and more move its area by 0.2 % at most
-SAMPLES = 1  # completions a held-out prompt and point of a front: seeds are the error bars
+SAMPLES = 2  # completions a held-out prompt and point of a curve; of each draw by random numbers of its own
 
 
 def draw_of(seed: int) -> int:
@@ -79,7 +79,8 @@ class Bench:
 
         Raises ValueError where a run fails or cannot be made.
         """
-        return run_experiment(self.world, configs, self.seeds, progress=False, **options)
+        return run_experiment(self.world, configs, self.seeds, progress=False,
+                              **{"trajectory_samples": SAMPLES, **options})
 
     def measure(self, states: Sequence[Weights], samples: int = SAMPLES, texts: bool = False) -> list[dict]:
         """Metrics of any weights on the held-out prompts, a dict each; with the perplexity of held-out texts or not."""

@@ -124,9 +124,9 @@ def shift(bench: Bench) -> list[dict]:
     whole = bench.world
     by_noun = {noun: [text for text in (*whole.prompts.given, *whole.eval_prompts.given)
                       if (text.split()[2] in UNSEEN) == (noun == "unseen")] for noun in ("seen", "unseen")}
-    benches = {noun: replace(bench, world=World.of(
+    benches = {noun: replace(bench, world=replace(World.of(
         whole.policy, whole.tokenizer, whole.reward, by_noun["seen"], texts[:64], gold=whole.gold, texts=whole.texts,
-        max_new_tokens=whole.max_new_tokens)) for noun, texts in by_noun.items()}
+        max_new_tokens=whole.max_new_tokens), eval_seed=whole.eval_seed)) for noun, texts in by_noun.items()}
     lines = four_and_merge(benches["seen"])
     return [{**row, "prompts": noun} for noun, measuring in benches.items() for row in measuring.fronts(lines, ETAS)]
 
@@ -135,7 +135,7 @@ def long_anchor(bench: Bench) -> list[dict]:
     """One long run with μT = 90 under each anchor and several β. Lines: `EMA, β = …`, `SFT, β = …`."""
     configs = {f"EMA, β = {beta:g}": LONG.replace(beta=beta) for beta in LONG_BETAS["ema"]}
     configs |= {f"SFT, β = {beta:g}": LONG.replace(beta=beta, anchor="sft") for beta in LONG_BETAS["sft"]}
-    experiment = bench.train(configs, trajectory_samples=2, traced=1)
+    experiment = bench.train(configs, traced=1)
     return [row for name in configs for row in bench.trajectories(experiment, name, name)]
 
 

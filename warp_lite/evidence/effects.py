@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..evaluation.front import first_crossing, hypervolume, reward_at_kl
+from ..evaluation.front import best_within_kl, first_crossing, hypervolume, reward_at_kl
 from .bench import draw_of
 from .settings import KL_MAX, area
 
@@ -123,6 +123,11 @@ def at_one_kl(a: Line, b: Line, kind: str = "reward") -> Callable[[Rows], Effect
                                 lambda front, kl: reward_at_kl(front, kl, kind))
 
 
+def within_one_kl(a: Line, b: Line) -> Callable[[Rows], Effect]:
+    """The effect of two lines: their difference in the best reward at one KL, of `KLS`, in nats, or less."""
+    return lambda rows: compare(rows, line_of(a, rows), line_of(b, rows), KLS, best_within_kl)
+
+
 def at_proxy(a: str | dict, b: str | dict) -> Callable[[Rows], Effect]:
     """The effect of two lines: their difference in gold reward at one proxy reward, of `PROXIES`."""
     return lambda rows: compare(rows, a, b, PROXIES, gold_at_proxy)
@@ -192,15 +197,15 @@ def share(line: str | dict) -> Callable[[Rows], Effect]:
         for seed in rows.seeds:
             limit = rows.limits[draw_of(seed)]
             fronts = rows.fronts(line, seed)
-            found[seed] = float(np.mean([area(front) / limit_area(limit, front[0]["reward"]) for front in fronts]))
+            found[seed] = float(np.mean([area(front) for front in fronts])) / limit_area(limit)
         return Effect(found)
     return effect
 
 
-def limit_area(limit: Sequence[dict], start: float) -> float:
-    """The area of the limit above the reward of θ_sft, from (0, start) on, up to 4 nats. It is held flat past
-    its last point, if that comes before."""
-    return hypervolume([(0.0, start), *((p["kl"], p["reward"]) for p in limit)], (KL_MAX, start))
+def limit_area(limit: Sequence[dict]) -> float:
+    """The area of the limit above the reward of θ_sft, its first point, up to 4 nats. It is held flat past its last
+    point, if that comes before."""
+    return hypervolume([(p["kl"], p["reward"]) for p in limit], (KL_MAX, limit[0]["reward"]))
 
 
 def line_of(line: Line, rows: Rows) -> str | dict:
@@ -209,7 +214,7 @@ def line_of(line: Line, rows: Rows) -> str | dict:
 
 
 def best_of_n_area(rows: Rows, seed: int) -> float:
-    """The area of best-of-n of a seed's draw; its KL is an upper bound, so the area is a lower one."""
-    start = rows.fronts("WARP", seed)[0][0]["reward"]
-    points = [(0.0, start), *((p["kl"], p["reward"]) for p in rows.best_of_n[draw_of(seed)])]
-    return hypervolume(points, (KL_MAX, start))
+    """The area of best-of-n of a seed's draw, above its first point, which is θ_sft (n = 1); its KL is an upper bound,
+    so the area is a lower one."""
+    points = rows.best_of_n[draw_of(seed)]
+    return hypervolume([(p["kl"], p["reward"]) for p in points], (KL_MAX, points[0]["reward"]))

@@ -210,7 +210,7 @@ def equal_compute(evidence: Evidence, worlds: Sequence[str]) -> list[dict]:
             config = tuned(world, name)
             levels = {}
             for kl in (1.0, 2.0, 3.0):
-                for kind in ("reward", "gold", "perplexity"):
+                for kind in [kind for kind in ("reward", "gold", "perplexity") if kind in rows.by_line[name][0]]:
                     values = {seed: float(np.mean([reward_at_kl(f, kl, kind) for f in rows.fronts(name, seed)]))
                               for seed in rows.seeds}
                     if all(map(math.isfinite, values.values())):
@@ -245,11 +245,9 @@ def curves(claims: Sequence[Claim], evidence: Evidence, worlds: Sequence[str]) -
 
 def mean_limit(rows: Rows) -> list[dict]:
     """The mean over draws of the limit, at KLs from 0 to 4 nats that every draw's limit reaches."""
-    starts = {draw_of(seed): rows.fronts("WARP", seed)[0][0]["reward"] for seed in rows.seeds}
     reach = min(KL_MAX, *(limit[-1]["kl"] for limit in rows.limits.values()))
     grid = np.linspace(0, reach, 41)
-    curves_ = [np.interp(grid, [0.0, *(p["kl"] for p in limit)], [starts[draw], *(p["reward"] for p in limit)])
-               for draw, limit in rows.limits.items()]
+    curves_ = [np.interp(grid, *zip(*((p["kl"], p["reward"]) for p in limit))) for limit in rows.limits.values()]
     return [{"kl": round(float(kl), 4), "reward": round(float(reward), 5)}
             for kl, reward in zip(grid, np.mean(curves_, 0))]
 

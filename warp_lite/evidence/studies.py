@@ -20,7 +20,7 @@ from ..policies.prompts import Prompts
 from ..rewards.bradley_terry import BradleyTerry
 from ..worlds.reviews import reviews_world
 from .bench import Bench
-from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH_BETAS, TAX_ETAS, WEAK_ETAS
+from .settings import ANCHORS, BEYOND, EQUAL, ETAS, NOISY, PAST_ETAS, REFRESH, TRACED, WEAK_ETAS
 from .tuned import asks
 
 
@@ -115,7 +115,7 @@ def anchors(bench: Bench) -> list[dict]:
     configs = {"EMA": best, "EMA, half μ": best.replace(mu=best.mu / 2),
                "EMA, double β": best.replace(beta=2 * best.beta), "no KL": ANCHORS.replace(anchor="none")}
     configs["SFT"] = bench.tuned("SFT anchor")
-    experiment = bench.train(configs, trajectory_samples=2, traced=1)
+    experiment = bench.train(configs, traced=1)
     return [row for name in configs for row in bench.trajectories(experiment, name, name)]
 
 
@@ -123,30 +123,34 @@ def anchors(bench: Bench) -> list[dict]:
 def equal(bench: Bench) -> list[dict]:
     """The same number of completions spent in each way, every one with its own best lr and β.
 
-    Lines: the names of `EQUAL`, `checkpoint average` (of the long run, second half), `best of n`
-    (its KL is an upper bound) and `limit`; fronts with perplexity at ten points.
+    Lines: the names of `EQUAL`, those of `TRACED` as trajectories, and `checkpoint average` (of the long run, second
+    half); fronts with perplexity.
     """
     kept: dict[int, list[Weights]] = {}
     configs = {name: bench.tuned(name) for name in EQUAL}
 
     def keep(name, seed, iteration, run, step, weights):
-        if 2 * step >= configs[name].steps:
+        if name == "one long run" and 2 * step >= configs[name].steps:
             kept.setdefault(seed, []).append(weights)
 
-    experiment = bench.train(configs, checkpoints=keep)
+    experiment = bench.train(configs, checkpoints=keep, traced=1)
     lines = [({"line": name, "seed": seed}, result.iterations[-1].merged)
-             for name, results in experiment.results.items() for seed, result in zip(bench.seeds, results)]
+             for name, results in experiment.results.items() if name not in TRACED
+             for seed, result in zip(bench.seeds, results)]
     lines += [({"line": "checkpoint average", "seed": seed}, lerp(bench.sft, kept[seed])) for seed in bench.seeds]
-    return bench.fronts(lines, TAX_ETAS, texts=True)
+    return bench.fronts(lines, ETAS, texts=True) + [
+        row for name in TRACED for row in bench.trajectories(experiment, name, name)]
 
 
 def limit(bench: Bench) -> list[dict]:
-    """The limit and best-of-n of this draw. Lines: `limit`, `best of n` (its KL is an upper bound)."""
+    """The limit and best-of-n of this draw. Lines: `limit`, from θ_sft on (β → ∞, the mean of all samples), and
+    `best of n` (its KL is an upper bound)."""
     rewards, gold = bench.limit_rewards()
     betas = np.geomspace(20, 0.04, 34) * rewards.std().item()
     bound = optimal_front(rewards=rewards, gold=gold, betas=betas)
     best_of_n = best_of_n_front(rewards=rewards)
-    return [*({"line": "limit", "seed": None, **point} for point in bound),
+    sft = {"beta": None, "kl": 0.0, "reward": rewards.mean().item(), "gold": gold.mean().item()}
+    return [*({"line": "limit", "seed": None, **point} for point in (sft, *bound)),
             *({"line": "best of n", "seed": None, "kl": point["kl_bound"], **point} for point in best_of_n)]
 
 
@@ -181,15 +185,23 @@ class LengthPenalty:
 
 
 def refresh(bench: Bench) -> list[dict]:
-    """β in place of LITI: two iterations anchored to their init (a refreshed base), no step back, and
-    the merges of several β as the front. Lines: `WARP`, `β = …` (one point each, η = 1)."""
+    """β in place of LITI: two iterations anchored to their init (a refreshed base), no step back, and the merges of
+    several β and learning rates as the front. Lines: `WARP`; `refreshed base` (a point a setting, with `lr` and `beta`,
+    and θ_sft)."""
     two = NOISY.replace(iterations=2)
-    configs = {f"β = {beta:g}": two.replace(mu=0.0, eta=1.0, beta=beta) for beta in REFRESH_BETAS}
-    experiment = bench.train(configs | {"WARP": two})
-    lines = [({"line": name, "seed": seed}, result.iterations[-1].merged)
-             for name, results in experiment.results.items() for seed, result in zip(bench.seeds, results)]
-    return (bench.fronts([line for line in lines if line[0]["line"] == "WARP"], ETAS)
-            + bench.fronts([line for line in lines if line[0]["line"] != "WARP"], (1.0,)))
+    configs = {setting: two.replace(mu=0.0, eta=1.0, lr=setting[0], beta=setting[1]) for setting in REFRESH}
+    results = bench.train({"WARP": two, **configs}).results
+    merged = [(name, seed, result.iterations[-1].merged) for name, of_seeds in results.items()
+              for seed, result in zip(bench.seeds, of_seeds)]
+    rows = bench.fronts([({"line": "WARP", "seed": seed}, theta) for name, seed, theta in merged if name == "WARP"],
+                        ETAS)
+    others = [(name, seed, theta) for name, seed, theta in merged if name != "WARP"]
+    if not bench.wants("refreshed base"):
+        return rows
+    starts = [{**row, "line": "refreshed base"} for row in rows if row["eta"] == 0]
+    return rows + starts + [{"line": "refreshed base", "seed": seed, "lr": lr, "beta": beta, "eta": 1.0, **row}
+                            for ((lr, beta), seed, _), row in zip(
+                                others, bench.measure([theta for _, _, theta in others]))]
 
 
 def outer(bench: Bench) -> list[dict]:
@@ -245,7 +257,7 @@ def best(bench: Bench) -> list[dict]:
     experiment = bench.train({"best": bench.tuned("best WARP")})
     points = bench.fronts([({"line": "best WARP", "seed": seed, "iteration": i}, found.merged)
                            for seed, result in zip(bench.seeds, experiment.results["best"])
-                           for i, found in enumerate(result.iterations, 1)], (*TAX_ETAS, *PAST_ETAS), samples=4)
+                           for i, found in enumerate(result.iterations, 1)], (*ETAS, *PAST_ETAS), samples=4)
     return [row for row in points if row["eta"] <= 1] + [{**row, "line": "best WARP, η to 2"} for row in points]
 
 

@@ -9,14 +9,15 @@ import numpy as np
 
 from ..config import WarpConfig
 from .bench import TUNING_SEEDS, Bench, draw_of
-from .settings import ANCHORS, EQUAL, ETAS, LARGE, WEAK, WEAK_ETAS, WIDE, area
+from .settings import ANCHORS, EQUAL, ETAS, LARGE, TRACED, WEAK, WEAK_ETAS, WIDE, area
 
 # What is tried. A choice at the edge of it is named (wording.py).
 ANCHOR_BETAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of either anchor
 EQUAL_LRS, EQUAL_BETAS = (3.75e-5, 7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3), (0.075, 0.15, 0.3, 0.6, 1.2, 2.4)
 WEAK_LRS = (2e-5, 4e-5, 8e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3, 3e-3)
 LARGE_BETAS = (0.15, 0.3, 0.6, 1.2)
-PARTS = ("anchors", "equal", "weak", "best")  # each a study of its own
+PARTS = ("anchors", "equal", "plain", "weak", "best")  # each a study of its own
+WAYS = ("anchors", "plain")  # parts that are measured on the ways of their runs
 WEAK_PURPOSES = [f"{name}, β = {beta:g}" for beta in (0.0, 0.01) for name in ("merged", "batch of 32")]
 
 
@@ -25,9 +26,10 @@ def grids(part: str | None = None) -> dict[str, dict[str, WarpConfig]]:
     found: dict[str, dict[str, dict[str, WarpConfig]]] = {"anchors": {
         f"{anchor.upper()} anchor": {f"β={beta:g}": ANCHORS.replace(beta=beta, anchor=anchor) for beta in ANCHOR_BETAS}
         for anchor in ("ema", "sft")}}
-    found["equal"] = {name: {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
-                             for lr in EQUAL_LRS for beta in EQUAL_BETAS}
-                      for name, config in EQUAL.items()}
+    for part_of, traced in (("equal", False), ("plain", True)):
+        found[part_of] = {name: {f"lr={lr:g}, β={beta:g}": config.replace(lr=lr, beta=beta)
+                                 for lr in EQUAL_LRS for beta in EQUAL_BETAS}
+                          for name, config in EQUAL.items() if (name in TRACED) == traced}
     found["weak"] = {f"{name}, β = {beta:g}": {f"lr={lr:g}": config.replace(lr=lr, beta=beta)
                                                for lr in WEAK_LRS}
                      for beta in (0.0, 0.01) for name, config in (("merged", WEAK), ("batch of 32", WIDE))}
@@ -40,15 +42,15 @@ def grids(part: str | None = None) -> dict[str, dict[str, WarpConfig]]:
 def tuning(bench: Bench, part: str) -> list[dict]:
     """A row for each purpose and setting of a part, with its score for each seed of this draw.
 
-    The score is the area of the front up to 4 nats; for an anchor that of the trajectory; under weak
+    The score is the area of the front up to 4 nats; of the ways of `WAYS` that of the trajectory; under weak
     regularisation how much gold reward is left. None where a front does not get as far as is asked.
     """
-    configs = {(purpose, name): config if part == "anchors" else config.replace(eval_every=0)
+    configs = {(purpose, name): config if part in WAYS else config.replace(eval_every=0)
                for purpose, some in grids(part).items() for name, config in some.items()}
-    experiment = bench.train(configs, trajectory_samples=2, traced=1)
+    experiment = bench.train(configs, traced=1)
     rows = []
     for (purpose, name), results in experiment.results.items():
-        if purpose.endswith("anchor"):
+        if part in WAYS:
             found = bench.trajectories(experiment, (purpose, name), name)
         else:
             found = bench.fronts([({"seed": seed}, result.iterations[-1].merged)

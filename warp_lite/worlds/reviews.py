@@ -92,7 +92,7 @@ def reviews_world(architecture: str = "gpt2", seed: int = 0, progress: bool = Tr
     gold = GoldReward(tokenizer, facts["gold_mean"], facts["gold_std"], settings.taste, end_ids(model, tokenizer))
     reward = BradleyTerry.load(folder / "reward")
     world = World.of(model, tokenizer, reward, train, held_out, gold=gold, texts=texts, max_new_tokens=MAX_COMPLETION)
-    world.folder, world.facts = folder, facts
+    world.folder, world.facts, world.eval_seed = folder, facts, seed  # else worlds would share the noise of measuring
     return world
 
 
