@@ -49,6 +49,21 @@ def reward_at_kl(points: Sequence, kl: float, kind: str = "reward") -> float:
     return first_crossing(*_unique(front).T, kl)
 
 
+def best_within_kl(points: Sequence, kl: float) -> float:
+    """The best reward that a curve has at a KL, in nats, or less, by straight lines between its points in the order of
+    KL; nan where it begins above that KL or does not get to it.
+
+    What a trajectory has that passes a KL early and comes back to it with more reward. Chosen on the numbers that it
+    is reported by: too high, the more so the more points a curve has.
+
+    Raises ValueError when there are no points or a value is not finite.
+    """
+    array = points_array(points)
+    if not array[0, 0] <= kl <= array[-1, 0]:
+        return math.nan
+    return float(running_maximum(array, np.array([kl]))[0])
+
+
 def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float:
     """y where x, in the order of the points (N,), first rises to a level, by a straight line between two points.
 
