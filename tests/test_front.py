@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warp_lite import hypervolume, reward_at_kl
-from warp_lite.evaluation.front import GRID, first_crossing, points_array, running_maximum
+from warp_lite.evaluation.front import GRID, best_within_kl, first_crossing, points_array, running_maximum
 
 STEP = 1 / (GRID - 1)  # of the grid, in units of kl_max: a jump is off by at most half of it times its height
 
@@ -120,6 +120,12 @@ def test_a_trajectory_counts_where_it_first_crosses_a_kl_in_the_order_of_its_ste
     assert reward_at_kl(UP_AND_BACK, 1.0, "gold") == -1.0
     assert math.isnan(reward_at_kl(UP_AND_BACK, 3.5))
     assert math.isnan(reward_at_kl(path((0, 2.0, 1.0), (1, 0.5, 2.0)), 1.0))  # it begins above and only falls
+
+
+def test_the_best_within_a_kl_counts_what_a_trajectory_comes_back_to_and_never_more_than_it_has():
+    assert [best_within_kl(UP_AND_BACK, k) for k in (0.0, 0.5, 1.0, 2.0, 2.5, 3.0)] == [0.0, 2.5, 5.0, 5.0, 5.5, 9.0]
+    assert math.isnan(best_within_kl(UP_AND_BACK, 3.5)) and math.isnan(best_within_kl([(1.0, 2.0)], 0.5))
+    assert best_within_kl([(0, 0), (1, 4), (2, 3)], 2) == 4  # within, and not at
 
 
 def test_the_points_of_a_front_count_in_the_order_of_kl_whatever_their_order():

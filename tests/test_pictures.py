@@ -11,7 +11,8 @@ from matplotlib.text import Text
 
 from warp_lite.evaluation.statistics import t_interval
 from warp_lite.evidence import load, wording
-from warp_lite.evidence.claims import decide_values, pick
+from warp_lite.evidence.claims import METHODS, completions_spent, decide_values, pick
+from warp_lite.evidence.settings import EQUAL
 from warp_lite.notebooks import draw_anchor, draw_evidence, draw_liti, draw_memory, draw_slerp, draw_warp, figures
 from warp_lite.viewing import plots
 from warp_lite.viewing.labels import struck_labels
@@ -251,6 +252,30 @@ def test_fresh_draws_repeat_a_verdict_leave_it_open_or_turn_it_round():
     assert said["none"] == "No draws were added to the first 4 that could decide by themselves."
 
 
+def test_a_comparison_whose_sign_depends_on_its_level_is_named_with_what_other_levels_say():
+    claim = {"statement": "A beats B", "verdict": "holds", "effect": 0.3, "ci_low": 0.1, "ci_high": 0.5,
+             "unit": "reward", "null": 0.0, "worth": 0.05, "study": "merging", "seeds": 8, "level": 3.0,
+             "reached": {"4": 7, "3": 8, "2": 8, "1": 8}, "effect_at": {"4": -0.9, "3": 0.3, "2": -0.2, "1": -0.04}}
+    assert wording.other_side(claim) == {"2": -0.2}  # not what some seeds alone reach, nor what is not worth having
+    assert draw_evidence.by_level({("a", "w"): claim}) == (
+        "- A beats B (w): **holds** +0.30 [+0.10, +0.50] at 3 nats; -0.20 at 2")
+    assert draw_evidence.by_level({("a", "w"): {**claim, "effect_at": {"3": 0.3}}}) == "None."
+    assert wording.at_level({**claim, "study": "quality"}) == " at 3 proxy reward"
+    assert wording.at_level({**claim, "level": None}) == ""
+
+
+def test_the_best_within_a_kl_is_the_mean_over_the_runs_of_a_seed():
+    rows = [{"seed": 0, "run": run, "step": step, "kl": kl, "reward": reward + run} for run in (0, 1)
+            for step, kl, reward in ((0, 0.0, 0.0), (1, 2.0, 1.0), (2, 1.0, 3.0))]
+    assert figures.at_kl(rows, 1.0) == pytest.approx([1.0]) and figures.best_at_kl(rows, 1.0) == pytest.approx([3.5])
+
+
+def test_the_methods_beside_the_limit_say_how_many_completions_they_sample():
+    spent = {name: completions_spent(name) for name in METHODS}
+    assert {spent[name] for name in EQUAL} == {3200} and spent["best WARP"] == 25_600
+    assert spent["single run, noisy setting"] * 4 == spent["LITI of SLERP, M = 4"] == 1600
+
+
 def test_a_claims_picture_has_the_verdict_of_each_world_as_its_titles():
     by_verdict = {claim["verdict"]: claim["name"] for claim in CLAIMS.values()}
     for name in by_verdict.values():
@@ -311,8 +336,11 @@ def test_predictions_of_where_merging_wins_are_drawn_and_counted_by_world():
 
 
 @pytest.mark.parametrize("rank, squared, says", [
-    ((0.2, 0.9), (0.1, 0.8), "which gain more, and how much"), ((0.2, 0.9), (-3.0, 0.8), "but not how much"),
-    ((-0.2, 0.9), (0.1, 0.8), "neither which gain more nor how much")])
+    ((0.2, 0.9), (0.1, 0.8), "it says which gain more, and how much"),
+    ((0.2, 0.9), (-3.0, -0.8), "it says which gain more, but not how much"),
+    ((0.2, 0.9), (-3.0, 0.8), "it says which gain more, and unclear whether it says how much"),
+    ((-0.2, 0.9), (0.1, 0.8), "it is unclear whether it says which gain more, and how much"),
+    ((-0.9, -0.2), (-3.0, -0.8), "it says the wrong way round which gain more, but not how much")])
 def test_what_is_said_of_the_law_is_what_its_test_came_to(rank, squared, says):
     def value(low, high):
         return {"value": (low + high) / 2, "ci_low": low, "ci_high": high}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..evaluation.statistics import VERDICTS
 from ..viewing.plots import COLOURS, KL_LABEL, iteration_colour, style
 from .bench import draw_of
-from .claims import METHODS, Claim, lines_of
+from .claims import METHODS, Claim, completions_spent, lines_of
 from .effects import AREA, REWARD, Rows
 
 VERDICT_COLOURS = {verdict: COLOURS[verdict] for verdict in VERDICTS}
@@ -105,7 +105,7 @@ def limit_figure(found: dict) -> Figure:
     """For each world the fronts of some methods under the limit, and the share of its area of every method."""
     worlds = list(found["worlds"])
     with style():
-        figure = Figure(figsize=(11, 3.9 * len(worlds)), layout="constrained")
+        figure = Figure(figsize=(11, 4.9 * len(worlds)), layout="constrained")
         panels = figure.subplots(len(worlds), 2, squeeze=False, width_ratios=(1.25, 1))
         for (left, right), world in zip(panels, worlds):
             limit = found["limits"][world]
@@ -128,8 +128,10 @@ def limit_figure(found: dict) -> Figure:
                 right.plot([some["ci_low"], some["ci_high"]], [y, y], color="black", lw=1.2)
                 right.annotate(f"{some['mean']:.0%}", (0.01, y), va="center", fontsize=9,
                                color="white" if some["method"] in SHOWN else "black")
-            right.set(yticks=range(len(shares)), yticklabels=[some["method"] for some in shares], xlim=(0, 1),
-                      xlabel="share of the limit's area above SFT, 0 to 4 nats")
+            names = [f"{some['method']}\n{completions_spent(some['method']):,} completions" for some in shares]
+            right.set(yticks=range(len(shares)), yticklabels=names, xlim=(0, 1),
+                      xlabel="share of the limit's area above SFT, 0 to 4 nats\n(flat past the limit's end)")
+            right.tick_params(axis="y", labelsize=8)
             right.set_title(f"{shares[0]['seeds']} seeds; bars: 95 % intervals")
             right.grid(axis="y", visible=False)
     return figure

@@ -6,6 +6,7 @@ from ..evaluation.statistics import Interval
 from .claims import HEADLINES
 from .tuning import grids
 
+AT_PROXY = ("weak", "quality")  # the studies whose claims compare at one proxy reward, and not at one KL
 MORE_DRAWS = (32, 64)  # for which the summary says what they would bring
 
 
@@ -63,7 +64,7 @@ def headlines(found: dict) -> str:
     lines = [f"| claim | {' | '.join(worlds)} |", "|---|" + "---|" * len(worlds)]
     for name in HEADLINES:
         some = {claim["world"]: claim for claim in found["claims"] if claim["name"] == name}
-        cells = [short(some[world]) if world in some else "–" for world in worlds]
+        cells = [short(some[world]) + at_level(some[world]) if world in some else "–" for world in worlds]
         lines.append(f"| {next(iter(some.values()))['statement']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -79,9 +80,26 @@ def cell(claim: dict) -> str:
                   "within": f"{claim['null']:g} ± {claim['margin']:g}"}[claim["rule"]]
         text += f", wanted {wanted}"
     if claim.get("level") is not None:
-        what = "proxy reward" if claim["study"] == "weak" else "nats"
-        text += f", at {claim['level']:g} {what} ({claim['reached'][format(claim['level'], 'g')]} reach it)"
+        text += f",{at_level(claim)} ({claim['reached'][format(claim['level'], 'g')]} reach it)"
     return text
+
+
+def at_level(claim: dict) -> str:
+    """The level that a claim compares at, with a space before it, or nothing where it has none."""
+    if claim.get("level") is None:
+        return ""
+    return f" at {claim['level']:g} {'proxy reward' if claim['study'] in AT_PROXY else 'nats'}"
+
+
+def other_side(claim: dict) -> dict[str, float]:
+    """The mean effects of a comparison at the levels that all seeds reach and at which they lie on the other side of
+    the null than at the level that decides, by more than is worth having: by level."""
+    if claim.get("level") is None:
+        return {}
+    side = claim["effect"] > claim["null"]
+    return {level: mean for level, mean in claim["effect_at"].items()
+            if claim["reached"][level] == claim["seeds"] and (mean > claim["null"]) != side
+            and abs(mean - claim["null"]) > claim["worth"]}
 
 
 def short(claim: dict) -> str:

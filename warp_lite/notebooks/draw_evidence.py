@@ -189,7 +189,7 @@ def decisive_sentences(claims: Claims) -> str:
         inside = sum(map(wording.lies_as_predicted, some))
         lines.append(f"- **{world}**, {draws} draws: {inside} of {measured} effects lie where they were predicted.")
         for verdict in ("holds", "fails", "no difference"):
-            clear = [claim["statement"] for claim in some if claim["verdict"] == verdict]
+            clear = [claim["statement"] + wording.at_level(claim) for claim in some if claim["verdict"] == verdict]
             lines.append(f"    - {verdict}: {'; '.join(clear) or 'none'}.")
         lines.append(f"    - unclear: {sum(claim['verdict'] == 'unclear' for claim in some)} of {len(some)}.")
     return "\n".join(lines)
@@ -254,9 +254,7 @@ def draw_curves(evidence: Mapping, bands: Mapping, claims: Claims, lines: Mappin
 
 def _difference(claim: Mapping) -> str:
     text = f"{wording.short(claim).replace('**' + claim['verdict'] + '**', '').strip()} {claim['unit']}"
-    level = claim.get("level")
-    where = "" if level is None else f" at {level:g} {'of proxy reward' if claim['study'] == 'weak' else 'nats'}"
-    return f"difference {text}{where}\n{claim['seeds']} seeds on {claim['draws']} draws"
+    return f"difference {text}{wording.at_level(claim)}\n{claim['seeds']} seeds on {claim['draws']} draws"
 
 
 def _draw_difference(axes: Axes, claim: Mapping, curves: Mapping[str, Sequence[Mapping]], what: str, x: str) -> None:
@@ -412,12 +410,27 @@ def law_sentences(noise: Mapping) -> str:
         for name, test in of_law["tests"].items():
             rank, squared = test["rank_correlation"], test["r_squared"]
             where = "On the other half of its cells" if name == "other half" else f"In {name}"
-            says = "it says neither which gain more nor how much"
-            if rank["ci_low"] > 0:
-                says = f"it says which gain more, {'and' if squared['ci_low'] > 0 else 'but not'} how much"
-            words += f" {where} {says} (rank correlation {_value(rank)}, R² {_value(squared)})."
+            which = _known(rank, "it says which gain more", "it says the wrong way round which gain more",
+                           "it is unclear whether it says which gain more")
+            how_much = _known(squared, "and how much", "but not how much", "and unclear whether it says how much")
+            words += f" {where} {which}, {how_much} (rank correlation {_value(rank)}, R² {_value(squared)})."
         lines.append(f"- {words}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "\nBrackets: 95 % of bootstraps over draws, which with so few draws hold the truth less "
+                      "often than that (`coverage.json`): a clear word here is less sure than a verdict."])
+
+
+def _known(interval: Mapping, above: str, below: str, else_: str) -> str:
+    """Words by the side of zero that an interval lies on."""
+    return above if interval["ci_low"] > 0 else below if interval["ci_high"] < 0 else else_
+
+
+def by_level(claims: Claims) -> str:
+    """The claims whose mean effect has the other sign at another level that all seeds reach, by more than is worth
+    having, as Markdown."""
+    lines = [f"- {claim['statement']} ({world}): {wording.short(claim)}{wording.at_level(claim)}; "
+             + ", ".join(f"{mean:+.2f} at {level}" for level, mean in wording.other_side(claim).items())
+             for (_, world), claim in claims.items() if wording.other_side(claim)]
+    return "\n".join(lines) or "None."
 
 
 def _value(interval: Mapping) -> str:

@@ -73,7 +73,7 @@ def draw_dial(curves: Mapping[str, Sequence[dict]], etas: Sequence[float], label
     for axes in (far, right):
         axes.axvline(1, color="k", lw=0.7, ls=":")
     near.set(xlabel="η (dotted: the merge's chord)", ylabel=KL_LABEL, xlim=(0, 1.35))
-    far.set(xlabel="η (beyond 1: extrapolation)", ylabel=KL_LABEL, yscale="log", xlim=(0, 2.7))
+    far.set(xlabel="η (beyond 1: extrapolation)", ylabel=f"{KL_LABEL}, logarithmic", yscale="log", xlim=(0, 2.7))
     far.yaxis.set_major_formatter("{x:g}")
     right.set(xlabel="η (beyond 1: extrapolation)", ylabel=label.replace(" (", "\n(", 1), xlim=(0, 2.7))
     near.set_title(outcome(over_the_chord(merge, "kl"), "below", "Merge: KL at η = ½ lies under its chord",
@@ -108,15 +108,18 @@ def draw_against_path(fronts: Sequence[dict], paths: Sequence[dict], limit: Sequ
         path = [row for row in paths if (row["seed"], row["run"]) == (seed, run)]
         axes.plot([row["kl"] for row in path], [row["reward"] for row in path], color=COLOURS["single"], lw=0.5,
                   alpha=0.3)
+    axes.plot([], [], color=COLOURS["single"], lw=0.8, label="every path, to its end")
+    axes.legend(loc="upper left")
     grid = np.linspace(0.05, 1, 25) * kl
-    for rows, colour, words in ((fronts, COLOURS["liti"], "LITI of the runs"), (paths, PATH, "the runs' own paths")):
+    for rows, colour, words in ((fronts, COLOURS["liti"], "LITI of the runs"),
+                                (paths, PATH, "their paths, first crossing")):
         draw_sweep(axes, grid, np.array([at_kl(rows, at) for at in grid]).T, colour, words)
     draw_limit(axes, [point for point in limit if point["kl"] <= 1.3 * kl])
     axes.set(xlabel=KL_LABEL, ylabel=label, xlim=(0, 1.35 * kl))
     gap = t_interval(at_kl(fronts, kl / 2) - at_kl(paths, kl / 2))
-    axes.set_title(outcome(gap, "above", f"At {kl / 2:.2g} nats LITI lies above the path of the same runs",
-                           f"At {kl / 2:.2g} nats LITI lies below the path of the same runs",
-                           f"At {kl / 2:.2g} nats LITI and the path of the same runs cannot be told apart"))
+    axes.set_title(outcome(gap, "above", f"LITI lies above where the same runs first get to {kl / 2:.2g} nats",
+                           f"LITI lies below where the same runs first get to {kl / 2:.2g} nats",
+                           f"LITI and where the same runs first get to {kl / 2:.2g} nats cannot be told apart"))
     label_ends(axes)
     return figure
 
@@ -124,16 +127,16 @@ def draw_against_path(fronts: Sequence[dict], paths: Sequence[dict], limit: Sequ
 def draw_gains(levels: Sequence[float], gains: Mapping[str, np.ndarray], colours: Sequence[str], label: str) -> Figure:
     """Differences in reward at several KL, in nats: of each name (seeds, levels), with their intervals over seeds."""
     figure, axes = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
-    width = 0.04 * (levels[1] - levels[0])
+    width = 0.08 * (levels[1] - levels[0])
     for n, ((words, values), colour) in enumerate(zip(gains.items(), colours)):
         mean, low, high = interval_band(values)
-        axes.errorbar(np.array(levels) + width * (2 * n - 1), mean, [mean - low, high - mean], fmt="o", capsize=3,
-                      color=colour, label=words)
+        axes.errorbar(np.array(levels) + width * (n - (len(gains) - 1) / 2), mean, [mean - low, high - mean], fmt="o",
+                      capsize=3, color=colour, label=words)
     axes.axhline(0, color="k", lw=0.8)
     axes.set(xlabel=KL_LABEL, ylabel="difference in " + label.replace(" (", "\n(", 1))
     axes.set_xticks(levels, [f"{kl:.2g}" for kl in levels])
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.3 * (high - low))
+    axes.set_ylim(low, high + 0.15 * len(gains) * (high - low))
     axes.legend(loc="upper left")
     axes.set_title(f"What LITI and merging add at one KL\n({len(values)} seeds, bars are 95 % intervals)")
     return figure

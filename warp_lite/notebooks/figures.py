@@ -23,7 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from ..averaging.state_dicts import Weights
-from ..evaluation.front import reward_at_kl
+from ..evaluation.front import best_within_kl, reward_at_kl
 from ..evaluation.statistics import Interval, t_interval
 from ..experiment import Experiment
 from ..result import WarpResult
@@ -102,12 +102,22 @@ def at_kl(rows: Sequence[dict], kl: float | np.ndarray, name: str = "reward", **
     `kl`, in nats, is one number or one a seed. Of a seed with several runs it is the mean over those that cross it; nan
     where none does. See `reward_at_kl`.
     """
-    curves = seed_curves(rows, **which)
+    return _read(seed_curves(rows, **which), kl, lambda run, level: reward_at_kl(run, level, name))
+
+
+def best_at_kl(rows: Sequence[dict], kl: float | np.ndarray) -> np.ndarray:
+    """As `at_kl`, the best reward that the curve of each seed has at that KL or less (`best_within_kl`): (seeds,)."""
+    return _read(seed_curves(rows), kl, best_within_kl)
+
+
+def _read(curves: Sequence[Sequence[dict]], kl: float | np.ndarray,
+          value: Callable[[Sequence[dict], float], float]) -> np.ndarray:
+    """The value of each curve at a KL, one number or one a curve, in the mean over its runs that have one."""
     values = []
     for curve, level in zip(curves, np.broadcast_to(kl, (len(curves),))):
         runs = [[row for row in curve if row.get("run") == run] for run in {row.get("run"): None for row in curve}]
-        crossed = [value for run in runs if math.isfinite(value := reward_at_kl(run, level, name))]
-        values.append(np.mean(crossed) if crossed else math.nan)
+        found = [number for run in runs if math.isfinite(number := value(run, level))]
+        values.append(np.mean(found) if found else math.nan)
     return np.array(values)
 
 
