@@ -43,7 +43,7 @@ from warp_lite.evidence.claims import (
     verdicts_of_halves,
 )
 from warp_lite.evidence.effects import Rows
-from warp_lite.evidence.settings import NOISE_GRID
+from warp_lite.evidence.settings import NOISE_GRID, REFRESH
 from warp_lite.evidence.studies import STUDIES
 from warp_lite.evidence.tuned import asked_by, tuned
 from warp_lite.storage import provenance
@@ -110,6 +110,43 @@ def test_areas_shares_and_shapes_of_curves_that_are_known():
     assert effects.curvature("c", "reward")(curved).values == pytest.approx({0: -1.0})
     under = effects.under_the_chord("c", float(etas[3]))(curved).values
     assert under == pytest.approx({0: 4 * 0.6 - (3 * 0.36 + 0.6)})
+
+
+def test_the_share_of_the_limit_is_above_the_true_start_of_the_limit_and_the_measured_one_of_the_front():
+    rows = two_lines()
+    rows.limits = {draw_of(seed): [{"kl": 0.0, "reward": -1.0}, {"kl": 4.0, "reward": 3.0}] for seed in range(8)}
+    assert effects.limit_area(rows.limits[1]) == pytest.approx(8.0, rel=1e-6)
+    assert effects.share("a")(rows).values == pytest.approx({s: 0.5 for s in range(8)}, rel=1e-6)
+    rows.best_of_n = {1: [{"kl": 0.0, "reward": 1.0}, {"kl": 4.0, "reward": 2.0}]}
+    assert effects.best_of_n_area(rows, 0) == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_limit_begins_at_the_mean_of_its_samples(world, monkeypatch):
+    monkeypatch.setattr(bench, "LIMIT_SAMPLES", 64)
+    first = Bench("sentiment", 1, (0,), world.measured_on(world.eval_prompts.given[:8]))
+    rewards, gold = first.limit_rewards()
+    point, *others = [row for row in studies.limit(first) if row["line"] == "limit"]
+    assert (point["kl"], point["reward"], point["gold"]) == (0.0, rewards.mean().item(), gold.mean().item())
+    assert [row["kl"] for row in others] == sorted(row["kl"] for row in others) and others[0]["kl"] > 0
+
+
+def test_each_draw_is_measured_by_random_numbers_of_its_own(world):
+    measured = [Bench("sentiment", 1, (0,), dataclasses.replace(world, eval_seed=seed)).measure([world.sft])[0]
+                for seed in (3, 3, 4)]
+    assert measured[0] == measured[1] and measured[0]["reward"] != measured[2]["reward"]
+
+
+@pytest.mark.slow
+def test_a_refreshed_base_is_a_point_a_setting_beside_the_sft_policy(world):
+    short = ShortBench("sentiment", 1, (0, 1), world.measured_on(world.eval_prompts.given[:8]))
+    rows = [row for row in studies.refresh(short) if row["line"] == "refreshed base"]
+    for seed in (0, 1):
+        start, *points = [row for row in rows if row["seed"] == seed]
+        assert start["kl"] == start["eta"] == 0 and "lr" not in start
+        assert [(row["lr"], row["beta"]) for row in points] == list(REFRESH)
+        fast = {row["kl"] for row in points if row["lr"] == 1e-3}
+        assert fast and fast.isdisjoint(row["kl"] for row in points if row["lr"] == 1e-4)  # and not one point thrice
 
 
 def test_a_band_is_the_interval_of_the_draws_at_one_level_up_to_where_the_first_seed_ends():
@@ -194,6 +231,8 @@ def test_false_verdicts_are_counted_by_benjamini_and_hochberg():
     counts = report.chance(verdicts)
     # of seven p-values the k-th smallest must be at most .05 k / 7: .007, .014, .021, .029 …
     assert (counts["kept_by_benjamini_hochberg"], counts["clear_and_tested"]) == (2, 4)
+    # and whatever depends on what, less by the factor 1 + 1/2 + … + 1/7 = 2.593: .0028, .0055, …
+    assert counts["kept_by_benjamini_yekutieli"] == 1 and counts["expected_clear_by_chance"] == 0.4  # 5 % of seven
     assert (counts["holds"], counts["fails"], counts["no difference"], counts["unclear"]) == (4, 1, 0, 3)
 
 
@@ -517,7 +556,7 @@ def test_lines_that_are_not_asked_for_are_not_measured_and_change_no_others(line
     assert {row["line"] for row in rows} == set(lines)
     for row, other in zip(rows, (row for row in expected if row["line"] in lines), strict=True):
         assert row == pytest.approx(other, abs=2e-5)  # rounded to five places, in batches of other sizes
-    policies = {("run", "slerp-4"): 6 * (5 + 1) + 1, ("average",): 6 * 2 + 1, ("trajectory",): 1}
+    policies = {("run", "slerp-4"): 20 * (5 + 1) + 1, ("average",): 20 * 2 + 1, ("trajectory",): 1}
     assert sum(measured) == policies[lines]
     assert rows and all(row["line"] for row in rows)
 

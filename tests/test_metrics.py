@@ -254,6 +254,22 @@ def test_reward_length_and_gold_are_what_the_completions_say(tokenizer, policy_o
 # --- bad input ------------------------------------------------------------------------------
 
 
+def test_a_task_is_measured_by_random_numbers_of_its_own_unless_others_are_named(tokenizer, gpt2_policy):
+    def task(seed):
+        prompts = encode_prompts(tokenizer, ["the film", "i"])
+        return Task(gpt2_policy, tokenizer, lambda prompts, completions: [float(len(c)) for c in completions], prompts,
+                    prompts, max_new_tokens=6, eval_seed=seed)
+
+    weights = stack([parameters(gpt2_policy)])
+    one, other = (metrics_module.evaluate_many(task(seed), weights, samples=8)[0].as_dict() for seed in (0, 5))
+    assert one["reward"] != other["reward"]
+    assert metrics_module.evaluate_many(task(0), weights, samples=8, seed=5)[0].as_dict() == other
+    states = [parameters(gpt2_policy)]
+    texts = metrics_module.sample_completions(task(5), states)
+    assert texts == metrics_module.sample_completions(task(0), states, seed=5)
+    assert texts != metrics_module.sample_completions(task(0), states)
+
+
 def test_a_reward_that_is_not_finite_is_refused_and_its_prompt_named(tokenizer, gpt2_policy):
     def reward(prompts, completions):
         return [math.nan if p == "i loved" else 0.0 for p in prompts]

@@ -305,6 +305,12 @@ def test_worlds_that_differ_in_their_reward_alone_share_the_sft_policy_that_each
     assert first.facts["sft_loss"] == others[0].facts["sft_loss"]
 
 
+def test_a_world_is_measured_by_random_numbers_of_its_own_seed(world, monkeypatch):
+    folder = settings_hash(ReviewsSettings())
+    monkeypatch.setattr(module, "settings_hash", lambda settings: folder)  # that of the world there is
+    assert world.eval_seed == 0 and reviews_world(seed=7).eval_seed == 7
+
+
 def test_an_unknown_architecture_is_refused(cache):
     with pytest.raises(ValueError, match="architecture must be gpt2 or gemma3, not 'llama'"):
         reviews_world("llama")

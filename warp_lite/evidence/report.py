@@ -175,19 +175,22 @@ def stability(verdicts: Sequence[dict]) -> dict[str, int]:
 def chance(verdicts: Sequence[dict]) -> dict:
     """How many verdicts there are of each kind, and how many of the clear ones may be luck.
 
-    `expected_clear_by_chance`: how many would be clear if nothing had any effect. `kept_by_benjamini_hochberg`: how
-    many of those that hold or fail by a t test stay so where at most 5 % of such verdicts are to be false
-    (Benjamini and Hochberg 1995, over the claims with a p-value, in both worlds).
+    `expected_clear_by_chance`: how many of those that a t test decides would be clear if nothing had any effect.
+    `kept_by_benjamini_hochberg`: how many of these that hold or fail stay so where at most 5 % of such verdicts are to
+    be false (Benjamini and Hochberg 1995, over the claims with a p-value, in both worlds);
+    `kept_by_benjamini_yekutieli` the same whatever depends on what (2001).
     """
     counts = {name: sum(v["verdict"] == name for v in verdicts) for name in VERDICTS}
     tested = [v for v in verdicts if v.get("p_value") is not None]
-    kept = 0
-    if tested:
-        adjusted = false_discovery_control([v["p_value"] for v in tested])
-        kept = sum(v["verdict"] in ("holds", "fails") and bool(p <= 0.05) for v, p in zip(tested, adjusted))
-    return {**counts, "verdicts": len(verdicts), "expected_clear_by_chance": round(0.05 * len(verdicts), 1),
-            "clear_and_tested": sum(v["verdict"] in ("holds", "fails") for v in tested),
-            "kept_by_benjamini_hochberg": kept}
+    clear = [v["verdict"] in ("holds", "fails") for v in tested]
+
+    def kept(method: str) -> int:
+        adjusted = false_discovery_control([v["p_value"] for v in tested], method=method) if tested else []
+        return sum(is_clear and bool(p <= 0.05) for is_clear, p in zip(clear, adjusted))
+
+    return {**counts, "verdicts": len(verdicts), "expected_clear_by_chance": round(0.05 * len(tested), 1),
+            "clear_and_tested": sum(clear), "kept_by_benjamini_hochberg": kept("bh"),
+            "kept_by_benjamini_yekutieli": kept("by")}
 
 
 def limit_shares(evidence: Evidence, worlds: Sequence[str]) -> list[dict]:

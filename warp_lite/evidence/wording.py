@@ -35,9 +35,10 @@ def summary(found: dict) -> str:
             f"{counts['no difference']} say that there is no difference worth having, and {counts['unclear']} are "
             f"unclear. If nothing had any effect about {counts['expected_clear_by_chance']:g} would be clear by "
             f"chance; where at most one in twenty of the clear ones is to be false (Benjamini and Hochberg), "
-            f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear. Decided on each half "
-            f"of the draws alone, {halves['same']} verdicts are the same on both, {halves['moved']} differ, and "
-            f"{halves['turned'] or 'none'} of these turn round, from holds to fails. Were effects and their spread "
+            f"{counts['kept_by_benjamini_hochberg']} of {counts['clear_and_tested']} stay clear, and "
+            f"{counts['kept_by_benjamini_yekutieli']} whatever depends on what (Benjamini and Yekutieli). Decided on "
+            f"each half of the draws alone, {halves['same']} verdicts are the same on both, {halves['moved']} differ, "
+            f"and {halves['turned'] or 'none'} of these turn round, from holds to fails. Were effects and their spread "
             "between draws to stay as they are, "
             + " and ".join(f"{draws} draws would leave {100 * unclear_with(found, draws):.0f} % unclear"
                            for draws in MORE_DRAWS) + ".")
