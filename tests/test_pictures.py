@@ -270,6 +270,14 @@ def test_the_best_within_a_kl_is_the_mean_over_the_runs_of_a_seed():
     assert figures.at_kl(rows, 1.0) == pytest.approx([1.0]) and figures.best_at_kl(rows, 1.0) == pytest.approx([3.5])
 
 
+def test_the_settings_chosen_are_listed_by_what_they_had_on_the_tuning_draws():
+    chosen = {"worlds": {"sentiment": {"a": {"chosen": "x", "scores": {"x": 1.0, "y": 0.5}},
+                                       "b": {"chosen": "y", "scores": {"x": None, "y": 2.5}}}}}
+    assert draw_evidence.on_tuning_draws(chosen, ["a", "b"]) == "- sentiment: b 2.50, a 1.00"
+    lines = draw_evidence.on_tuning_draws(load("tuned"), EQUAL).split("\n")
+    assert len(lines) == 2 and all(line.count(",") == len(EQUAL) - 1 for line in lines)
+
+
 def test_the_methods_beside_the_limit_say_how_many_completions_they_sample():
     spent = {name: completions_spent(name) for name in METHODS}
     assert {spent[name] for name in EQUAL} == {3200} and spent["best WARP"] == 25_600

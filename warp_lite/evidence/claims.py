@@ -212,8 +212,7 @@ CLAIMS: tuple[Claim, ...] = (
                           ("one long run", "one run eight times as long"),
                           ("checkpoint average", "the mean of a long run's checkpoints"),
                           ("batch of 16", "one run with batches of 16"),
-                          ("batch of 32", "one run with batches of 32"),
-                          ("plain run", "one plain run (SFT anchor, nothing averaged, stopped anywhere)"))),
+                          ("batch of 32", "one run with batches of 32"))),
     Claim("equal-best-of-n", "question 4", "WARP is better than best of n", "equal",
           lambda rows: Effect({seed: area(rows.fronts("WARP", seed)[0]) - best_of_n_area(rows, seed)
                                for seed in rows.seeds}), "above", AREA),

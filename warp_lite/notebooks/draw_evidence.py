@@ -317,6 +317,17 @@ def how_chosen(chosen: Mapping) -> str:
             + f". At an edge of what was tried, where a better one may lie outside: {'; '.join(edges) or 'none'}.")
 
 
+def on_tuning_draws(chosen: Mapping, purposes: Sequence[str]) -> str:
+    """The area up to 4 nats that each purpose's chosen setting has in the mean of the tuning draws, the highest first,
+    as Markdown, a line a world; `chosen` is what tuned.json holds. Too high, all of them: the best of what was tried."""
+    lines = []
+    for world, found in chosen["worlds"].items():
+        scores = {purpose: found[purpose]["scores"][found[purpose]["chosen"]] for purpose in purposes}
+        lines.append(f"- {world}: " + ", ".join(f"{purpose} {scores[purpose]:.2f}"
+                                                for purpose in sorted(scores, key=scores.get, reverse=True)))
+    return "\n".join(lines)
+
+
 def folded(title: str, table: str) -> str:
     """A table that opens on a click, as Markdown."""
     return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
