@@ -319,7 +319,7 @@ def how_chosen(chosen: Mapping) -> str:
 
 def on_tuning_draws(chosen: Mapping, purposes: Sequence[str]) -> str:
     """The area up to 4 nats that each purpose's chosen setting has in the mean of the tuning draws, the highest first,
-    as Markdown, a line a world; `chosen` is what tuned.json holds. Too high, all of them: the best of what was tried."""
+    as Markdown, a line a world; `chosen` is what tuned.json holds. All are too high: the best of what was tried."""
     lines = []
     for world, found in chosen["worlds"].items():
         scores = {purpose: found[purpose]["scores"][found[purpose]["chosen"]] for purpose in purposes}
