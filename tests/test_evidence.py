@@ -656,6 +656,7 @@ def test_more_draws_leave_fewer_unclear_and_as_many_as_there_are_leave_as_many(c
     assert many.std(ddof=1) == pytest.approx(spread)
     found, expected = t_interval(values).with_groups(36), t_interval(many)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert f"{t_interval([1.0])}" == "1.00 [–, –]" and f"{t_interval([1.0, 3.0]):.1f}" == "2.0 [-10.7, 14.7]"
     assert math.isnan(t_interval([1.0]).with_groups(9).low) and math.isnan(found.with_groups(1).low)
 
 

@@ -26,7 +26,8 @@ class Interval:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        low, high = (f"{end:{spec}}" if math.isfinite(end) else "–" for end in (self.low, self.high))  # of one group
+        return f"{self.mean:{spec}} [{low}, {high}]"
 
     def verdict(self, rule: str, null: float = 0.0, margin: float = 0.0, worth: float = 0.0) -> str:
         """What the interval says of a claim, by the rule "above", "below" or "within" (see `verdict`).
