@@ -118,7 +118,8 @@ def kept(front: Sequence[dict], right: Sequence[dict], name: str) -> Interval:
 
 def draw_fronts(axes: Axes, fronts: Mapping[str, Sequence[dict]], colours: Mapping[str, str], name: str = "reward",
                 limit: Sequence[dict] = ()) -> None:
-    """Fronts by their names: the mean over seeds at each η, with its intervals in both directions, and a label."""
+    """Fronts by their names: the mean over seeds at each η, with its intervals in both directions, and a label. Titles
+    and names of axes come before: they move what is drawn."""
     ends, heights = {}, []
     for label, rows in fronts.items():
         kl, value = figures.number(rows, "kl"), figures.number(rows, name)
@@ -140,6 +141,9 @@ def by_iteration(fronts: Mapping[int, Sequence[dict]], paths: Sequence[dict], li
     `labels` has by kind of reward the name of its axis, `titles` its title.
     """
     figure, panels = plt.subplots(1, len(labels), figsize=(5.8 * len(labels), 4.8), layout="constrained", squeeze=False)
+    for axes, kind in zip(panels[0], labels):  # which make the panels smaller, before names are placed in them
+        axes.set_ylabel(labels[kind])
+        axes.set_title(titles[kind])
     for axes, kind in zip(panels[0], labels):
         for curve in figures.seed_curves(paths):
             for run in {row["run"] for row in curve}:
@@ -147,8 +151,6 @@ def by_iteration(fronts: Mapping[int, Sequence[dict]], paths: Sequence[dict], li
                 axes.plot(column(path, "kl"), column(path, kind), color=COLOURS["single"], lw=0.6, alpha=0.2)
         draw_fronts(axes, {f"iteration {i}": rows for i, rows in fronts.items()},
                     {f"iteration {i}": iteration_colour(i) for i in fronts}, kind, limit)
-        axes.set_ylabel(labels[kind])
-        axes.set_title(titles[kind])
     return figure
 
 
@@ -179,9 +181,9 @@ def compared(fronts: Mapping[str, Sequence[dict]], colours: Mapping[str, str], l
              title: str) -> Figure:
     """Fronts of several ways to merge, by their names, under the limit."""
     figure, axes = plt.subplots(figsize=(7.8, 4.6), layout="constrained")
-    draw_fronts(axes, fronts, colours, limit=limit)
     axes.set_ylabel(f"reward ({unit})")
     axes.set_title(title)
+    draw_fronts(axes, fronts, colours, limit=limit)
     return figure
 
 
@@ -189,8 +191,9 @@ def along_front(fronts: Mapping[int, Sequence[dict]], titles: Mapping[str, str])
     """Length and diversity of what is written along the front of each iteration."""
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
     for axes, what, words in zip(panels, titles, ("length (tokens)", "distinct pairs (share)")):
-        draw_fronts(axes, {f"iteration {i}": rows for i, rows in fronts.items()},
-                    {f"iteration {i}": iteration_colour(i) for i in fronts}, what)
         axes.set_ylabel(words)
         axes.set_title(titles[what])
+    for axes, what in zip(panels, titles):
+        draw_fronts(axes, {f"iteration {i}": rows for i, rows in fronts.items()},
+                    {f"iteration {i}": iteration_colour(i) for i in fronts}, what)
     return figure

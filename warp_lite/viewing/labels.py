@@ -36,20 +36,23 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]] | None =
     """Labels at the ends (x, y, colour) of several lines, and those that `label_end` has put there, moved to where no
     curve, bar or other label strikes them; call it when all is drawn.
 
-    A label that had to go further away has a thin line to its point. Where there is no room the axes grow to the right.
+    A label that had to go further away has a thin line to its point. Where there is no room the axes grow to the right,
+    and where bars reach all the way there, upward.
     """
     for name, (x, y, colour) in (ends or {}).items():
         label_end(axes, [x], [y], name, colour)
     labels = [text for text in axes.texts if text.get_gid() == LABEL]
-    for _ in range(8):
+    for tried in range(12):
         axes.figure.draw_without_rendering()
         others = [Text.get_window_extent(text) for text in _texts(axes) if text not in labels]
         if axes.get_legend() is not None:
             others.append(axes.get_legend().get_window_extent())
         if place(axes, labels, strokes(axes), others):
             break
-        low, high = axes.get_xlim()
-        axes.set_xlim(low, high + 0.1 * (high - low) if axes.get_xscale() == "linear" else high * (high / low) ** 0.1)
+        upward = tried >= 4 and tried % 2 == 0
+        (low, high), scale = (axes.get_ylim(), axes.get_yscale()) if upward else (axes.get_xlim(), axes.get_xscale())
+        more = high + 0.1 * (high - low) if scale == "linear" else high * (high / low) ** 0.1
+        axes.set_ylim(low, more) if upward else axes.set_xlim(low, more)
 
 
 def place(axes: Axes, labels: Sequence[Annotation], segments: np.ndarray, boxes: Sequence[Bbox] = ()) -> bool:
@@ -117,7 +120,7 @@ def _place(axes: Axes, label: Annotation, segments: np.ndarray, placed: Sequence
     anchor = axes.transData.transform(label.xy)
     size = Text.get_window_extent(label)
     page = axes.get_window_extent()
-    for radius in (6, 9, 13, 18, 24, 32, 42, 54, 68, 84, 102):
+    for radius in (6, 9, 13, 18, 24, 32, 42, 54, 68, 84, 102, 124, 150):
         for degrees in (0, 25, -25, 50, -50, 75, -75, 90, -90, 110, -110, 140, -140, 180):
             x, y = radius * math.cos(math.radians(degrees)), radius * math.sin(math.radians(degrees))
             across = 0.5 * (1 - math.cos(math.radians(degrees)))  # the share of the label left of its point
