@@ -610,6 +610,7 @@ def test_the_committed_evidence_is_of_every_claim_with_a_draw_a_seed(committed):
         assert re.fullmatch(r"torch [\w.+]+, transformers [\w.]+, warp-lite [\w.]+ at commit [0-9a-f]{10}(: .*)?", line)
     counts = report.chance(committed["claims"])
     assert committed["chance"] == counts and counts["verdicts"] == len(committed["claims"])
+    assert load("decisive")["chance"] == report.chance(load("decisive")["claims"])
     by_name = {claim.name: claim for claim in CLAIMS}
     for entry in committed["claims"]:
         values = {int(seed): value for seed, value in entry["values"].items()}
