@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from PIL import Image
 
 from warp_lite import ParetoExplorer, WarpConfig, liti, run_warp, slerp
@@ -174,7 +175,8 @@ def test_the_quick_picture_is_the_figure(explorer, change):
     explorer.move(**change)
     quick = np.asarray(Image.open(io.BytesIO(explorer.png())).convert("RGB")).astype(int)
     figure = explorer.figure()
-    figure.savefig(whole := io.BytesIO(), format="png", dpi=figure.dpi, bbox_inches=None)
+    with rc_context({"savefig.bbox": "standard"}):  # a notebook's style may be left behind in a process
+        figure.savefig(whole := io.BytesIO(), format="png", dpi=figure.dpi)
     whole = np.asarray(Image.open(whole).convert("RGB")).astype(int)
     assert quick.shape == whole.shape
     assert (abs(quick - whole).max(-1) > 60).mean() < 0.002  # up to what lies over what
